@@ -1,0 +1,103 @@
+// Q-Filters KV cache eviction for llama.cpp (arXiv 2503.02812): public C API.
+//
+// A context made by llama_qfilter_init_from_model() has a KV cache of a fixed number of cells. When a batch does not
+// fit, every layer and KV head scores its own cached keys and keeps the best of them; positions go on to n_ctx.
+#pragma once
+
+#include "llama.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// how a cached key is scored; the rows with the lowest scores go
+enum llama_qfilter_policy {
+    LLAMA_QFILTER_POLICY_QFILTERS  = 0, // projection of the key on its head's filter
+    LLAMA_QFILTER_POLICY_KNORM     = 1, // minus the L2 norm of the key
+    LLAMA_QFILTER_POLICY_STREAMING = 2, // all equal: sinks and the newest stay
+};
+
+struct llama_qfilter_params {
+    size_t   struct_size; // sizeof(struct llama_qfilter_params), set by llama_qfilter_default_params()
+
+    uint32_t n_cells;     // most cells a sequence may use (max_length)
+    uint32_t n_keep;      // cells left after an eviction: at least n_sink + n_window, at most n_cells - n_batch
+    uint32_t n_sink;      // first positions, always kept
+    uint32_t n_window;    // last positions, always kept
+    int32_t  policy;      // enum llama_qfilter_policy
+    uint32_t flags;       // enum llama_qfilter_flag
+
+    // one pointer per layer of the model to [n_head_kv][head_dim] unit vectors in the basis of llama.cpp's K rows
+    // (after RoPE); NULL for layers without a filter. needed by LLAMA_QFILTER_POLICY_QFILTERS only, copied on init
+    uint32_t              n_filters;
+    const float * const * filters;
+};
+
+enum llama_qfilter_flag {
+    LLAMA_QFILTER_FLAG_GRAPH_GATHER = 1, // move rows with ggml graphs also where the host could copy them (tests)
+};
+
+struct llama_qfilter_stats {
+    size_t   struct_size;    // set by the caller
+
+    uint64_t n_evictions;    // compactions of one sequence
+    uint64_t n_dropped;      // cells freed by them
+    uint64_t n_bytes_moved;  // K and V bytes written by them
+    uint64_t t_score_us;     // time in microseconds
+    uint64_t t_select_us;
+    uint64_t t_gather_us;
+
+    uint32_t n_cells_used;   // over all sequences, at the moment
+    uint32_t n_cells;        // the bound: n_cells * n_seq_max
+    uint32_t n_cells_alloc;  // allocated: the bound rounded up to 256 per sequence
+    uint64_t n_bytes_kv;     // allocated K and V bytes
+};
+
+LLAMA_API struct llama_qfilter_params llama_qfilter_default_params(void);
+
+// can a context with these parameters have a bounded cache? if not, why (size bytes, zero-terminated) says it in a line
+LLAMA_API bool llama_qfilter_supported(
+        const struct llama_model        * model,
+              struct llama_context_params cparams,
+                                   char * why,
+                                   size_t size);
+
+// like llama_init_from_model(); NULL when the parameters are refused (the reason is logged)
+LLAMA_API struct llama_context * llama_qfilter_init_from_model(
+                    struct llama_model * model,
+              struct llama_context_params cparams,
+       const struct llama_qfilter_params * params);
+
+// compact a sequence to n_keep cells now
+// returns 0: done, 1: nothing to do, < 0: error (the sequence is cleared if rows may already have moved)
+LLAMA_API int32_t llama_qfilter_compress(struct llama_context * ctx, llama_seq_id seq_id, uint32_t n_keep);
+
+// the positions that layer il, KV head ih holds for a sequence, ascending, into out (at most capacity)
+// returns their number (which may exceed capacity), < 0: no such sequence, layer, head, or no bounded cache
+LLAMA_API int32_t llama_qfilter_kept(
+        const struct llama_context * ctx,
+                      llama_seq_id   seq_id,
+                           int32_t   il,
+                           int32_t   ih,
+                         llama_pos * out,
+                            size_t   capacity);
+
+// the cached rows of layer il of a sequence as they are stored, in ascending order of cell position:
+// type and bytes of K (is_v = false) or V; returns the bytes needed, or 0. out may be NULL
+LLAMA_API size_t llama_qfilter_rows(
+              struct llama_context * ctx,
+                      llama_seq_id   seq_id,
+                           int32_t   il,
+                              bool   is_v,
+                              void * out,
+                            size_t   size);
+
+// returns false if the context has no bounded cache
+LLAMA_API bool llama_qfilter_get_stats(const struct llama_context * ctx, struct llama_qfilter_stats * stats);
+
+#ifdef __cplusplus
+}
+#endif

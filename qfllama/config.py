@@ -1,0 +1,68 @@
+"""The user's knobs, validated in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+POLICIES = ("qfilters", "knorm", "streaming")
+"""How a cached key is scored, in the order of `enum llama_qfilter_policy`."""
+
+MIN_INTERVAL, MAX_INTERVAL = 64, 512
+
+
+class QFilterError(ValueError):
+    """Something a user can fix; one line that ends in what to do."""
+
+
+@dataclass(frozen=True)
+class QFilterConfig:
+    """The bound of a KV cache and what is kept in it.
+
+    All sizes are in tokens (cells of the cache, per sequence).
+
+    Attributes:
+        max_length: most cells a sequence may use.
+        window_length: last positions, always kept; default `max_length // 4`.
+        sinks: first positions, always kept.
+        interval: cells freed by one eviction, and with it the largest batch;
+            default `max_length // 4`, at least 64 and at most 512.
+        policy: one of `POLICIES`; only `qfilters` needs filters in the file.
+
+    Raises:
+        QFilterError: the sizes don't fit each other.
+    """
+
+    max_length: int = 4096
+    window_length: int | None = None
+    sinks: int = 4
+    interval: int | None = None
+    policy: str = "qfilters"
+
+    def __post_init__(self) -> None:
+        if self.window_length is None:
+            object.__setattr__(self, "window_length", max(0, self.max_length // 4))
+        if self.interval is None:
+            interval = min(MAX_INTERVAL, max(MIN_INTERVAL, self.max_length // 4))
+            object.__setattr__(self, "interval", interval)
+
+        if self.policy not in POLICIES:
+            raise QFilterError(
+                f"unknown policy {self.policy!r}: choose one of {', '.join(POLICIES)}"
+            )
+        for name, least in (("max_length", 1), ("window_length", 0), ("sinks", 0), ("interval", 1)):
+            if getattr(self, name) < least:
+                raise QFilterError(
+                    f"{name} is {getattr(self, name)}: it must be at least {least}"
+                )
+        needed = self.sinks + self.window_length + self.interval
+        if self.max_length < needed:
+            raise QFilterError(
+                f"max_length {self.max_length} is too small for sinks {self.sinks} + "
+                f"window_length {self.window_length} + interval {self.interval}: "
+                f"use max_length >= {needed}, or lower the others"
+            )
+
+    @property
+    def n_keep(self) -> int:
+        """Cells left after an eviction."""
+        return self.max_length - self.interval

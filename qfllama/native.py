@@ -1,0 +1,104 @@
+"""ctypes declarations of qfilter.h, the C API of the patched llama.cpp; nothing else."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+
+import llama_cpp
+
+_lib = llama_cpp.llama_cpp._lib
+
+if not hasattr(_lib, "llama_qfilter_init_from_model"):
+    raise ImportError(
+        f"llama-cpp-python {llama_cpp.__version__} has no Q-Filters in it: "
+        "install the patched build with `pip install ./patches`"
+    )
+
+FLAG_GRAPH_GATHER = 1
+"""Move rows with ggml graphs also where the host could copy them (tests)."""
+
+
+class Params(ctypes.Structure):
+    """`struct llama_qfilter_params`."""
+
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("n_cells", c_uint32),
+        ("n_keep", c_uint32),
+        ("n_sink", c_uint32),
+        ("n_window", c_uint32),
+        ("policy", c_int32),
+        ("flags", c_uint32),
+        ("n_filters", c_uint32),
+        ("filters", POINTER(POINTER(c_float))),
+    ]
+
+
+class Stats(ctypes.Structure):
+    """`struct llama_qfilter_stats`."""
+
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("n_evictions", c_uint64),
+        ("n_dropped", c_uint64),
+        ("n_bytes_moved", c_uint64),
+        ("t_score_us", c_uint64),
+        ("t_select_us", c_uint64),
+        ("t_gather_us", c_uint64),
+        ("n_cells_used", c_uint32),
+        ("n_cells", c_uint32),
+        ("n_cells_alloc", c_uint32),
+        ("n_bytes_kv", c_uint64),
+    ]
+
+
+def _function(name, restype, *argtypes):
+    fn = getattr(_lib, name)
+    fn.restype = restype
+    fn.argtypes = argtypes
+    return fn
+
+
+default_params = _function("llama_qfilter_default_params", Params)
+supported = _function(
+    "llama_qfilter_supported",
+    c_bool,
+    llama_cpp.llama_model_p_ctypes,
+    llama_cpp.llama_context_params,
+    c_char_p,
+    c_size_t,
+)
+init_from_model = _function(
+    "llama_qfilter_init_from_model",
+    llama_cpp.llama_context_p_ctypes,
+    llama_cpp.llama_model_p_ctypes,
+    llama_cpp.llama_context_params,
+    POINTER(Params),
+)
+compress = _function(
+    "llama_qfilter_compress", c_int32, llama_cpp.llama_context_p_ctypes, c_int32, c_uint32
+)
+kept = _function(
+    "llama_qfilter_kept",
+    c_int32,
+    llama_cpp.llama_context_p_ctypes,
+    c_int32,
+    c_int32,
+    c_int32,
+    POINTER(c_int32),
+    c_size_t,
+)
+rows = _function(
+    "llama_qfilter_rows",
+    c_size_t,
+    llama_cpp.llama_context_p_ctypes,
+    c_int32,
+    c_int32,
+    c_bool,
+    c_void_p,
+    c_size_t,
+)
+get_stats = _function(
+    "llama_qfilter_get_stats", c_bool, llama_cpp.llama_context_p_ctypes, POINTER(Stats)
+)
