@@ -7,12 +7,13 @@ scikit-build-core, upstream's own backend, builds it. `CMAKE_ARGS` works as it d
     --config-settings build-dir=DIR   keep the source tree and the build in DIR, so that the next
                                       build compiles only what changed (`make native`)
 
-`python backend.py check [SDIST]` applies the series to a source distribution, by default the
-pinned one, and says for each patch whether it fits: the first step of an upgrade.
+`python backend.py [SDIST]` applies the series to a source distribution, by default the pinned
+one, and says for each patch whether it fits: the first step of an upgrade.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import logging
 import os
@@ -199,18 +200,45 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
         return build_wheel(wheel_directory, settings)
 
 
-def check(sdist: str | None = None) -> int:
-    """Applies every patch of the series to `sdist` and prints which of them fit."""
+def git(*args: str, cwd: Path) -> subprocess.CompletedProcess:
+    identity = ["-c", "user.name=qfllama", "-c", "user.email=qfllama@localhost"]
+    return subprocess.run(["git", *identity, *args], cwd=cwd, capture_output=True, text=True)
+
+
+def check(sdist: str | None = None, write: bool = False) -> int:
+    """Applies the series to `sdist` with git, which finds lines that moved, and prints what fits.
+
+    With `write`, every patch that fits is written again with its new line numbers: a build
+    takes them exactly as they are.
+    """
     with tempfile.TemporaryDirectory() as tmp:
         tree = Path(tmp) / "source"
         unpack(Path(sdist) if sdist else fetch(Path(tmp)), tree)
-        results = {patch.name: apply(patch, tree) for patch in series()}
-    for name, ok in results.items():
-        print(f"{'applies' if ok else 'FAILS  '}  {name}")
-    return 0 if all(results.values()) else 1
+        git("init", "-q", cwd=tree)
+        git("add", "-f", ".", cwd=tree)
+        git("commit", "-qm", "upstream", cwd=tree)
+        failed = 0
+        for patch in series():
+            result = git("apply", "--index", str(patch), cwd=tree)
+            failed += result.returncode != 0
+            print(f"{'FAILS  ' if result.returncode else 'applies'}  {patch.name}")
+            print("".join(f"    {line}\n" for line in result.stderr.splitlines()), end="")
+            if write and result.returncode == 0:
+                header = patch.read_text().split("--- a/")[0]
+                diff = git("diff", "--cached", "-U1", cwd=tree).stdout
+                diff = re.sub(r"(?m)^(diff --git|index) .*\n", "", diff)
+                patch.write_text(header + re.sub(r"(?m)^(@@ .* @@).*", r"\1", diff))
+            git("commit", "-qm", patch.name, cwd=tree)
+    return 1 if failed else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Does the series apply to a source distribution?")
+    parser.add_argument("sdist", nargs="?", help="default: the pinned one")
+    parser.add_argument("--write", action="store_true", help="renew the patches that apply")
+    args = parser.parse_args()
+    return check(args.sdist, args.write)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3) or sys.argv[1] != "check":
-        sys.exit(__doc__)
-    sys.exit(check(*sys.argv[2:]))
+    sys.exit(main())

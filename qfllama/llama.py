@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 
@@ -47,13 +48,10 @@ class BoundedContext(internals.LlamaContext):
             weight: model layer id -> float32 [n_head_kv, head_dim]; may be empty.
 
         Raises:
-            QFilterError: this model or these parameters can't have a bounded cache.
+            ValueError: llama.cpp refused (its log says why).
         """
         self._config = config
         self._weight = weight
-        why = ctypes.create_string_buffer(512)
-        if not native.supported(model.model, params, why, len(why)):
-            raise QFilterError(f"qfilters can't be used: {why.value.decode()}")
         super().__init__(model=model, params=params, verbose=verbose)
 
     def _init_from_model(self, model, cparams):
@@ -93,9 +91,8 @@ class Llama(llama_cpp.Llama):
             each other, or the model can't have a bounded cache; the message says what to do.
     """
 
-    def __init__(
-        self, model_path: str, *, qfilters: bool | QFilterConfig | None = None, **kwargs
-    ):
+    def __init__(self, model_path: str, *, qfilters: bool | QFilterConfig | None = None, **kwargs):
+        self._stack = contextlib.ExitStack()  # upstream's __del__ needs it, also when we raise
         self.qfilter_config = QFilterConfig() if qfilters is True else qfilters or None
         for name in ("type_k", "type_v"):
             kwargs[name] = cache_type(kwargs.get(name))
@@ -131,6 +128,9 @@ class Llama(llama_cpp.Llama):
         """Called by upstream's constructor once the model is loaded (patches/0002-*.patch)."""
         if self.qfilter_config is None:
             return internals.LlamaContext(model=model, params=params, verbose=verbose)
+        why = ctypes.create_string_buffer(512)
+        if not native.supported(model.model, params, why, len(why)):
+            raise QFilterError(f"qfilters can't be used: {why.value.decode()}")
         weight = {}
         if self._filters is not None:
             shape = metadata.model_shape(self.model_path)
@@ -142,7 +142,7 @@ class Llama(llama_cpp.Llama):
             )
             weight = {
                 il: np.ascontiguousarray(row, dtype=np.float32)
-                for il, row in zip(self._filters.layers, self._filters.weight)
+                for il, row in zip(self._filters.layers, self._filters.weight, strict=True)
             }
         return BoundedContext(
             model=model,
@@ -201,7 +201,12 @@ class Llama(llama_cpp.Llama):
         self._need_bound()
         out = np.empty(self.qfilter_stats()["cells_used"], dtype=np.int32)
         n = native.kept(
-            self._ctx.ctx, 0, layer, head, out.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), len(out)
+            self._ctx.ctx,
+            0,
+            layer,
+            head,
+            out.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            len(out),
         )
         if n < 0:
             raise QFilterError(f"no layer {layer} with a KV head {head}: check both numbers")

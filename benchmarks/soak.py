@@ -1,0 +1,79 @@
+"""A long session in a bounded cache: does memory stay flat, and the cost of an eviction?
+
+Decodes N tokens one at a time and prints resident memory as it goes, with its slope over the
+second half.
+
+    python benchmarks/soak.py models/smollm2-qfilters.gguf --tokens 100000 --json docs/soak.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from decode_speed import decode, evicting_seconds, provenance, text_tokens
+
+from qfllama import Llama, QFilterConfig
+
+
+def resident_kib() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    config = QFilterConfig(max_length=args.max_length)
+    llm = Llama(
+        args.model,
+        qfilters=config,
+        n_ctx=args.tokens,
+        n_threads=args.threads,
+        n_threads_batch=args.threads,
+        verbose=False,
+    )
+    tokens = text_tokens(llm, args.tokens)
+    step = max(1, args.tokens // 20)
+    rows = []
+    before = llm.qfilter_stats()
+    print(f"{'tokens':>8}  {'RSS MiB':>8}  {'tok/s':>6}  {'evictions':>9}  {'ms/eviction':>11}")
+    for _ in range(0, args.tokens, step):
+        seconds = decode(llm, tokens, step)
+        stats = llm.qfilter_stats()
+        evictions = stats["evictions"] - before["evictions"]
+        cost = evicting_seconds(stats) - evicting_seconds(before)
+        rows.append(
+            {
+                "tokens": llm.n_tokens,
+                "rss_kib": resident_kib(),
+                "tokens_per_second": round(step / seconds, 2),
+                "evictions": stats["evictions"],
+                "ms_per_eviction": round(1000 * cost / max(1, evictions), 3),
+            }
+        )
+        row = rows[-1]
+        print(f"{row['tokens']:>8,}  {row['rss_kib'] / 1024:>8.1f}  {row['tokens_per_second']:>6.1f}"
+              f"  {row['evictions']:>9,}  {row['ms_per_eviction']:>11.2f}", flush=True)  # fmt: skip
+        before = stats
+    half = rows[len(rows) // 2 :]
+    slope = np.polyfit([r["tokens"] for r in half], [r["rss_kib"] for r in half], 1)[0] * 1024
+    print(f"resident memory grows by {slope:.2f} bytes per token over the second half")
+    if args.json:
+        about = provenance(args) | {"model": Path(args.model).name}
+        result = {"about": about, "bytes_per_token": round(float(slope), 3), "rows": rows}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    llm.close()
+
+
+if __name__ == "__main__":
+    main()

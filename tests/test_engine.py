@@ -1,0 +1,309 @@
+"""The bounded KV cache against stock llama.cpp and against its own stored bytes."""
+
+import ctypes
+
+import llama_cpp
+import numpy as np
+import pytest
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from qfllama import native
+from qfllama.config import QFilterConfig, QFilterError
+from qfllama.llama import BoundedContext, Llama
+
+N_LAYER, N_HEAD_KV, HEAD_DIM = 30, 3, 64
+SMALL = QFilterConfig(max_length=256, window_length=64, sinks=4, interval=64, policy="knorm")
+
+
+@pytest.fixture(scope="module")
+def tokens(smollm2) -> list[int]:
+    """5,000 tokens that repeat nothing soon: numbers in words are enough for a cache."""
+    llm = llama_cpp.Llama(str(smollm2), vocab_only=True, verbose=False)
+    rng = np.random.default_rng(0)
+    words = [
+        "river",
+        "stone",
+        "copper",
+        "seven",
+        "window",
+        "engine",
+        "quiet",
+        "basket",
+        "amber",
+        "forty",
+        "harbour",
+        "needle",
+    ]
+    text = " ".join(rng.choice(words) for _ in range(5000))
+    ids = llm.tokenize(text.encode())[:5000]
+    llm.close()
+    return ids
+
+
+@pytest.fixture
+def make(smollm2):
+    """A function that makes a Llama on the real model; all of them are closed at the end."""
+    opened = []
+
+    def make(config: QFilterConfig | None = SMALL, **kwargs) -> Llama:
+        kwargs = {"n_ctx": 8192, "n_threads": 2, "n_threads_batch": 2, "verbose": False} | kwargs
+        if config is None:
+            kwargs = {"flash_attn": True} | kwargs
+        opened.append(Llama(str(smollm2), qfilters=config, **kwargs))
+        return opened[-1]
+
+    yield make
+    for llm in opened:
+        llm.close()
+
+
+def last_logits(llm: Llama) -> np.ndarray:
+    """float32 [n_vocab] of the last position."""
+    pointer = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+    return np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),)).copy()
+
+
+def decode(llm: Llama, tokens: list[int], chunk: int) -> list[np.ndarray]:
+    """Logits at the end of every chunk."""
+    logits = []
+    for i in range(0, len(tokens), chunk):
+        llm.eval(tokens[i : i + chunk])
+        logits.append(last_logits(llm))
+    return logits
+
+
+def head_rows(llm: Llama, layer: int, type_name: str) -> dict:
+    """(K or V, head, true position) -> stored bytes, of one layer."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name.upper()]]
+    head_bytes = HEAD_DIM // block * size
+    result = {}
+    for name, rows in zip("KV", llm.cached_rows(layer), strict=True):
+        assert rows.shape[1] == N_HEAD_KV * head_bytes
+        for head in range(N_HEAD_KV):
+            own = rows[:, head * head_bytes : (head + 1) * head_bytes]
+            for position, row in zip(llm.kept_positions(layer, head), own, strict=True):
+                result[name, head, int(position)] = row.tobytes()
+    return result
+
+
+@pytest.mark.parametrize("type_name", ["f16", "q8_0"])
+@pytest.mark.parametrize("flags", [0, native.FLAG_GRAPH_GATHER], ids=["host", "graph"])
+def test_surviving_rows_keep_their_bits_over_50_evictions(
+    make, tokens, monkeypatch, type_name, flags
+):
+    monkeypatch.setattr(BoundedContext, "flags", flags)
+    llm = make(type_k=type_name, type_v=type_name)
+    layers = (0, 17, N_LAYER - 1)
+    seen = {layer: {} for layer in layers}
+    for i in range(0, 256 + 50 * 64, 64):
+        llm.eval(tokens[i : i + 64])
+        for layer in layers:
+            rows = head_rows(llm, layer, type_name)
+            for key, row in rows.items():
+                assert seen[layer].setdefault(key, row) == row
+    assert llm.qfilter_stats()["evictions"] == 50
+    kept = [tuple(llm.kept_positions(17, head)) for head in range(N_HEAD_KV)]
+    assert len(set(kept)) == N_HEAD_KV, "every head keeps its own positions"
+
+
+@pytest.mark.parametrize("type_name", ["f16", "q8_0"])
+def test_streaming_equals_a_stock_cache_whose_middle_was_removed(make, tokens, type_name):
+    """Stock: remove the positions, then save and load the state, which closes the gaps."""
+    config = QFilterConfig(
+        max_length=256, window_length=64, sinks=4, interval=64, policy="streaming"
+    )
+    ours = make(config, type_k=type_name, type_v=type_name)
+    stock = make(None, n_ctx=512, n_batch=64, n_ubatch=64, type_k=type_name, type_v=type_name)
+    for i in range(0, 512, 64):
+        chunk = tokens[i : i + 64]
+        if i >= 256:
+            mem = llama_cpp.llama_get_memory(stock.ctx)
+            oldest = 4 + (i - 256)
+            assert llama_cpp.llama_memory_seq_rm(mem, 0, oldest, oldest + 64)
+            size = llama_cpp.llama_state_seq_get_size(stock.ctx, 0)
+            state = (ctypes.c_uint8 * size)()
+            assert llama_cpp.llama_state_seq_get_data(stock.ctx, state, size, 0) == size
+            llama_cpp.llama_memory_clear(mem, True)
+            assert llama_cpp.llama_state_seq_set_data(stock.ctx, state, size, 0) == size
+        ours.eval(chunk)
+        stock.eval(chunk)
+        np.testing.assert_array_equal(last_logits(ours), last_logits(stock))
+    assert ours.qfilter_stats()["evictions"] == 4
+
+
+def test_the_bound_holds_and_is_reported(make, tokens):
+    llm = make()
+    for i in range(0, 1000, 40):
+        llm.eval(tokens[i : i + 40])
+        stats = llm.qfilter_stats()
+        assert stats["cells_used"] <= stats["cells"] == 256
+        assert stats["positions"] == i + 40
+    assert stats["cells_allocated"] == 256
+    # K and V, f16: the allocation is what the bound says and not what n_ctx would take
+    assert stats["kv_bytes"] == 2 * N_LAYER * 256 * N_HEAD_KV * HEAD_DIM * 2
+    assert stats["kv_bytes_full"] == stats["kv_bytes"] * 8192 // 256
+    assert stats["positions"] - stats["dropped"] == stats["cells_used"]
+
+
+def test_sinks_and_window_always_stay(make, tokens):
+    llm = make()
+    for i in range(0, 1024, 64):
+        llm.eval(tokens[i : i + 64])
+        n = i + 64
+        for layer in range(0, N_LAYER, 7):
+            for head in range(N_HEAD_KV):
+                kept = llm.kept_positions(layer, head)
+                assert (np.diff(kept) > 0).all()
+                assert kept[:4].tolist() == [0, 1, 2, 3]
+                # at the last eviction the window was the 64 positions before this chunk
+                newest = list(range(max(0, n - 128), n))
+                assert kept[-len(newest) :].tolist() == newest
+
+
+def test_a_token_at_a_time_evicts_like_upstream_decodes(make, tokens):
+    llm = make()
+    for token in tokens[:400]:
+        llm.eval([token])
+    stats = llm.qfilter_stats()
+    assert stats["evictions"] == (400 - 256 + 63) // 64
+    assert stats["cells_used"] == 400 - 64 * stats["evictions"]
+
+
+def test_removing_a_suffix_works_only_above_what_was_compacted(make, tokens):
+    llm = make()
+    decode(llm, tokens[:320], 64)  # one eviction, at 256: positions before 192 are compacted
+    assert llm.qfilter_stats()["evictions"] == 1
+    mem = llama_cpp.llama_get_memory(llm.ctx)
+    before = llm.kept_positions(5, 1).tolist()
+    for p0 in (1, 100, 191):
+        assert not llama_cpp.llama_memory_seq_rm(mem, 0, p0, -1)
+        assert not llama_cpp.llama_memory_seq_rm(mem, -1, p0, -1)
+    assert llm.kept_positions(5, 1).tolist() == before, "a refusal changes nothing"
+
+    assert llama_cpp.llama_memory_seq_rm(mem, 0, 200, -1)
+    assert llm.kept_positions(5, 1).tolist() == [p for p in before if p < 200]
+    llm.n_tokens = 200
+    decode(llm, tokens[200:700], 50)  # refills the gap and evicts again
+    kept = llm.kept_positions(5, 1)
+    assert (np.diff(kept) > 0).all()
+    assert set(kept[kept < 192]) <= set(before)
+
+    assert llama_cpp.llama_memory_seq_rm(mem, 0, -1, -1), "a whole sequence can always go"
+    assert llm.qfilter_stats()["cells_used"] == 0
+
+
+def test_after_a_rewind_the_answer_is_that_of_a_cache_that_never_went_ahead(make, tokens):
+    ahead, straight = make(), make()
+    decode(ahead, tokens[:256] + [7] * 44, 64)  # the last chunk evicts
+    mem = llama_cpp.llama_get_memory(ahead.ctx)
+    assert llama_cpp.llama_memory_seq_rm(mem, 0, 256, -1)
+    ahead.n_tokens = 256
+    ahead.eval(tokens[256:300])
+    decode(straight, tokens[:300], 64)
+    assert straight.qfilter_stats()["evictions"] == ahead.qfilter_stats()["evictions"] == 1
+    np.testing.assert_array_equal(last_logits(ahead), last_logits(straight))
+
+
+def test_cells_out_of_order_are_compacted_by_position(make, tokens):
+    """Remove the middle before any eviction, refill: cells and positions differ in order."""
+    llm = make()
+    decode(llm, tokens[:192], 64)
+    mem = llama_cpp.llama_get_memory(llm.ctx)
+    assert llama_cpp.llama_memory_seq_rm(mem, 0, 20, 90)
+    before = head_rows(llm, 3, "f16")
+    assert sorted({p for _, _, p in before}) == [*range(20), *range(90, 192)]
+    decode(llm, tokens[192:512], 64)
+    after = head_rows(llm, 3, "f16")
+    assert llm.qfilter_stats()["evictions"] >= 3
+    for key in before.keys() & after.keys():
+        assert before[key] == after[key]
+    assert all((np.diff(llm.kept_positions(3, head)) > 0).all() for head in range(N_HEAD_KV))
+
+
+def test_a_restored_state_goes_on_as_if_nothing_had_happened(make, tokens):
+    llm = make()
+    decode(llm, tokens[:500], 50)
+    state = llm.save_state()
+    kept = [llm.kept_positions(9, head).tolist() for head in range(N_HEAD_KV)]
+    expected = decode(llm, tokens[500:900], 50)
+
+    other = make()
+    other.load_state(state)
+    assert [other.kept_positions(9, head).tolist() for head in range(N_HEAD_KV)] == kept
+    for ours, theirs in zip(decode(other, tokens[500:900], 50), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_state_of_other_sizes_or_without_a_bound_is_refused(make, tokens):
+    llm, stock = make(), make(None, n_ctx=512)
+    llm.eval(tokens[:60])
+    stock.eval(tokens[:60])
+    wider = QFilterConfig(max_length=512, policy="knorm")
+    other_policy = QFilterConfig(
+        max_length=256, window_length=64, sinks=4, interval=64, policy="streaming"
+    )
+    for source, target in (
+        (llm, make(wider)),
+        (llm, make(other_policy)),
+        (llm, make(None)),
+        (stock, make()),
+    ):
+        with pytest.raises(RuntimeError, match="state"):
+            target.load_state(source.save_state())
+
+
+def test_positions_end_at_n_ctx(make, tokens):
+    llm = make(n_ctx=512)
+    decode(llm, tokens[:512], 64)
+    with pytest.raises(RuntimeError, match="returned 1"):
+        llm.eval(tokens[512:513])
+
+
+def test_generate_reads_everything_again_when_it_can_not_rewind(make, tokens):
+    """Prefix reuse into compacted history is refused by the cache and done over by Llama."""
+    llm, fresh = make(), make()
+    prompt = tokens[:400]
+    llm.create_completion(prompt, max_tokens=4, temperature=0)
+    changed = [*tokens[:200], 7, *tokens[201:400]]
+    answers = [
+        model.create_completion(changed, max_tokens=8, temperature=0)["choices"][0]["text"]
+        for model in (llm, fresh)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_contexts_that_can_not_be_bounded_are_refused_with_the_reason(make):
+    for kwargs, message in (
+        ({"flash_attn": False}, "Flash Attention"),
+        ({"n_batch": 65}, "n_batch 65 is larger than the interval 64"),
+        ({"embedding": True}, "embeddings"),
+        ({"type_k": "q9_9"}, "unknown KV cache type 'q9_9'"),
+    ):
+        with pytest.raises(QFilterError, match=message):
+            make(**kwargs)
+    with pytest.raises(QFilterError, match="qfilters=True"):
+        make(None, n_ctx=512).qfilter_stats()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"max_length": 100}, "max_length 100 is too small"),
+        ({"max_length": 512, "window_length": 500}, "use max_length >= 632"),
+        ({"policy": "best"}, "unknown policy 'best'"),
+        ({"sinks": -1}, "sinks is -1"),
+        ({"max_length": 0}, "max_length is 0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(kwargs, message):
+    if kwargs == {"max_length": 100}:
+        kwargs = {"max_length": 100, "window_length": 60}
+    with pytest.raises(QFilterError, match=message):
+        QFilterConfig(**kwargs)
+
+
+def test_defaults_of_the_sizes():
+    config = QFilterConfig(max_length=1024)
+    assert (config.window_length, config.sinks, config.interval) == (256, 4, 256)
+    assert (QFilterConfig().max_length, QFilterConfig().interval) == (4096, 512)
+    assert config.n_keep == 768
