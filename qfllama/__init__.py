@@ -1,17 +1,18 @@
 """Long conversations in a small KV cache: Q-Filters (arXiv 2503.02812) for llama.cpp."""
 
-from importlib.metadata import version as _version
-
 from qfllama.config import QFilterConfig, QFilterError
 
-__version__ = _version("qfllama")
 __all__ = ["Llama", "QFilterConfig", "QFilterError", "__version__"]
 
 
 def __getattr__(name: str):
-    """Loads the native library on first use of `Llama`: `qfllama --help` needs none of it."""
+    """What takes time to load, on first use: `qfllama --help` needs none of it."""
     if name == "Llama":
         from qfllama.llama import Llama
 
         return Llama
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("qfllama")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

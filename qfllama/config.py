@@ -51,9 +51,7 @@ class QFilterConfig:
             )
         for name, least in (("max_length", 1), ("window_length", 0), ("sinks", 0), ("interval", 1)):
             if getattr(self, name) < least:
-                raise QFilterError(
-                    f"{name} is {getattr(self, name)}: it must be at least {least}"
-                )
+                raise QFilterError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         needed = self.sinks + self.window_length + self.interval
         if self.max_length < needed:
             raise QFilterError(

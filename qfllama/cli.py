@@ -1,0 +1,81 @@
+"""The `qfllama` command: one lazily imported module per verb, one place where errors become text.
+
+Exit codes: 0 done, 2 something the user can fix (one line on stderr), 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from qfllama.config import QFilterError
+
+COMMANDS = {  # qfllama/commands/<name>.py, each with a `command`
+    "chat": "Talk to a model in a bounded cache.",
+    "convert": "Make filters for a model and write them into a GGUF file.",
+    "inspect": "Show which filters a GGUF file has.",
+}
+
+
+def usage_error_text(error: click.ClickException) -> str:
+    """One line for a wrong command line, with the command whose --help explains it."""
+    text = " ".join(error.format_message().split())
+    context = getattr(error, "ctx", None)
+    return f"{text} (see: {context.command_path} --help)" if context else text
+
+
+def os_error_text(error: OSError) -> str:
+    """`name: what is wrong` for a file that can't be read or written."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when that command is run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return importlib.import_module(f"qfllama.commands.{name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def main(self, *args, standalone_mode: bool = True, **kwargs):
+        """Run a command; with `standalone_mode` end the process, errors as one line on stderr."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **kwargs)
+        try:
+            code = super().main(*args, standalone_mode=False, **kwargs)
+        except (click.Abort, KeyboardInterrupt):
+            sys.exit(130)
+        except click.ClickException as error:
+            message = usage_error_text(error)
+        except QFilterError as error:
+            message = " ".join(str(error).split())
+        except OSError as error:
+            message = os_error_text(error)
+        else:
+            sys.exit(code if isinstance(code, int) else 0)
+        click.echo(f"qfllama: {message}", err=True)
+        sys.exit(2)
+
+
+@click.group(
+    cls=LazyGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(package_name="qfllama", prog_name="qfllama", message="%(prog)s %(version)s")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Chat with a GGUF model in a KV cache that doesn't grow."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(2)

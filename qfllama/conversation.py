@@ -1,0 +1,246 @@
+"""A conversation whose tokens only ever grow.
+
+A bounded cache can't go back to a position inside history that it has compacted. Rendering the
+chat template anew at each turn and tokenizing the result does just that: the model's answer comes
+out of the tokenizer in other tokens than it was generated in, or the template strips it, and from
+there on everything has to be read again. So the token list of the conversation is kept here as it
+was really read and generated, and a turn appends to it only what the template puts between the
+last answer and the next one.
+"""
+
+from __future__ import annotations
+
+import codecs
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jinja2
+import llama_cpp
+from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
+
+from qfllama.config import QFilterError
+
+
+class ContextFull(QFilterError):
+    """The conversation doesn't fit into n_ctx positions."""
+
+
+@dataclass
+class Turn:
+    """What one question and its answer cost."""
+
+    prompt_tokens: int = 0  # read before the answer began
+    reread_tokens: int = 0  # of these, the ones that had been read before
+    prompt_seconds: float = 0.0
+    answer_tokens: int = 0
+    steps: int = 0  # tokens generated after the first, the end of the turn included
+    step_seconds: float = 0.0  # what they took
+    ended: str = "stop"  # or "length" (max_tokens), "context" (n_ctx), "interrupted"
+
+
+def chat_formatter(llm: llama_cpp.Llama) -> Jinja2ChatFormatter:
+    """The chat template in the model's file; ChatML, as llama.cpp does, where there is none."""
+
+    def text(token: int) -> str:
+        return llm._model.token_get_text(token) if token != -1 else ""
+
+    template = llm.metadata.get("tokenizer.chat_template", CHATML_CHAT_TEMPLATE)
+    return Jinja2ChatFormatter(
+        template, eos_token=text(llm.token_eos()), bos_token=text(llm.token_bos())
+    )
+
+
+class Conversation:
+    """Messages, the tokens they are in the model's eyes, and the engine that has read them.
+
+    `document` goes before the text of the first user message. `tokens` is all of it up to now, as
+    read and generated; the first `llm.n_tokens` of them are in the engine's cache.
+    """
+
+    def __init__(
+        self, llm: llama_cpp.Llama, system: str | None = None, document: str | None = None
+    ) -> None:
+        self.llm = llm
+        self.document = document
+        self.messages: list[dict[str, str]] = []
+        if system is not None:
+            self.messages.append({"role": "system", "content": system})
+        self.tokens: list[int] = []
+        self.turn = Turn()  # of the latest question
+        self._format = chat_formatter(llm)
+        self._mark = uuid.uuid4().hex  # stands for the answers when the template is rendered
+        self._rendered = ""  # the conversation with marks for answers, up to where `tokens` ends
+        self._read = 0  # how many of `tokens` the engine had read after the latest turn
+        llm.reset()
+
+    def ask(
+        self,
+        text: str,
+        *,
+        max_tokens: int | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        **sampling,
+    ) -> Iterator[str]:
+        """Add a user message and yield the answer in pieces of whole characters.
+
+        `stopped` is asked between batches and between tokens; what was generated until then stays
+        in the conversation, what was not read yet is read with the next message. `progress` gets
+        the tokens read and those to read. `sampling` goes to `Llama.generate`.
+
+        Raises ContextFull, and QFilterError if the chat template refuses the conversation (nothing
+        has changed then); RuntimeError if the engine fails (all is read again with the next
+        message).
+        """
+        self._add_user(text)
+        self.turn = turn = Turn()
+        answer = ""
+        try:
+            for piece in self._answer(turn, max_tokens, stopped, progress, sampling):
+                answer += piece
+                yield piece
+        except RuntimeError:  # llama_decode failed: nothing in the cache can be relied on
+            self.llm.reset()
+            raise
+        finally:
+            self.messages.append({"role": "assistant", "content": answer})
+            self._read = self.llm.n_tokens
+
+    # -- from messages to tokens
+
+    def _add_user(self, text: str) -> None:
+        """Append a user message to `messages` and what the template makes of it to `tokens`."""
+        if self.document is not None and not any(m["role"] == "user" for m in self.messages):
+            text = f"{self.document}\n\n{text}"
+        messages = [*self.messages, {"role": "user", "content": text}]
+        rendered = self._render(messages, marks=True)
+        addition = self._addition(rendered)
+        if addition is None:
+            tokens = self._tokenize_all(self._render(messages))
+        else:
+            tokens = self.tokens + self._tokenize_on(addition)
+        n_ctx = self.llm.n_ctx()
+        if len(tokens) >= n_ctx:
+            raise ContextFull(
+                f"context full: the conversation would take {len(tokens):,} of {n_ctx:,} positions;"
+                " /reset, or start with a larger --n-ctx"
+            )
+        self.messages, self.tokens, self._rendered = messages, tokens, rendered
+
+    def _render(self, messages: list[dict[str, str]], marks: bool = False) -> str:
+        """The chat template's text, up to where the answer begins.
+
+        With `marks` each answer is a mark in place of its text: what a template does to answers
+        (strip them, leave out the reasoning) has no say then in what surrounds them.
+        """
+        if marks:
+            messages = [
+                {**m, "content": f"{self._mark}-{i}-"} if m["role"] == "assistant" else m
+                for i, m in enumerate(messages)
+            ]
+        try:
+            return self._format(messages=messages).prompt
+        except (jinja2.TemplateError, ValueError) as error:
+            raise QFilterError(
+                f"the model's chat template refuses this conversation: {error};"
+                " /reset, or start without --system"
+            ) from error
+
+    def _addition(self, rendered: str) -> str | None:
+        """What `rendered` has after the latest answer; None if its beginning isn't what was read.
+
+        `_rendered` may be longer than the beginning: some templates open the answer (`<think>`)
+        only where it is to be generated.
+        """
+        if not self.tokens:
+            return None
+        before, found, after = rendered.partition(f"{self._mark}-{len(self.messages) - 1}-")
+        return after if found and self._rendered.startswith(before) else None
+
+    def _tokenize_all(self, text: str) -> list[int]:
+        """A whole conversation; BOS only if the vocabulary asks for it and the template has none"""
+        tokens = self.llm.tokenize(text.encode("utf-8", "replace"), add_bos=False, special=True)
+        bos = self.llm.token_bos()
+        if self.llm._model.add_bos_token() and bos != -1 and tokens[:1] != [bos]:
+            tokens.insert(0, bos)
+        return tokens
+
+    def _tokenize_on(self, text: str) -> list[int]:
+        """The continuation of a text.
+
+        SentencePiece vocabularies put a space before the first character that they see; a colon
+        takes it here. Where the colon melts with what follows, the vocabulary is another one,
+        which doesn't add spaces.
+        """
+        tokenize = self.llm.tokenize
+        colon = tokenize(b":", add_bos=False, special=True)
+        tokens = tokenize(b":" + text.encode("utf-8", "replace"), add_bos=False, special=True)
+        if tokens[: len(colon)] == colon:
+            return tokens[len(colon) :]
+        return tokenize(text.encode("utf-8", "replace"), add_bos=False, special=True)
+
+    # -- from tokens to the answer
+
+    def _answer(self, turn, max_tokens, stopped, progress, sampling) -> Iterator[str]:
+        """Read what is new, generate, append each token to `tokens`; fills in `turn`."""
+        start = time.perf_counter()
+        n_before = self._rewind()
+        turn.reread_tokens = max(0, self._read - n_before)
+        rest = self._read_batches(stopped, progress)
+        if not rest:
+            turn.prompt_tokens = self.llm.n_tokens - n_before
+            turn.prompt_seconds = time.perf_counter() - start
+            turn.ended = "interrupted"
+            return
+        turn.prompt_tokens = len(self.tokens) - n_before
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in self.llm.generate(rest, reset=False, **sampling):
+            if turn.answer_tokens == 0:
+                turn.prompt_seconds = time.perf_counter() - start
+            else:
+                turn.steps = turn.answer_tokens
+                turn.step_seconds = time.perf_counter() - start - turn.prompt_seconds
+            if llama_cpp.llama_vocab_is_eog(self.llm._model.vocab, token):
+                return
+            self.tokens.append(token)
+            turn.answer_tokens += 1
+            piece = decoder.decode(self.llm.detokenize([token]))
+            if piece:
+                yield piece
+            if stopped():
+                turn.ended = "interrupted"
+            elif max_tokens is not None and turn.answer_tokens >= max_tokens:
+                turn.ended = "length"
+            elif len(self.tokens) >= self.llm.n_ctx():
+                turn.ended = "context"
+            else:
+                continue
+            return
+
+    def _rewind(self) -> int:
+        """Cut the engine's cache back to what it has in common with `tokens`; what is left.
+
+        There is nothing to cut unless the template has changed its mind about the beginning. A
+        cache that can't go back is cleared.
+        """
+        llm = self.llm
+        n = llm.longest_token_prefix(llm._input_ids.tolist(), self.tokens)
+        n = min(n, len(self.tokens) - 1)  # one is needed to get the logits from
+        if n < llm.n_tokens:
+            if n > 0 and llm._ctx.kv_cache_seq_rm(-1, n, -1):
+                llm.n_tokens = n
+            else:
+                llm.reset()
+        return llm.n_tokens
+
+    def _read_batches(self, stopped, progress) -> list[int]:
+        """Evaluate whole batches; the rest (at least one token) is returned, [] if stopped."""
+        llm, total = self.llm, len(self.tokens)
+        while total - llm.n_tokens > llm.n_batch:
+            if stopped():
+                return []
+            progress(llm.n_tokens, total)
+            llm.eval(self.tokens[llm.n_tokens : llm.n_tokens + llm.n_batch])
+        return [] if stopped() else self.tokens[llm.n_tokens :]
