@@ -69,7 +69,7 @@ class Header:
         return struct.unpack_from("<" + SCALARS[field.type], self.raw, field.value)[0]
 
     def type_of(self, key):
-        """GGUF type of `key`: a number, or (ARRAY, type of its items); None if the key is absent."""
+        """GGUF type of `key`: a number, or (ARRAY, type of its items); None if it is absent."""
         field = self.fields.get(key)
         if field is None or field.type != ARRAY:
             return field and field.type

@@ -50,8 +50,8 @@ def command(src, output, quantize, outtype, force, **calibration):
         force=force, note=lambda line: click.echo(line, err=True), bars=bars)
     n_layer, n_head_kv, head_dim = summary.filters.weight.shape
     made = summary.filters.calibration
-    click.echo(f"{summary.output}: {summary.n_bytes / 2**20:,.1f} MiB, filters for {n_layer} layers "
-               f"x {n_head_kv} KV heads x {head_dim}")
+    click.echo(f"{summary.output}: {summary.n_bytes / 2**20:,.1f} MiB, filters for {n_layer} "
+               f"layers x {n_head_kv} KV heads x {head_dim}")
     click.echo(f"calibrated on {made['samples']:,} queries per head out of {made['tokens']:,} "
                f"tokens ({made['sequences']} sequences of {made['text']}) "
                f"in {summary.seconds:.0f} s")

@@ -1,0 +1,1 @@
+"""Calibrate Q-filters and write them into a GGUF. The only part that needs torch."""

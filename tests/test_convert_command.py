@@ -1,0 +1,329 @@
+"""`qfllama convert` and `qfllama inspect` from the command line: good runs, bad input, Ctrl-C."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import gguf
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from click.testing import CliRunner
+from qfllama.convert import text
+
+from qfllama import metadata
+from qfllama.cli import main
+
+QUICK = ["--max-seq-len", "128", "--num-sequences", "4", "--num-samples", "200"]
+PROGRAM = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+           "from qfllama.cli import main; main()")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models as small as these gain nothing from more, and lose much beside other programs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    tiny_models.write_llama(folder, n_layer=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(checkpoint):
+    """(the GGUF that the command made of `checkpoint`, what it printed)."""
+    out = checkpoint.parent / "tiny.gguf"
+    return out, run(checkpoint, out, *QUICK).stdout
+
+
+def run(src, out, *options):
+    result = CliRunner().invoke(main, ["convert", str(src), "-o", str(out), *options])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(*arguments):
+    """The one line that a run ends with, which it must with exit code 2."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 2, result.output
+    assert result.stdout == "", result.output
+    assert result.stderr.count("\n") == 1, result.output
+    return result.stderr
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def small_gguf(path, arch="llama", extra=lambda writer: None):
+    """A GGUF without a tokenizer."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(2)
+    writer.add_context_length(512)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    extra(writer)
+    writer.add_tensor("blk.0.attn_k.weight", np.ones((16, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_checkpoint_becomes_a_gguf_with_filters_and_their_provenance(checkpoint, converted):
+    out, printed = converted
+    filters = metadata.read(out)
+    assert filters.weight.shape == (2, 2, 16)
+    assert filters.layers == [0, 1]
+    facts = dict(filters.calibration)
+    assert facts.pop("text").startswith("pydoc_data.topics")
+    assert facts.pop("tool").startswith("qfllama ")
+    assert facts == {"sequences": 4, "tokens": 512, "samples": 200, "seed": 0, "route": "torch",
+                     "model_sha256": sha256(checkpoint / "model.safetensors")}
+    assert f"{out}: " in printed
+    assert "2 layers x 2 KV heads x 16" in printed
+    assert "200 queries per head out of 512 tokens" in printed
+    assert sorted(path.name for path in out.parent.iterdir()) == ["checkpoint", "tiny.gguf"]
+
+
+def test_a_gguf_is_converted_without_being_touched(converted, tmp_path):
+    src, out = tmp_path / "src.gguf", tmp_path / "out.gguf"
+    shutil.copy(converted[0], src)
+    digest = sha256(src)
+    run(src, out, *QUICK, "--force")
+    assert sha256(src) == digest
+    assert metadata.read(out).calibration["model_sha256"] == digest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "src.gguf"]
+
+
+def test_a_checkpoint_is_quantized_on_the_way(checkpoint, converted, tmp_path):
+    run(checkpoint, tmp_path / "out.gguf", *QUICK, "--quantize", "q8_0")
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert kinds["blk.0.attn_k.weight"] == "Q8_0"
+    # the filters are those of the unquantized weights
+    np.testing.assert_array_equal(metadata.read(tmp_path / "out.gguf").weight,
+                                  metadata.read(converted[0]).weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
+
+
+def test_a_gguf_in_full_precision_is_quantized_on_the_way(converted, tmp_path):
+    run(converted[0], tmp_path / "out.gguf", *QUICK, "--quantize", "Q8_0", "--force")
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert kinds["blk.0.attn_k.weight"] == "Q8_0"
+    assert metadata.read(tmp_path / "out.gguf").weight.shape == (2, 2, 16)
+
+
+def test_the_same_seed_gives_the_same_file_and_another_seed_does_not(converted, tmp_path):
+    for name, seed in ("a", "5"), ("b", "5"), ("c", "6"):
+        run(converted[0], tmp_path / name, *QUICK, "--force", "--seed", seed)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert not np.array_equal(metadata.read(tmp_path / "a").weight,
+                              metadata.read(tmp_path / "c").weight)
+
+
+def test_text_files_are_used_in_turns_and_named(converted, tmp_path):
+    (tmp_path / "one.txt").write_text("Once upon a time there was a king. " * 100)
+    (tmp_path / "two.txt").write_text("The committee met again on Thursday. " * 100)
+    run(converted[0], tmp_path / "out.gguf", *QUICK, "--force",
+        "--text", tmp_path / "one.txt", "--text", tmp_path / "two.txt")
+    assert metadata.read(tmp_path / "out.gguf").calibration["text"] == "one.txt, two.txt"
+
+
+def test_too_little_text_is_said_and_what_there_is_is_used(converted, tmp_path):
+    (tmp_path / "short.txt").write_text("Once upon a time there was a king. " * 20)
+    result = run(converted[0], tmp_path / "out.gguf", "--max-seq-len", "128", "--force",
+                 "--text", tmp_path / "short.txt")
+    facts = metadata.read(tmp_path / "out.gguf").calibration
+    assert "fewer than the 2,560 asked for" in result.stderr
+    assert 256 <= facts["tokens"] == facts["samples"] < 2560
+
+
+def test_sequences_are_not_longer_than_the_model_was_trained_for(converted, tmp_path):
+    result = run(converted[0], tmp_path / "out.gguf", "--max-seq-len", "1024", "--force",
+                 "--num-sequences", "1")
+    assert "trained for 512 positions" in result.stderr
+    assert metadata.read(tmp_path / "out.gguf").calibration["tokens"] == 512
+
+
+def test_the_built_in_text_is_enough_for_the_default_and_starts_with_prose(smollm2):
+    sequences = text.sequences(smollm2, [text.builtin()], 20, 2048)
+    assert [len(tokens) for tokens in sequences] == [2048] * 20
+    assert len({tuple(tokens[:50]) for tokens in sequences}) == 20
+    assert next(text.builtin().pieces).startswith("Assert statements are a convenient way")
+
+
+def test_sequences_start_with_the_models_bos_token_where_it_has_one(converted, smollm2):
+    assert [s[0] for s in text.sequences(converted[0], [text.builtin()], 3, 100)] == [1, 1, 1]
+    plain = text.sequences(smollm2, [text.builtin()], 3, 100)
+    joined = text.sequences(smollm2, [text.builtin()], 1, 300)
+    assert plain[0] + plain[1] + plain[2] == joined[0]
+
+
+def test_inspect_shows_the_shape_and_where_filters_come_from(converted, smollm2):
+    shown = CliRunner().invoke(main, ["inspect", str(converted[0])]).stdout
+    assert "llama, 2 layers, 6 heads, 2 KV heads of 16" in shown
+    assert "filters: 2 layers x 2 KV heads x 16" in shown
+    assert "pydoc_data.topics" in shown
+    plain = CliRunner().invoke(main, ["inspect", str(smollm2)]).stdout
+    assert "30 layers, 9 heads, 3 KV heads of 64" in plain
+    assert "no filters" in plain
+
+
+def test_inspect_prints_json(converted, smollm2):
+    facts = json.loads(CliRunner().invoke(main, ["inspect", str(converted[0]), "--json"]).stdout)
+    assert facts["model"]["n_head_kv"] == 2
+    assert facts["filters"]["shape"] == [2, 2, 16]
+    assert facts["filters"]["calibration"] == metadata.read(converted[0]).calibration
+    plain = json.loads(CliRunner().invoke(main, ["inspect", str(smollm2), "--json"]).stdout)
+    assert plain["filters"] is None
+
+
+def test_bad_ggufs_are_refused_in_one_line(tmp_path, smollm2):
+    out = tmp_path / "out" / "out.gguf"
+    out.parent.mkdir()
+    (tmp_path / "text.gguf").write_text("once upon a time")
+    (tmp_path / "cut.gguf").write_bytes(smollm2.read_bytes()[:50_000_000])
+    (tmp_path / "vocab.gguf").write_bytes(smollm2.read_bytes().replace(
+        b"tokenizer.ggml.merges", b"tokenizer.ggml.lost_it"[:21]))
+    small_gguf(tmp_path / "qwen.gguf", "qwen2")
+    small_gguf(tmp_path / "plain.gguf")
+    small_gguf(tmp_path / "experts.gguf", extra=lambda w: w.add_expert_count(8))
+    small_gguf(tmp_path / "part.gguf", extra=lambda w: (
+        w.add_tokenizer_model("llama"), w.add_uint16("split.count", 3)))
+    for name, words in {
+        "missing.gguf": ["does not exist"],
+        "text.gguf": ["not a GGUF"],
+        "cut.gguf": ["truncated", "50,000,000"],
+        "qwen.gguf": ["qwen2", "Llama architecture"],
+        "experts.gguf": ["mixture of experts"],
+        "part.gguf": ["one part of 3", "--merge"],
+        "plain.gguf": ["no tokenizer"],
+        "vocab.gguf": ["llama.cpp cannot load", "merges"],
+    }.items():
+        line = refused("convert", tmp_path / name, "-o", out)
+        assert all(word in line for word in words), line
+        assert list(out.parent.iterdir()) == []
+    assert "not a GGUF" in refused("inspect", tmp_path / "text.gguf")
+
+
+def test_bad_checkpoints_are_refused_in_one_line(tmp_path, checkpoint):
+    out = tmp_path / "out.gguf"
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    assert "no config.json" in refused("convert", bad, "-o", out)
+    (bad / "config.json").write_text("{")
+    assert "damaged" in refused("convert", bad, "-o", out)
+    (bad / "config.json").write_text('{"model_type": "qwen3"}')
+    assert "qwen3" in refused("convert", bad, "-o", out)
+    shutil.copy(checkpoint / "config.json", bad)
+    assert "no model.safetensors" in refused("convert", bad, "-o", out)
+    shards = {"weight_map": {"a": "model-00001-of-00002.safetensors",
+                             "b": "model-00002-of-00002.safetensors"}}
+    (bad / "model.safetensors.index.json").write_text(json.dumps(shards))
+    (bad / "model-00001-of-00002.safetensors").touch()
+    line = refused("convert", bad, "-o", out)
+    assert "lacks model-00002-of-00002.safetensors (1 of 2" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
+
+
+def test_a_checkpoint_that_upstreams_converter_refuses_is_refused_with_its_words(
+        tmp_path, checkpoint):
+    shutil.copytree(checkpoint, tmp_path / "no_tokenizer")
+    (tmp_path / "no_tokenizer" / "tokenizer.model").unlink()
+    line = refused("convert", tmp_path / "no_tokenizer", "-o", tmp_path / "out.gguf")
+    assert "llama.cpp's converter cannot convert" in line
+    assert len(line) < 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["no_tokenizer"]
+
+
+def test_options_that_cannot_work_are_refused_in_one_line(tmp_path, converted, smollm2):
+    src, out = converted[0], tmp_path / "out.gguf"
+    (tmp_path / "latin.txt").write_bytes("Straße".encode("latin-1") * 100)
+    (tmp_path / "few.txt").write_text("Too little to calibrate on.")
+    (tmp_path / "there.gguf").write_text("precious")
+    before = sorted(tmp_path.iterdir())
+    for words, arguments in {
+        "already has filters --force": [src, "-o", out],
+        "exists --force": [smollm2, "-o", tmp_path / "there.gguf"],
+        "input itself": [src, "-o", src, "--force"],
+        "does not exist; create it": [smollm2, "-o", tmp_path / "no" / "out.gguf"],
+        "is a folder": [smollm2, "-o", tmp_path],
+        "no text file": [smollm2, "-o", out, "--text", tmp_path / "none.txt"],
+        "not UTF-8": [smollm2, "-o", out, "--text", tmp_path / "latin.txt"],
+        "at least 256": [smollm2, "-o", out, "--text", tmp_path / "few.txt"],
+        "exclude each other": [smollm2, "-o", out, "--text", "a", "--dataset", "b"],
+        "unknown quantization Q4_K_X Q4_K_M": [smollm2, "-o", out, "--quantize", "Q4_K_X"],
+        "quantized already": [smollm2, "-o", out, "--quantize", "Q4_K_M"],
+        "--num-samples": [smollm2, "-o", out, "--num-samples", "0"],
+        "--output": [smollm2],
+    }.items():
+        line = refused("convert", *arguments)
+        assert all(word in line for word in words.split()), (words, line)
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "there.gguf").read_text() == "precious"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="it is installed")
+def test_a_dataset_without_the_package_for_it_is_refused_with_what_to_install(smollm2, tmp_path):
+    line = refused("convert", smollm2, "-o", tmp_path / "out.gguf", "--dataset", "user/name")
+    assert "pip install 'qfllama[dataset]'" in line
+
+
+def test_a_hub_id_that_cannot_be_reached_is_refused_with_the_cause(tmp_path):
+    nobody_listens = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "convert", "user/name", "-o", tmp_path / "out.gguf"],
+        env=os.environ | nobody_listens, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "user/name" in done.stderr
+    assert "refused" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("source", "moment"), [
+    ("checkpoint", "upstream's converter starts"),
+    ("checkpoint", "its file is there"),
+    ("gguf", "the model is loaded"),
+])
+def test_an_interrupted_conversion_leaves_nothing_behind(
+        source, moment, stop, code, request, tmp_path, smollm2):
+    src = request.getfixturevalue("checkpoint") if source == "checkpoint" else smollm2
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "convert", src, "-o", tmp_path / "out.gguf"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def under_way():
+        files = list(tmp_path.rglob("*"))
+        return len(files) == 2 if moment == "its file is there" else len(files) == 1
+
+    until = time.monotonic() + 60
+    while not under_way() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    assert under_way()
+    if moment != "its file is there":
+        time.sleep(1.0)
+    assert process.poll() is None
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []

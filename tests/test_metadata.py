@@ -1,0 +1,368 @@
+"""The qfilters.* metadata, written by us and read and re-created with gguf-py."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import gguf
+import numpy as np
+import pytest
+
+from qfllama import metadata
+from qfllama.config import QFilterError
+from qfllama.metadata import Filters
+
+N_LAYER, N_HEAD_KV, HEAD_DIM = 3, 2, 8
+
+
+def some_filters(seed=0, n_layer=N_LAYER, n_head_kv=N_HEAD_KV, head_dim=HEAD_DIM):
+    weight = np.random.default_rng(seed).normal(size=(n_layer, n_head_kv, head_dim))
+    return Filters(weight.astype(np.float32), list(range(n_layer)),
+                   {"text": "Straße, naïve", "tokens": 40960, "seed": 2**40},
+                   {"energy": np.full((n_layer, n_head_kv), 0.5, np.float32),
+                    "loss": np.arange(n_layer, dtype=np.float32)})
+
+
+def write_gguf(path, extra=lambda writer: None, alignment=None):
+    """A small file of gguf-py's own making: several tensor types, every sort of key."""
+    writer = gguf.GGUFWriter(path, "llama")
+    if alignment:
+        writer.add_custom_alignment(alignment)
+    writer.add_name("tiny")
+    writer.add_block_count(N_LAYER)
+    writer.add_context_length(128)
+    writer.add_embedding_length(4 * HEAD_DIM)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(N_HEAD_KV)
+    writer.add_token_list(["a", "bé", "", "d" * 100])
+    writer.add_array("some.bools", [True, False, True])
+    writer.add_array("some.floats", [1.5, -2.5])
+    writer.add_float64("some.double", 1 / 3)
+    writer.add_int64("some.long", -(2**40))
+    extra(writer)
+    random = np.random.default_rng(1)
+    writer.add_tensor("a.weight", random.normal(size=(3, 5)).astype(np.float32))
+    writer.add_tensor("b.weight", random.normal(size=(7,)).astype(np.float16))
+    quantized = gguf.quantize(random.normal(size=(4, 64)).astype(np.float32),
+                              gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("c.weight", quantized, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("d.weight", np.arange(11, dtype=np.int32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def filter_keys(leave_out=(), **changed):
+    """Adds valid qfilters.* keys with gguf-py's writer, with some left out or changed."""
+    weight = np.ones(N_LAYER * N_HEAD_KV * HEAD_DIM, np.float32).tolist()
+    keys = {"version": ("uint32", 1), "layer_count": ("uint32", N_LAYER),
+            "head_count_kv": ("uint32", N_HEAD_KV), "head_dim": ("uint32", HEAD_DIM),
+            "layers": ("array", [0, 1, 2]), "weight": ("array", weight)}
+    keys.update(changed)
+
+    def add(writer):
+        for key, (kind, value) in keys.items():
+            if key not in leave_out:
+                getattr(writer, f"add_{kind}")(f"qfilters.{key}", value)
+    return add
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_gguf(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("alignment", [None, 64, 8])
+def test_a_copy_with_filters_keeps_every_other_key_and_tensor_byte_for_byte(tmp_path, alignment):
+    src = write_gguf(tmp_path / "src.gguf", alignment=alignment)
+    before, digest = gguf.GGUFReader(src), sha256(src)
+    metadata.write(src, tmp_path / "dst.gguf", some_filters())
+    after = gguf.GGUFReader(tmp_path / "dst.gguf")
+
+    assert sha256(src) == digest
+    others = [name for name in after.fields if not name.startswith(("qfilters.", "GGUF."))]
+    assert others == [name for name in before.fields if not name.startswith("GGUF.")]
+    for name in others:
+        old, new = before.fields[name], after.fields[name]
+        assert old.types == new.types
+        assert [p.tobytes() for p in old.parts] == [p.tobytes() for p in new.parts]
+    assert len(before.tensors) == len(after.tensors) == 4
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        assert [p.tobytes() for p in old.field.parts] == [p.tobytes() for p in new.field.parts]
+        assert old.data.tobytes() == new.data.tobytes()
+    tail_before = src.read_bytes()[before.data_offset:]
+    assert (tmp_path / "dst.gguf").read_bytes()[after.data_offset:] == tail_before
+    assert after.data_offset % (alignment or 32) == 0
+
+
+def test_a_real_model_keeps_its_tensors_and_keys_byte_for_byte(smollm2, tmp_path):
+    shape = metadata.model_shape(smollm2)
+    filters = some_filters(0, shape.n_layer, shape.n_head_kv, shape.head_dim)
+    metadata.write(smollm2, tmp_path / "dst.gguf", filters)
+    before, after = gguf.GGUFReader(smollm2), gguf.GGUFReader(tmp_path / "dst.gguf")
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        assert (old.name, old.tensor_type, old.shape.tolist()) == (
+            new.name, new.tensor_type, new.shape.tolist())
+        assert (old.data == new.data).all()
+    assert all([p.tobytes() for p in before.fields[name].parts]
+               == [p.tobytes() for p in after.fields[name].parts]
+               for name in before.fields if not name.startswith("GGUF."))
+
+
+def test_filters_come_back_as_they_were_written(model, tmp_path):
+    filters = some_filters()
+    metadata.write(model, tmp_path / "dst.gguf", filters)
+    back = metadata.read(tmp_path / "dst.gguf")
+    assert back.weight.dtype == np.float32
+    np.testing.assert_array_equal(back.weight, filters.weight)
+    assert back.layers == filters.layers
+    assert back.calibration == filters.calibration
+    assert list(back.quality) == ["energy", "loss"]
+    np.testing.assert_array_equal(back.quality["energy"], filters.quality["energy"])
+    np.testing.assert_array_equal(back.quality["loss"], filters.quality["loss"])
+
+
+def test_gguf_py_reads_the_keys_with_the_types_of_the_schema(model, tmp_path):
+    filters = some_filters()
+    metadata.write(model, tmp_path / "dst.gguf", filters)
+    fields = gguf.GGUFReader(tmp_path / "dst.gguf").fields
+    kinds = gguf.GGUFValueType
+    expected = {
+        "version": ([kinds.UINT32], 1),
+        "layer_count": ([kinds.UINT32], N_LAYER),
+        "head_count_kv": ([kinds.UINT32], N_HEAD_KV),
+        "head_dim": ([kinds.UINT32], HEAD_DIM),
+        "layers": ([kinds.ARRAY, kinds.INT32], [0, 1, 2]),
+        "weight": ([kinds.ARRAY, kinds.FLOAT32], filters.weight.ravel().tolist()),
+        "calibration.text": ([kinds.STRING], "Straße, naïve"),
+        "calibration.tokens": ([kinds.INT64], 40960),
+        "quality.loss": ([kinds.ARRAY, kinds.FLOAT32], [0.0, 1.0, 2.0]),
+    }
+    for key, (types, value) in expected.items():
+        assert fields["qfilters." + key].types == types, key
+        assert fields["qfilters." + key].contents() == value, key
+
+
+def test_a_file_without_filters_reads_as_none(model):
+    assert metadata.read(model) is None
+
+
+def test_filters_that_gguf_py_wrote_are_read(tmp_path):
+    filters = metadata.read(write_gguf(tmp_path / "f.gguf", filter_keys()))
+    assert filters.weight.shape == (N_LAYER, N_HEAD_KV, HEAD_DIM)
+    assert (filters.weight == 1).all()
+
+
+def test_old_filters_are_replaced_only_with_force_and_completely(model, tmp_path):
+    once, twice, fresh = tmp_path / "once.gguf", tmp_path / "twice.gguf", tmp_path / "fresh.gguf"
+    old = some_filters(1)
+    old.calibration["only_in_the_old_one"] = 1
+    metadata.write(model, once, old)
+    with pytest.raises(QFilterError, match="--force"):
+        metadata.write(once, twice, some_filters(2))
+    assert not twice.exists()
+    metadata.write(once, twice, some_filters(2), force=True)
+    metadata.write(model, fresh, some_filters(2))
+    assert twice.read_bytes() == fresh.read_bytes()
+
+
+def test_the_shape_of_the_model_is_read_from_the_header(smollm2, model):
+    assert metadata.model_shape(smollm2) == metadata.ModelShape(
+        "llama", "Smollm2 135M 8k Lc100K Mix1 Ep2", 30, 9, 3, 64, 8192)
+    assert metadata.model_shape(model).head_dim == HEAD_DIM
+
+
+def test_head_counts_that_differ_between_layers_come_as_a_list(tmp_path):
+    def add(writer):
+        writer.add_array("llama.attention.head_count_kv_of_layers", [2, 1, 2])
+
+    path = write_gguf(tmp_path / "f.gguf", add)
+    data = path.read_bytes()
+    # the writer refuses to write a key twice: rename the uniform one away, ours to its name
+    data = data.replace(b"llama.attention.head_count_kv\x04", b"llama.attention.head_count_xx\x04")
+    long, short = b"llama.attention.head_count_kv_of_layers", b"llama.attention.head_count_kv"
+    at = data.index(long) - 8
+    data = (data[:at] + len(short).to_bytes(8, "little") + short + data[at + 8 + len(long):])
+    padding = len(long) - len(short)
+    start = gguf.GGUFReader(path).data_offset - padding
+    path.write_bytes(data[:start] + bytes(-start % 32) + data[start:])
+    shape = metadata.model_shape(path)
+    assert shape.n_head_kv == [2, 1, 2]
+    with pytest.raises(QFilterError, match="do not fit"):
+        metadata.check_fits(some_filters(), n_layer=3, n_head_kv=shape.n_head_kv, head_dim=8)
+
+
+def test_filters_of_another_model_are_refused_with_both_shapes(model, tmp_path):
+    message = re.escape("3 layers (up to layer 2) x 2 KV heads x 16, "
+                        "the model has 3 layers x 2 KV heads x 8")
+    with pytest.raises(QFilterError, match=message):
+        metadata.write(model, tmp_path / "dst.gguf", some_filters(head_dim=16))
+    fits = {"n_layer": N_LAYER, "n_head_kv": N_HEAD_KV, "head_dim": HEAD_DIM}
+    metadata.check_fits(some_filters(), **fits)
+    metadata.check_fits(some_filters(), **fits | {"n_head_kv": [2, 2, 2]})
+    for change in ({"n_layer": 2}, {"n_head_kv": 4}, {"n_head_kv": [2, 4, 2]}, {"head_dim": 4}):
+        with pytest.raises(QFilterError, match="do not fit"):
+            metadata.check_fits(some_filters(), **fits | change)
+
+
+def weights_with(value):
+    weight = np.ones(N_LAYER * N_HEAD_KV * HEAD_DIM, np.float32)
+    weight[:HEAD_DIM] = value
+    return {"weight": ("array", weight.tolist())}
+
+
+@pytest.mark.parametrize(("keys", "message"), [
+    (filter_keys(version=("uint32", 2)), "version 2.*upgrade"),
+    (filter_keys(leave_out=["weight"]), "weight is missing"),
+    (filter_keys(leave_out=["version"]), "version is missing"),
+    (filter_keys(version=("string", "1")), "version has the wrong type"),
+    (filter_keys(weight=("array", [1, 2, 3])), "weight has the wrong type"),
+    (filter_keys(head_dim=("uint32", 16)), r"48 numbers, its shape is \[3, 2, 16\]"),
+    (filter_keys(layers=("array", [0, 1])), "layers"),
+    (filter_keys(layers=("array", [0, 2, 1])), "layers"),
+    (filter_keys(**weights_with(float("nan"))), "NaN"),
+    (filter_keys(**weights_with(float("-inf"))), "NaN or infinite"),
+    (filter_keys(**weights_with(0.0)), "layer 0, KV head 0 is all zero"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_unusable_filters_are_refused(tmp_path, keys, message):
+    path = write_gguf(tmp_path / "f.gguf", keys)
+    with pytest.raises(QFilterError, match=message) as error:
+        metadata.read(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_unusable_filters_are_not_written(model, tmp_path, value):
+    filters = some_filters()
+    filters.weight[1, 1] = value
+    with pytest.raises(QFilterError):
+        metadata.write(model, tmp_path / "dst.gguf", filters)
+    assert not (tmp_path / "dst.gguf").exists()
+
+
+def test_every_truncation_of_a_file_is_refused_and_nothing_else_is_raised(tmp_path):
+    data = write_gguf(tmp_path / "f.gguf", filter_keys()).read_bytes()
+    n_data = gguf.GGUFReader(tmp_path / "f.gguf").data_offset
+    last = 11 * 4  # the last tensor's bytes; what follows is padding
+    end = data.rindex(np.arange(11, dtype=np.int32).tobytes()) + last
+    path = tmp_path / "part.gguf"
+    for length in [*range(0, n_data + 64, 7), end - 1]:
+        path.write_bytes(data[:length])
+        with pytest.raises(QFilterError, match="truncated|not a GGUF"):
+            metadata.read(path)
+    path.write_bytes(data[:end])
+    assert metadata.read(path) is not None
+
+
+def test_damaged_headers_never_end_in_a_traceback(tmp_path):
+    """Every third byte of the header in turn is set to 255: it is read, or refused in one line."""
+    data = bytearray(write_gguf(tmp_path / "f.gguf", filter_keys()).read_bytes())
+    n_header = gguf.GGUFReader(tmp_path / "f.gguf").data_offset
+    path, refusals = tmp_path / "damaged.gguf", []
+    for at in range(0, n_header, 3):
+        damaged = bytearray(data)
+        damaged[at] = 255
+        path.write_bytes(damaged)
+        try:
+            metadata.read(path)
+        except QFilterError as error:
+            refusals.append(str(error))
+    assert len(refusals) > n_header // 30
+    assert not any("\n" in line for line in refusals)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGU", b"PK\x03\x04 something else", b"GGUF"])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "f.gguf"
+    path.write_bytes(content)
+    with pytest.raises(QFilterError, match="not a GGUF|truncated"):
+        metadata.read(path)
+    with pytest.raises(QFilterError, match="No such file"):
+        metadata.read(tmp_path / "missing.gguf")
+
+
+def test_the_input_is_never_the_output(model, tmp_path):
+    (tmp_path / "symlink.gguf").symlink_to(model)
+    os.link(model, tmp_path / "hardlink.gguf")
+    digest = sha256(model)
+    for dst in (model, tmp_path / "symlink.gguf", tmp_path / "hardlink.gguf"):
+        with pytest.raises(QFilterError, match="the input itself"):
+            metadata.write(model, dst, some_filters(), force=True)
+    assert sha256(model) == digest
+
+
+def test_an_existing_output_is_replaced_only_with_force(model, tmp_path):
+    dst = tmp_path / "dst.gguf"
+    dst.write_bytes(b"precious")
+    with pytest.raises(QFilterError, match="--force"):
+        metadata.write(model, dst, some_filters())
+    assert dst.read_bytes() == b"precious"
+    metadata.write(model, dst, some_filters(), force=True)
+    assert metadata.read(dst) is not None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_write_leaves_the_folder_as_it_was(model, tmp_path, error):
+    dst = tmp_path / "dst.gguf"
+    dst.write_bytes(b"precious")
+    before = sorted(tmp_path.iterdir())
+
+    def interrupt(done, total):
+        assert sorted(tmp_path.iterdir()) != before  # the new file is under way
+        raise error
+
+    with pytest.raises(error):
+        metadata.write(model, dst, some_filters(), force=True, progress=interrupt)
+    assert sorted(tmp_path.iterdir()) == before
+    assert dst.read_bytes() == b"precious"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file size limits there")
+def test_a_disk_that_fills_up_leaves_the_folder_as_it_was(model, tmp_path):
+    program = textwrap.dedent("""
+        import resource, sys, numpy as np
+        from qfllama import config, metadata
+        filters = metadata.Filters(np.ones((3, 2, 8), np.float32), [0, 1, 2])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            metadata.write(sys.argv[1], sys.argv[2], filters)
+        except config.QFilterError as error:
+            sys.exit(str(error))
+    """)
+    before = sorted(tmp_path.iterdir())
+    done = subprocess.run([sys.executable, "-c", program, model, tmp_path / "dst.gguf"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("cannot write")
+    assert "File too large" in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_too_little_room_is_noticed_before_writing(model, tmp_path, monkeypatch):
+    before = sorted(tmp_path.iterdir())
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(QFilterError, match="not enough space"):
+        metadata.write(model, tmp_path / "dst.gguf", some_filters(),
+                       progress=lambda *_: pytest.fail("wrote already"))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_progress_goes_up_to_the_size_of_the_file(smollm2, tmp_path):
+    seen = []
+    metadata.write(smollm2, tmp_path / "dst.gguf", some_filters(0, 30, 3, 64),
+                   progress=lambda done, total: seen.append((done, total)))
+    size = (tmp_path / "dst.gguf").stat().st_size
+    assert seen[-1] == (size, size)
+    assert len(seen) > 3
+    assert seen == sorted(seen)
