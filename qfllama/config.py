@@ -8,6 +8,7 @@ POLICIES = ("qfilters", "knorm", "streaming")
 """How a cached key is scored, in the order of `enum llama_qfilter_policy`."""
 
 MIN_INTERVAL, MAX_INTERVAL = 64, 512
+MAX_LENGTH = 1 << 30
 
 
 class QFilterError(ValueError):
@@ -49,10 +50,13 @@ class QFilterConfig:
             raise QFilterError(
                 f"unknown policy {self.policy!r}: choose one of {', '.join(POLICIES)}"
             )
+        if self.max_length > MAX_LENGTH:
+            raise QFilterError(f"max_length {self.max_length} is too large: use <= {MAX_LENGTH}")
         for name, least in (("max_length", 1), ("window_length", 0), ("sinks", 0), ("interval", 1)):
             if getattr(self, name) < least:
                 raise QFilterError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        needed = self.sinks + self.window_length + self.interval
+        # the newest position always stays: decoding goes on from it
+        needed = self.sinks + max(1, self.window_length) + self.interval
         if self.max_length < needed:
             raise QFilterError(
                 f"max_length {self.max_length} is too small for sinks {self.sinks} + "

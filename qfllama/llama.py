@@ -108,7 +108,8 @@ class Llama(llama_cpp.Llama):
         if not kwargs.setdefault("flash_attn", True):
             raise QFilterError("qfilters needs Flash Attention: leave out flash_attn=False")
         n_ctx = kwargs.setdefault("n_ctx", 512)
-        if n_ctx == 0 or config.max_length < n_ctx:
+        n_ctx_padded = -(-n_ctx // 256) * 256  # as llama.cpp does: the cache may be full before it
+        if n_ctx == 0 or config.max_length < n_ctx_padded:
             for name in ("n_batch", "n_ubatch"):
                 if kwargs.setdefault(name, config.interval) > config.interval:
                     raise QFilterError(
@@ -224,15 +225,41 @@ class Llama(llama_cpp.Llama):
         """
         self._need_bound()
         n_cells = self.qfilter_stats()["cells_used"]
+        if n_cells == 0:
+            return np.empty((0, 0), dtype=np.uint8), np.empty((0, 0), dtype=np.uint8)
         result = []
         for is_v in (False, True):
             size = native.rows(self._ctx.ctx, 0, layer, is_v, None, 0)
-            if size == 0 and n_cells > 0:
+            if size == 0:
                 raise QFilterError(f"no layer {layer}: check the number")
             out = np.empty(size, dtype=np.uint8)
             native.rows(self._ctx.ctx, 0, layer, is_v, out.ctypes.data, size)
             result.append(out.reshape(n_cells, -1))
         return result[0], result[1]
+
+    def eval(self, tokens):
+        """As upstream; after a failure no token counts as read that the cache doesn't hold."""
+        try:
+            super().eval(tokens)
+        except RuntimeError:
+            if self.qfilter_config is not None:
+                memory = llama_cpp.llama_get_memory(self.ctx)
+                held = llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1
+                self.n_tokens = min(self.n_tokens, held)
+                self._requires_eval = True
+            raise
+
+    def load_state(self, state):
+        """As upstream; a state that is refused leaves an empty cache.
+
+        Raises:
+            RuntimeError: the state was saved with other filters, another policy or other sizes.
+        """
+        try:
+            super().load_state(state)
+        except RuntimeError:
+            self.reset()
+            raise
 
     def __getstate__(self):
         return super().__getstate__() | {"qfilters": self.qfilter_config}

@@ -252,6 +252,103 @@ def test_a_state_of_other_sizes_or_without_a_bound_is_refused(make, tokens):
             target.load_state(source.save_state())
 
 
+def test_other_sequence_ids_touch_nothing(make, tokens):
+    llm = make()
+    decode(llm, tokens[:320], 64)
+    mem = llama_cpp.llama_get_memory(llm.ctx)
+    before = [llm.kept_positions(5, head).tolist() for head in range(N_HEAD_KV)]
+    assert llama_cpp.llama_memory_seq_rm(mem, 1, -1, -1)
+    llama_cpp.llama_memory_seq_keep(mem, 1)
+    llama_cpp.llama_memory_seq_cp(mem, 0, 1, -1, -1)
+    llama_cpp.llama_memory_seq_add(mem, 0, 250, -1, -10)
+    assert not llama_cpp.llama_memory_can_shift(mem)
+    assert [llm.kept_positions(5, head).tolist() for head in range(N_HEAD_KV)] == before
+    assert not llama_cpp.llama_memory_seq_rm(mem, 0, 100, -1)
+
+
+def test_sequences_of_one_context_evict_on_their_own(make, smollm2, tokens):
+    """Two streams; the second one's logits are those it has alone."""
+    alone = make()
+    expected = decode(alone, tokens[1000:1500], 50)
+
+    model = make()._model
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_seq_max, params.n_batch, params.n_ubatch = 16384, 2, 64, 64
+    params.n_threads = params.n_threads_batch = 2
+    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    context = BoundedContext(model=model, params=params, verbose=False, config=SMALL, weight={})
+    batch = llama_cpp.llama_batch_init(64, 0, 1)
+
+    def eval_chunk(seq_id, start, chunk):
+        batch.n_tokens = len(chunk)
+        for i, token in enumerate(chunk):
+            batch.token[i], batch.pos[i] = token, start + i
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, seq_id
+            batch.logits[i] = i == len(chunk) - 1
+        assert llama_cpp.llama_decode(context.ctx, batch) == 0
+
+    for i in range(0, 500, 50):
+        eval_chunk(0, i, tokens[i : i + 40] + [7] * 10)
+        eval_chunk(1, i, tokens[1000 + i : 1050 + i])
+        pointer = llama_cpp.llama_get_logits_ith(context.ctx, -1)
+        logits = np.ctypeslib.as_array(pointer, shape=(len(expected[0]),))
+        np.testing.assert_array_equal(logits, expected[i // 50])
+    llama_cpp.llama_batch_free(batch)
+    stats = native.Stats(struct_size=ctypes.sizeof(native.Stats))
+    native.get_stats(context.ctx, ctypes.byref(stats))
+    assert stats.n_evictions == 2 * alone.qfilter_stats()["evictions"]
+    context.close()
+
+
+def test_compressing_after_a_cut_remembers_the_true_positions(make, tokens):
+    llm = make()
+    decode(llm, tokens[:320], 64)  # positions before 192 are compacted
+    mem = llama_cpp.llama_get_memory(llm.ctx)
+    assert llama_cpp.llama_memory_seq_rm(mem, 0, 200, -1)
+    rows = head_rows(llm, 11, "f16")
+    kept = [llm.kept_positions(11, head).tolist() for head in range(N_HEAD_KV)]
+    assert native.compress(llm.ctx, 0, 100) == 0
+    assert native.compress(llm.ctx, 0, 100) == 1, "nothing to do"
+    assert native.compress(llm.ctx, 0, 67) < 0, "less than sinks and window"
+    for head in range(N_HEAD_KV):
+        left = llm.kept_positions(11, head).tolist()
+        assert len(left) == 100
+        assert left[-64:] == kept[head][-64:], "the window is the last 64 rows of this head"
+        assert set(left) <= set(kept[head])
+    for key, row in head_rows(llm, 11, "f16").items():
+        assert rows[key] == row
+    assert not llama_cpp.llama_memory_seq_rm(mem, 0, 191, -1)
+
+
+def test_a_refused_state_leaves_an_empty_cache_that_works(make, tokens):
+    llm = make()
+    decode(llm, tokens[:200], 50)
+    state = make(QFilterConfig(max_length=512, policy="knorm")).save_state()
+    with pytest.raises(RuntimeError):
+        llm.load_state(state)
+    assert llm.n_tokens == 0
+    fresh = make()
+    for model in (llm, fresh):
+        model.eval(tokens[:50])
+    np.testing.assert_array_equal(last_logits(llm), last_logits(fresh))
+
+
+def test_a_bound_as_large_as_an_n_ctx_that_llama_cpp_pads_works(make, tokens):
+    llm = make(QFilterConfig(max_length=1000, policy="knorm"), n_ctx=1000)
+    assert llm.n_batch == 250
+    decode(llm, tokens[:1000], 250)
+    assert llm.qfilter_stats()["evictions"] == 0
+
+
+def test_an_empty_cache_can_be_looked_at_and_cut(make):
+    llm = make()
+    assert llm.kept_positions(0, 0).tolist() == []
+    assert [rows.size for rows in llm.cached_rows(0)] == [0, 0]
+    mem = llama_cpp.llama_get_memory(llm.ctx)
+    assert llama_cpp.llama_memory_seq_rm(mem, 0, 5, 10)
+    assert llama_cpp.llama_memory_seq_rm(mem, -1, -1, -1)
+
+
 def test_positions_end_at_n_ctx(make, tokens):
     llm = make(n_ctx=512)
     decode(llm, tokens[:512], 64)

@@ -107,11 +107,13 @@ llama_qfilter::llama_qfilter(llama_kv_cache & kv, const llama_cparams & cparams,
     n_cells(std::min(params.n_cells, cparams.n_ctx_seq)), n_keep(params.n_keep), n_sink(params.n_sink), n_window(params.n_window),
     flags(params.flags), policy(llama_qfilter_policy_check(params.policy)) {
 
-    GGML_ASSERT(!kv.v_trans);
+    if (kv.v_trans) {
+        throw std::runtime_error("qfilter: Flash Attention is off for this model: the V cache is stored transposed");
+    }
 
     if (n_cells < n_ctx_seq) {
-        if (params.n_keep < params.n_sink + params.n_window || params.n_keep >= params.n_cells) {
-            throw std::runtime_error(format("qfilter: n_keep (%u) must be at least n_sink (%u) + n_window (%u) and less than n_cells (%u)",
+        if (n_keep < n_keep_min() || n_keep >= n_cells) {
+            throw std::runtime_error(format("qfilter: n_keep (%u) must be at least n_sink (%u) + n_window (%u, at least 1) and less than n_cells (%u)",
                         n_keep, n_sink, n_window, n_cells));
         }
 
@@ -136,6 +138,10 @@ uint32_t llama_qfilter::n_head_kv(int32_t ikv) const {
 
 uint32_t llama_qfilter::head_dim(const ggml_tensor * t, int32_t ikv) const {
     return t->ne[0]/n_head_kv(ikv);
+}
+
+uint32_t llama_qfilter::n_keep_min() const {
+    return n_sink + std::max(1u, n_window); // the newest position has to stay: batches go on from it
 }
 
 bool llama_qfilter::needs_scores() const {
@@ -170,6 +176,10 @@ void llama_qfilter::load_filters(const llama_qfilter_params & params) {
     for (size_t ikv = 0; ikv < kv.layers.size(); ++ikv) {
         const uint32_t il = kv.layers[ikv].il;
         const size_t   n  = kv.layers[ikv].k->ne[0];
+
+        if (n == 0) {
+            continue; // no attention in this layer
+        }
 
         const float * src = params.filters && il < params.n_filters ? params.filters[il] : nullptr;
         if (!src) {
@@ -211,8 +221,12 @@ void llama_qfilter::init(llama_context * lctx) {
     const int n_backends = ggml_backend_sched_get_n_backends(sched);
 
     for (int32_t ikv = 0; ikv < (int32_t) kv.layers.size(); ++ikv) {
-        const auto * buffer = kv.layers[ikv].k->buffer;
-        const auto   dev    = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(const_cast<ggml_backend_buffer *>(buffer)));
+        if (n_head_kv(ikv) == 0) {
+            continue;
+        }
+
+        auto * buffer = kv.layers[ikv].k->buffer;
+        auto * dev    = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
 
         // plain CPU buffers name no device: the CPU is the scheduler's last backend
         ggml_backend_t backend = ggml_backend_sched_get_backend(sched, n_backends - 1);
@@ -227,7 +241,7 @@ void llama_qfilter::init(llama_context * lctx) {
         if (it == workers.end()) {
             worker w;
             w.backend  = backend;
-            w.on_host  = ggml_backend_buffer_is_host(const_cast<ggml_backend_buffer *>(buffer)) && !(flags & LLAMA_QFILTER_FLAG_GRAPH_GATHER);
+            w.on_host  = ggml_backend_buffer_is_host(buffer) && !(flags & LLAMA_QFILTER_FLAG_GRAPH_GATHER);
             w.per_head = true;
             w.galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)));
 
@@ -346,12 +360,61 @@ void llama_qfilter::init_worker(worker & w) {
         if (!ggml_gallocr_reserve(w.galloc.get(), gf)) {
             throw std::runtime_error(format("qfilter: no memory to move rows on %s", name));
         }
+
+        test_worker(w);
+    }
+}
+
+// a device that copies integers as floats may change bits: try it on those that are NaN or denormal as floats
+void llama_qfilter::test_worker(worker & w) {
+    const uint32_t rows[4][4] = {
+        { 0x00000001, 0x007fffff, 0x80000001, 0x807fffff },
+        { 0x7f800001, 0xff800001, 0x7fc00001, 0xffffffff },
+        { 0x00000000, 0x80000000, 0x00010001, 0x7fffffff },
+        { 0x3f800000, 0x12345678, 0x00008000, 0x0000ffff },
+    };
+    const int32_t order[4] = { 3, 1, 0, 2 };
+
+    ggml_context_ptr ctx_t(ggml_init({ 2*ggml_tensor_overhead(), nullptr, true }));
+
+    ggml_tensor * src = ggml_new_tensor_2d(ctx_t.get(), GGML_TYPE_I32, 4, 4);
+    ggml_tensor * idx = ggml_new_tensor_1d(ctx_t.get(), GGML_TYPE_I32, 4);
+
+    auto * buft = ggml_backend_buffer_get_type(kv.layers[w.ikvs[0]].k->buffer);
+
+    ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors_from_buft(ctx_t.get(), buft));
+    if (!buf) {
+        throw std::runtime_error(format("qfilter: no memory to move rows on %s", ggml_backend_name(w.backend)));
+    }
+
+    ggml_backend_tensor_set(src, rows,  0, sizeof(rows));
+    ggml_backend_tensor_set(idx, order, 0, sizeof(order));
+
+    auto ctx = new_context(LLAMA_QFILTER_MAX_TENSORS);
+
+    auto * gf = ggml_new_graph_custom(ctx.get(), LLAMA_QFILTER_MAX_TENSORS, false);
+    ggml_build_forward_expand(gf, ggml_cpy(ctx.get(), ggml_get_rows(ctx.get(), src, idx), src));
+
+    uint32_t moved[4][4] = {};
+
+    if (ggml_gallocr_alloc_graph(w.galloc.get(), gf) && ggml_backend_graph_compute(w.backend, gf) == GGML_STATUS_SUCCESS) {
+        ggml_backend_tensor_get(src, moved, 0, sizeof(moved));
+    }
+
+    for (int i = 0; i < 4; ++i) {
+        if (memcmp(moved[i], rows[order[i]], sizeof(rows[0])) != 0) {
+            throw std::runtime_error(format("qfilter: %s does not move rows bit by bit", ggml_backend_name(w.backend)));
+        }
     }
 }
 
 //
 // hooks of llama_kv_cache
 //
+
+bool llama_qfilter::has(llama_seq_id seq_id) const {
+    return seq_id >= 0 && (size_t) seq_id < streams.size();
+}
 
 bool llama_qfilter::fits(const std::vector<llama_ubatch> & ubatches) {
     std::vector<uint32_t> n_new(streams.size(), 0);
@@ -388,16 +451,26 @@ void llama_qfilter::clear() {
 }
 
 bool llama_qfilter::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    if (seq_id >= 0 && !has(seq_id)) {
+        return true; // no cells to remove
+    }
+
+    if (p0 < 0) {
+        p0 = 0;
+    }
+
     if (p1 < 0) {
         p1 = std::numeric_limits<llama_pos>::max();
     }
 
     // every sequence has a stream of its own; -1 matches all of them
-    const size_t is0 = seq_id < 0 ? 0              : kv.seq_to_stream[seq_id];
+    const size_t is0 = seq_id < 0 ? 0              : seq_id;
     const size_t is1 = seq_id < 0 ? streams.size() : is0 + 1;
 
     const auto is_whole = [&](size_t is) {
-        return p0 <= kv.v_cells[is].seq_pos_min(is) && p1 > kv.v_cells[is].seq_pos_max(is);
+        const auto & cells = kv.v_cells[is];
+
+        return cells.get_used() == 0 || (p0 <= cells.seq_pos_min(is) && p1 > cells.seq_pos_max(is));
     };
 
     for (size_t is = is0; is < is1; ++is) {
@@ -417,32 +490,38 @@ bool llama_qfilter::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 }
 
 bool llama_qfilter::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
-    const auto is0 = kv.seq_to_stream[seq_id_src];
-    const auto is1 = kv.seq_to_stream[seq_id_dst];
+    if (!has(seq_id_src) || !has(seq_id_dst)) {
+        LLAMA_LOG_ERROR("%s: no sequence %d or %d: raise n_seq_max\n", __func__, seq_id_src, seq_id_dst);
+        return false;
+    }
 
-    if (is0 == is1) {
+    if (seq_id_src == seq_id_dst) {
         return true;
     }
 
-    const auto & cells = kv.v_cells[is0];
+    const auto & cells = kv.v_cells[seq_id_src];
 
-    if (p0 > cells.seq_pos_min(seq_id_src) || (p1 >= 0 && p1 <= cells.seq_pos_max(seq_id_src))) {
+    if (cells.get_used() > 0 && (p0 > cells.seq_pos_min(seq_id_src) || (p1 >= 0 && p1 <= cells.seq_pos_max(seq_id_src)))) {
         LLAMA_LOG_ERROR("%s: a bounded cache copies whole sequences only, not [%d, %d)\n", __func__, p0, p1);
         return false;
     }
 
-    streams[is1] = streams[is0];
+    streams[seq_id_dst] = streams[seq_id_src];
 
     return true;
 }
 
 void llama_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
+    if (seq_id != -1 && !has(seq_id)) {
+        throw std::runtime_error(format("no sequence %d", seq_id));
+    }
+
     const uint32_t head[] = { LLAMA_QFILTER_STATE_MAGIC, LLAMA_QFILTER_STATE_VERSION, n_cells, n_keep, n_sink, n_window, (uint32_t) policy, n_head_all };
 
     io.write(head, sizeof(head));
     io.write(&filters_hash, sizeof(filters_hash));
 
-    const uint32_t is0 = seq_id < 0 ? 0              : kv.seq_to_stream[seq_id];
+    const uint32_t is0 = seq_id < 0 ? 0              : seq_id;
     const uint32_t is1 = seq_id < 0 ? streams.size() : is0 + 1;
     const uint32_t ns  = is1 - is0;
 
@@ -459,6 +538,10 @@ void llama_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_id) cons
 }
 
 void llama_qfilter::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
+    if (seq_id != -1 && !has(seq_id)) {
+        throw std::runtime_error(format("no sequence %d", seq_id));
+    }
+
     uint32_t head[8];
     uint64_t hash;
     uint32_t ns;
@@ -500,10 +583,24 @@ void llama_qfilter::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         st.pos.resize((size_t) n_head_all*st.n);
         io.read(st.pos.data(), st.pos.size()*sizeof(llama_pos));
     }
+
+    // upstream leaves the old cells when the state has none
+    kv.seq_rm(seq_id, -1, -1);
 }
 
 void llama_qfilter::state_apply(llama_seq_id seq_id) {
-    const size_t is0 = seq_id < 0 ? 0 : kv.seq_to_stream[seq_id];
+    const size_t is0 = seq_id < 0 ? 0 : seq_id;
+
+    for (size_t i = 0; i < staged.size(); ++i) {
+        const auto & st = staged[i];
+        const auto & sp = kv.v_cells[is0 + i].seq_pos_get(is0 + i);
+
+        const auto n = std::count_if(sp.begin(), sp.end(), [&](const auto & cell) { return cell.first >= st.p0 && cell.first < st.p1; });
+        if (n != st.n) {
+            kv.seq_rm(seq_id, -1, -1);
+            throw std::runtime_error("the state is damaged");
+        }
+    }
 
     for (size_t i = 0; i < staged.size(); ++i) {
         streams[is0 + i] = std::move(staged[i]);
@@ -594,31 +691,27 @@ ggml_cgraph * llama_qfilter::build_gather_graph(
 int32_t llama_qfilter::evict(llama_context * lctx) {
     int32_t res = 0;
 
-    for (size_t is = 0; is < streams.size(); ++is) {
-        if (streams[is].n_lack == 0) {
-            continue;
+    for (size_t is = 0; is < streams.size() && res >= 0 && res != 2; ++is) {
+        if (streams[is].n_lack > 0) {
+            const int32_t ret = compact(lctx, is, n_keep);
+            res = ret == 0 ? res : ret;
         }
-        streams[is].n_lack = 0;
+    }
 
-        const int32_t ret = compact(lctx, is, n_keep);
-        if (ret < 0 || ret == 2) {
-            return ret;
-        }
-        if (ret == 1) {
-            res = 1;
-        }
+    for (auto & st : streams) {
+        st.n_lack = 0;
     }
 
     return res;
 }
 
 int32_t llama_qfilter::compress(llama_context * lctx, llama_seq_id seq_id, uint32_t n_keep) {
-    if (seq_id < 0 || (size_t) seq_id >= streams.size()) {
+    if (!has(seq_id)) {
         LLAMA_LOG_ERROR("%s: no sequence %d\n", __func__, seq_id);
         return -1;
     }
-    if (n_keep < n_sink + n_window) {
-        LLAMA_LOG_ERROR("%s: n_keep (%u) must be at least n_sink (%u) + n_window (%u)\n", __func__, n_keep, n_sink, n_window);
+    if (n_keep < n_keep_min()) {
+        LLAMA_LOG_ERROR("%s: n_keep (%u) must be at least n_sink (%u) + n_window (%u, at least 1)\n", __func__, n_keep, n_sink, n_window);
         return -1;
     }
 
@@ -635,7 +728,7 @@ llama_pos llama_qfilter::true_pos(const stream & st, uint32_t ih, llama_pos pos,
 
 // what evict() returns; without room to make: 0
 int32_t llama_qfilter::compact(llama_context * lctx, llama_seq_id seq_id, uint32_t n_keep) {
-    const uint32_t is = kv.seq_to_stream[seq_id];
+    const uint32_t is = seq_id;
 
     const auto & cells = kv.v_cells[is];
 
@@ -835,10 +928,8 @@ bool llama_qfilter::gather_graph(worker & w, uint32_t is, uint32_t n_rows, const
 
 // rows: ranks in order
 void llama_qfilter::update_cells(llama_seq_id seq_id, const std::vector<uint32_t> & order, uint32_t n_keep, const std::vector<rows_t> & rows) {
-    const uint32_t is = kv.seq_to_stream[seq_id];
-
-    auto & cells = kv.v_cells[is];
-    auto & st    = streams[is];
+    auto & cells = kv.v_cells[seq_id];
+    auto & st    = streams[seq_id];
 
     const uint32_t n      = order.size();
     const uint32_t n_best = n_keep - n_sink - n_window;
@@ -851,21 +942,27 @@ void llama_qfilter::update_cells(llama_seq_id seq_id, const std::vector<uint32_t
         r0++;
     }
 
+    // after a cut, the window may reach into the rows that an earlier eviction left: they stay in the table
+    uint32_t n_tab = n_best;
+    while (n_sink + n_tab < n_keep && pos_of(n - n_keep + n_sink + n_tab) < st.p1) {
+        n_tab++;
+    }
+
     stream st_new;
 
     st_new.p0 = pos_of(n_sink);
-    st_new.p1 = pos_of(n - n_window - 1) + 1;
-    st_new.n  = n_best;
-    st_new.pos.resize((size_t) n_head_all*n_best);
+    st_new.p1 = std::max(st.p1, pos_of(n - n_window - 1) + 1);
+    st_new.n  = n_tab;
+    st_new.pos.resize((size_t) n_head_all*n_tab);
 
     for (size_t ikv = 0; ikv < rows.size(); ++ikv) {
         for (uint32_t ih = 0; ih < rows[ikv].size(); ++ih) {
             const uint32_t ih_all = head_offs[ikv] + ih;
 
-            for (uint32_t i = 0; i < n_best; ++i) {
+            for (uint32_t i = 0; i < n_tab; ++i) {
                 const uint32_t rank = rows[ikv][ih][n_sink + i];
 
-                st_new.pos[(size_t) ih_all*n_best + i] = true_pos(st, ih_all, pos_of(rank), rank - r0);
+                st_new.pos[(size_t) ih_all*n_tab + i] = true_pos(st, ih_all, pos_of(rank), rank - r0);
             }
         }
     }
@@ -886,7 +983,7 @@ void llama_qfilter::update_cells(llama_seq_id seq_id, const std::vector<uint32_t
     }
     cells.set(dst, cells_new);
 
-    kv.v_heads[is] = n_keep;
+    kv.v_heads[seq_id] = n_keep;
 
     st = std::move(st_new);
 }
@@ -898,11 +995,11 @@ void llama_qfilter::update_cells(llama_seq_id seq_id, const std::vector<uint32_t
 int32_t llama_qfilter::kept(llama_seq_id seq_id, int32_t il, int32_t ih, llama_pos * out, size_t capacity) const {
     const auto it = kv.map_layer_ids.find(il);
 
-    if (seq_id < 0 || (size_t) seq_id >= streams.size() || it == kv.map_layer_ids.end() || ih < 0 || ih >= (int32_t) n_head_kv(it->second)) {
+    if (!has(seq_id) || it == kv.map_layer_ids.end() || ih < 0 || ih >= (int32_t) n_head_kv(it->second)) {
         return -1;
     }
 
-    const auto & st = streams[kv.seq_to_stream[seq_id]];
+    const auto & st = streams[seq_id];
 
     size_t   n    = 0;
     uint32_t rank = 0; // among the rows that an eviction left
@@ -925,14 +1022,16 @@ int32_t llama_qfilter::kept(llama_seq_id seq_id, int32_t il, int32_t ih, llama_p
 size_t llama_qfilter::rows(llama_context * lctx, llama_seq_id seq_id, int32_t il, bool is_v, void * out, size_t size) const {
     const auto it = kv.map_layer_ids.find(il);
 
-    if (seq_id < 0 || (size_t) seq_id >= streams.size() || it == kv.map_layer_ids.end()) {
+    if (!has(seq_id) || it == kv.map_layer_ids.end()) {
         return 0;
     }
+
+    lctx->memory_update(false); // pending copies
 
     const auto & layer = kv.layers[it->second];
     const auto & order = kv.get_cells(seq_id).seq_pos_get(seq_id);
 
-    ggml_tensor * t = is_v ? layer.v_stream[kv.seq_to_stream[seq_id]] : layer.k_stream[kv.seq_to_stream[seq_id]];
+    ggml_tensor * t = is_v ? layer.v_stream[seq_id] : layer.k_stream[seq_id];
 
     const size_t n_bytes = order.size()*t->nb[1];
 
@@ -1024,6 +1123,9 @@ static std::string llama_qfilter_refusal(const llama_model & model, const llama_
     const auto & hparams = model.hparams;
     const auto   arch    = model.arch_name();
 
+    if (hparams.vocab_only) {
+        return "the model was loaded with vocab_only: there is nothing to run";
+    }
     if (llama_model_has_encoder(&model) || !hparams.causal_attn) {
         return arch + " models are encoders: there is no cache that grows";
     }
@@ -1041,6 +1143,9 @@ static std::string llama_qfilter_refusal(const llama_model & model, const llama_
     }
     if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
         return arch + " models use ALiBi: the distance to every key would have to be known per head";
+    }
+    if (hparams.router_layer >= 0) {
+        return arch + " models route by a layer of the cache: it must not be evicted";
     }
     if (hparams.n_pos_per_embd() > 1) {
         return arch + " models use multi-dimensional positions (M-RoPE): not supported";
@@ -1076,6 +1181,10 @@ llama_context * llama_init_from_model(llama_model * model, llama_context_params 
 }
 
 llama_context * llama_qfilter_init_from_model(llama_model * model, llama_context_params cparams, const llama_qfilter_params * params) {
+    if (!model) {
+        LLAMA_LOG_ERROR("%s: model cannot be NULL\n", __func__);
+        return nullptr;
+    }
     if (!params || params->struct_size != sizeof(llama_qfilter_params)) {
         LLAMA_LOG_ERROR("%s: the parameters are of another version of qfilter.h\n", __func__);
         return nullptr;

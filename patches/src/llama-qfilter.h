@@ -39,6 +39,9 @@ public:
     // called by llama_kv_cache
     //
 
+    // does the cache have a place for this sequence?
+    bool has(llama_seq_id seq_id) const;
+
     // is there room for these ubatches? remembers which streams lack it
     bool fits(const std::vector<llama_ubatch> & ubatches);
 
@@ -129,6 +132,7 @@ private:
 
     void load_filters(const llama_qfilter_params & params);
     void init_worker(worker & w);
+    void test_worker(worker & w);
 
     ggml_context_ptr new_context(size_t n_tensors);
 
@@ -139,6 +143,8 @@ private:
             std::vector<ggml_tensor *> & idxs) const;
 
     bool needs_scores() const;
+
+    uint32_t n_keep_min() const;
 
     int32_t compact(llama_context * lctx, llama_seq_id seq_id, uint32_t n_keep);
 

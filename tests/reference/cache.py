@@ -1,0 +1,249 @@
+"""The bounded KV cache: what is kept when the next chunk does not fit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+
+# ---- policies: score(keys [n, head_dim] float64, filter [head_dim] or None) -> [n], large = keep
+
+
+def score_qfilters(keys: np.ndarray, filter: np.ndarray) -> np.ndarray:
+    """Projection of the key on its head's filter."""
+    return keys @ filter
+
+
+def score_knorm(keys: np.ndarray, filter: None = None) -> np.ndarray:
+    """Minus the L2 norm of the key."""
+    return -np.sqrt((keys**2).sum(-1))
+
+
+def score_streaming(keys: np.ndarray, filter: None = None) -> np.ndarray:
+    """All alike: the newest win."""
+    return np.zeros(len(keys))
+
+
+POLICIES = {"qfilters": score_qfilters, "knorm": score_knorm, "streaming": score_streaming}
+
+
+# ---- selection, the same for all policies
+
+
+def select(
+    scores: np.ndarray, positions: np.ndarray, n_keep: int, sinks: int, window_length: int
+) -> np.ndarray:
+    """Which n_keep of one head's rows stay: their indices, ascending by position.
+
+    scores, positions: [n], positions distinct. The first `sinks` and the last `window_length`
+    rows by position stay; of the rest the best by score, on a tie the newest; NaN is the worst.
+    """
+    by_position = np.argsort(positions)
+    n = len(by_position)
+    candidates = by_position[sinks : n - window_length]
+    value = np.where(np.isnan(scores), -np.inf, scores)[candidates]
+    best_first = candidates[np.lexsort((-positions[candidates], -value))]
+    best = best_first[: n_keep - sinks - window_length]
+    kept = np.concatenate([by_position[:sinks], best, by_position[n - window_length :]])
+    return kept[np.argsort(positions[kept])]
+
+
+# ---- how rows are stored: [..., head_dim] float32 in, what the cache gives back out
+
+
+def rotate(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [..., 64] times the orthonormal Hadamard matrix, which is its own inverse.
+
+    llama.cpp does this to K and V before it quantizes a cache whose head_dim is a multiple of 64.
+    ValueError for another head_dim (its K is rotated by a larger matrix if one fits).
+    """
+    if rows.shape[-1] != 64:
+        raise ValueError("a quantized cache is implemented for head_dim 64 only")
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) < 64:
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard)
+    return rows @ (hadamard / 8)
+
+
+def store_q8_0(rows: torch.Tensor) -> torch.Tensor:
+    """Rotated, as blocks of Q8_0, rotated back. llama.cpp leaves the rows rotated and rotates
+    queries and the attention's output instead: the same."""
+    blocks = quantize(rotate(rows).numpy(), GGMLQuantizationType.Q8_0)
+    return rotate(torch.from_numpy(dequantize(blocks, GGMLQuantizationType.Q8_0)))
+
+
+STORE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "float32": lambda rows: rows,
+    "float16": lambda rows: rows.half().float(),
+    "q8_0": store_q8_0,
+}
+
+
+def decode(data: np.ndarray, dtype: str, n_head_kv: int) -> torch.Tensor:
+    """llama.cpp's cached rows of one layer as what they stand for: float32, not rotated.
+
+    data: uint8 [n_cells, row_bytes], a row holds all KV heads; dtype: a name of STORE.
+    Returns [n_head_kv, n_cells, head_dim].
+    """
+    if dtype == "q8_0":
+        rows = torch.from_numpy(dequantize(data, GGMLQuantizationType.Q8_0))
+    else:
+        rows = torch.from_numpy(data.view(dtype).astype(np.float32))
+    rows = rows.view(len(data), n_head_kv, -1).transpose(0, 1)
+    return rotate(rows) if dtype == "q8_0" else rows
+
+
+@dataclass
+class Eviction:
+    """What one eviction saw and did, for every layer and KV head.
+
+    n_seen:        positions evaluated before it
+    positions:     [n_layer, n_head_kv, n_used] of the rows before it, ascending
+    scores:        [n_layer, n_head_kv, n_used] of the same rows
+    chosen:        [n_layer, n_head_kv, n_keep] positions that the policy keeps, ascending
+    kept:          [n_layer, n_head_kv, n_keep] positions that stayed (differs if forced)
+    last_kept:     [n_layer, n_head_kv] lowest score among the chosen candidates
+    first_dropped: [n_layer, n_head_kv] highest score among those not chosen
+    sinks, window_length: how many rows at each end were no candidates
+    """
+
+    n_seen: int
+    positions: np.ndarray
+    scores: np.ndarray
+    chosen: np.ndarray
+    kept: np.ndarray
+    last_kept: np.ndarray
+    first_dropped: np.ndarray
+    sinks: int
+    window_length: int
+
+    def candidates(self, layer: int, head: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and scores of the rows that could be dropped: [n] each."""
+        inner = slice(self.sinks, self.positions.shape[-1] - self.window_length)
+        return self.positions[layer, head, inner], self.scores[layer, head, inner]
+
+
+class BoundedCache:
+    """Keys, values and positions per layer: [n_head_kv, rows, head_dim] and [n_head_kv, rows].
+
+    Each KV head has its own rows, all heads the same number of them, ascending by position.
+    max_length: most rows a head may have, None for no bound. n_keep: rows left by an eviction.
+    policy: a name of POLICIES. filters: [n_layer, n_head_kv, head_dim], for qfilters.
+    dtype: a name of STORE, how K and V rows are rounded when they are stored.
+    """
+
+    def __init__(
+        self,
+        max_length: int | None = None,
+        n_keep: int | None = None,
+        sinks: int = 4,
+        window_length: int | None = None,
+        policy: str = "streaming",
+        filters: np.ndarray | None = None,
+        dtype: str = "float32",
+    ):
+        if max_length is not None:
+            n_keep = max_length - default_interval(max_length) if n_keep is None else n_keep
+            window_length = max_length // 4 if window_length is None else window_length
+            if not sinks + window_length <= n_keep < max_length:
+                raise ValueError(f"{sinks} + {window_length} <= {n_keep} < {max_length} is false")
+        if policy == "qfilters" and filters is None:
+            raise ValueError("the policy qfilters needs filters")
+        self.max_length, self.n_keep = max_length, n_keep
+        self.sinks, self.window_length = sinks, window_length
+        self.score, self.store, self.dtype = POLICIES[policy], STORE[dtype], dtype
+        self.filters = filters
+        self.k: list[torch.Tensor] = []
+        self.v: list[torch.Tensor] = []
+        self.positions: list[torch.Tensor] = []
+
+    @property
+    def n_used(self) -> int:
+        return self.k[0].shape[1] if self.k else 0
+
+    def fits(self, n: int) -> bool:
+        """Whether n more rows fit without an eviction."""
+        return self.max_length is None or self.n_used + n <= self.max_length
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> None:
+        """Store a chunk's rows: k, v [n_head_kv, n, head_dim], positions [n], newer than all."""
+        k, v, positions = self.store(k), self.store(v), positions.expand(len(k), -1)
+        if layer == len(self.k):
+            self.k.append(k)
+            self.v.append(v)
+            self.positions.append(positions)
+        else:
+            self.k[layer] = torch.cat([self.k[layer], k], dim=1)
+            self.v[layer] = torch.cat([self.v[layer], v], dim=1)
+            self.positions[layer] = torch.cat([self.positions[layer], positions], dim=1)
+
+    def rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """K and V [n_head_kv, rows, head_dim] as stored, positions [n_head_kv, rows]."""
+        return self.k[layer], self.v[layer], self.positions[layer]
+
+    def all_positions(self) -> np.ndarray:
+        """[n_layer, n_head_kv, rows]"""
+        return torch.stack(self.positions).numpy()
+
+    def all_scores(self) -> np.ndarray:
+        """[n_layer, n_head_kv, rows] float64"""
+        scores = np.empty((len(self.k), *self.k[0].shape[:2]))
+        for layer, head in np.ndindex(scores.shape[:2]):
+            filter = None if self.filters is None else self.filters[layer][head].astype(np.float64)
+            scores[layer, head] = self.score(self.k[layer][head].double().numpy(), filter)
+        return scores
+
+    def evict(self, n_seen: int, forced: np.ndarray | None = None) -> Eviction:
+        """Every head keeps n_keep of its rows: those of `select`, or the forced positions.
+
+        forced: [n_layer, n_head_kv, n_keep] positions. ValueError if a head does not have one.
+        """
+        positions, scores = self.all_positions(), self.all_scores()
+        shape = (*positions.shape[:2], self.n_keep)
+        if forced is not None and forced.shape != shape:
+            raise ValueError(f"positions to keep of shape {forced.shape}, expected {shape}")
+        chosen, kept = np.empty(shape, int), np.empty(shape, int)
+        last_kept, first_dropped = np.empty(shape[:2]), np.empty(shape[:2])
+        for at in np.ndindex(shape[:2]):
+            rows = select(scores[at], positions[at], self.n_keep, self.sinks, self.window_length)
+            chosen[at] = positions[at][rows]
+            last_kept[at], first_dropped[at] = self.boundary(scores[at], rows)
+            kept[at] = chosen[at] if forced is None else np.sort(forced[at])
+        for layer in range(shape[0]):
+            self.keep(layer, kept[layer])
+        return Eviction(
+            n_seen,
+            positions,
+            scores,
+            chosen,
+            kept,
+            last_kept,
+            first_dropped,
+            self.sinks,
+            self.window_length,
+        )
+
+    def boundary(self, scores: np.ndarray, rows: np.ndarray) -> tuple[float, float]:
+        """Lowest score of the candidates in `rows` (ascending), highest of those that are not."""
+        candidates = np.arange(self.sinks, len(scores) - self.window_length)
+        inside = np.isin(candidates, rows)
+        last_kept = scores[candidates[inside]].min(initial=np.inf)
+        return last_kept, scores[candidates[~inside]].max(initial=-np.inf)
+
+    def keep(self, layer: int, kept: np.ndarray) -> None:
+        """Drop the layer's rows that are not at the positions kept [n_head_kv, n_keep]."""
+        k, v, positions = self.rows(layer)
+        rows = torch.searchsorted(positions.contiguous(), torch.from_numpy(kept))
+        rows = rows.clamp(max=positions.shape[1] - 1)
+        if not torch.equal(positions.gather(1, rows), torch.from_numpy(kept)):
+            raise ValueError(f"layer {layer}: a head is to keep positions that it does not have")
+        at = rows[:, :, None].expand(-1, -1, k.shape[2])
+        self.k[layer], self.v[layer] = k.gather(1, at), v.gather(1, at)
+        self.positions[layer] = torch.from_numpy(kept)
+
+
+def default_interval(max_length: int) -> int:
+    """Rows freed by an eviction when nothing else is asked for: max_length - n_keep."""
+    return min(512, max(64, max_length // 4))
