@@ -72,8 +72,10 @@ class QueryMoments:
         if min(self.counts) == 0:
             raise QFilterError("some layers handed out no queries: this model is not supported")
         if not torch.isfinite(self.second).all():
-            raise QFilterError("the model computes NaN or infinite queries: its weights are "
-                               "damaged, download it again")
+            raise QFilterError(
+                "the model computes NaN or infinite queries: its weights are "
+                "damaged, download it again"
+            )
         # numpy: torch's threads wait for each other at every one of these small matrices
         v1 = torch.from_numpy(np.linalg.eigh(self.second.numpy()).eigenvectors[..., -1])
         n_votes = min(self.counts) * self.n_votes // self.num_samples

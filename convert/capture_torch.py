@@ -36,15 +36,19 @@ def _load(source, folder, **kwargs):
     logging.set_verbosity_error()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, **kwargs)
+            folder, dtype=torch.float32, output_loading_info=True, **kwargs
+        )
     except Exception as error:  # noqa: BLE001 - transformers raises anything, even KeyError
         raise QFilterError(f"transformers cannot load {source}: {one_line(error)}") from None
     if model.config.model_type not in MODEL_TYPES:
-        raise QFilterError(f"{source} is a {model.config.model_type} model; only models of the "
-                           "Llama architecture can be converted yet")
+        raise QFilterError(
+            f"{source} is a {model.config.model_type} model; only models of the "
+            "Llama architecture can be converted yet"
+        )
     if missing := sorted(info["missing_keys"]):
-        raise QFilterError(f"{source} lacks {len(missing)} tensors, {missing[0]} among them; "
-                           "download it again")
+        raise QFilterError(
+            f"{source} lacks {len(missing)} tensors, {missing[0]} among them; download it again"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.base_model.eval().requires_grad_(False).to(device)
 
@@ -59,8 +63,10 @@ def _apply_rope_scaling(model, path):
     if kind == "linear":
         frequencies /= header.get(f"{arch}.rope.scaling.factor", 1.0)
     elif kind != "none":
-        raise QFilterError(f"{path} stretches its context by {kind}, which is not supported yet "
-                           "for a GGUF; convert the Hugging Face checkpoint instead")
+        raise QFilterError(
+            f"{path} stretches its context by {kind}, which is not supported yet "
+            "for a GGUF; convert the Hugging Face checkpoint instead"
+        )
     for info in header.tensors:
         if info.name == "rope_freqs.weight":
             divisors = np.fromfile(path, "<f4", info.shape[0], offset=header.data + info.offset)
@@ -91,15 +97,20 @@ def observed(model, observer):
         model.set_attn_implementation(before)
 
 
-def collect(model, sequences: list[list[int]], positions: list[np.ndarray],
-            progress=None) -> QueryMoments:
+def collect(
+    model, sequences: list[list[int]], positions: list[np.ndarray], progress=None
+) -> QueryMoments:
     """Run `model` (without its output head) over the sequences, one at a time, and take in the
     queries at `positions` of each. progress: called with the number of tokens done, per sequence.
     """
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    moments = QueryMoments(config.num_hidden_layers, config.num_attention_heads, head_dim,
-                           sum(len(p) for p in positions))
+    moments = QueryMoments(
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        head_dim,
+        sum(len(p) for p in positions),
+    )
     at = None
 
     def take(layer, queries):

@@ -27,8 +27,10 @@ def converter_path() -> Path:
         path = Path(package.origin).parent / "converter" / "convert_hf_to_gguf.py"
         if path.is_file():
             return path
-    raise QFilterError("llama-cpp-python here has no converter for checkpoints; install the "
-                       "patched one with `pip install ./patches`")
+    raise QFilterError(
+        "llama-cpp-python here has no converter for checkpoints; install the "
+        "patched one with `pip install ./patches`"
+    )
 
 
 def checkpoint_to_gguf(folder, out, outtype="auto", progress=None) -> None:
@@ -37,8 +39,15 @@ def checkpoint_to_gguf(folder, out, outtype="auto", progress=None) -> None:
     progress: called with the size of `out` so far, in bytes. QFilterError with upstream's last
     line if its converter fails."""
     script = converter_path()
-    command = [sys.executable, str(script), str(folder), "--outfile", str(out),
-               "--outtype", outtype]
+    command = [
+        sys.executable,
+        str(script),
+        str(folder),
+        "--outfile",
+        str(out),
+        "--outtype",
+        outtype,
+    ]
     _run(command, out, f"llama.cpp's converter cannot convert {folder}", progress)
 
 
@@ -46,8 +55,9 @@ def quantization(name: str) -> int:
     """llama.cpp's number (LLAMA_FTYPE_*) of a quantization such as Q4_K_M."""
     types = quantizations()
     if name.upper() not in types:
-        raise QFilterError(f"unknown quantization {name}; --quantize takes one of "
-                           + ", ".join(types))
+        raise QFilterError(
+            f"unknown quantization {name}; --quantize takes one of " + ", ".join(types)
+        )
     return types[name.upper()]
 
 
@@ -57,8 +67,10 @@ def quantizations() -> dict[str, int]:
 
     prefix = "LLAMA_FTYPE_MOSTLY_"
     return {"F32": llama_cpp.LLAMA_FTYPE_ALL_F32} | {
-        key.removeprefix(prefix): value for key, value in vars(llama_cpp).items()
-        if key.startswith(prefix)}
+        key.removeprefix(prefix): value
+        for key, value in vars(llama_cpp).items()
+        if key.startswith(prefix)
+    }
 
 
 def needs_quantizing(gguf, name: str) -> bool:
@@ -70,8 +82,10 @@ def needs_quantizing(gguf, name: str) -> bool:
     if current == wanted:
         return False
     if any(t.type not in FLOAT_TYPES for t in header.tensors):
-        raise QFilterError(f"{gguf} is quantized already; --quantize {name} needs a file in "
-                           f"{', '.join(FLOAT_TYPES.values())}, or leave --quantize out")
+        raise QFilterError(
+            f"{gguf} is quantized already; --quantize {name} needs a file in "
+            f"{', '.join(FLOAT_TYPES.values())}, or leave --quantize out"
+        )
     return True
 
 

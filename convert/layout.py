@@ -45,24 +45,30 @@ def head_order(gguf, model) -> np.ndarray:
         ours = block.self_attn.k_proj.weight.float().cpu().numpy()
         found.add(_matching(gguf, layer, theirs, ours, orders))
     if len(found) > 1:
-        raise QFilterError(f"the layers of {gguf} order the rows of their K weights differently; "
-                           "this model is not supported")
+        raise QFilterError(
+            f"the layers of {gguf} order the rows of their K weights differently; "
+            "this model is not supported"
+        )
     return orders[found.pop()]
 
 
 def _matching(gguf, layer, theirs, ours, orders):
     """Name of the order that turns the K rows `ours` into `theirs`, both [n_head_kv*head_dim, n]"""
     if theirs.shape != ours.shape:
-        raise QFilterError(f"layer {layer} of {gguf} has K weights of shape {theirs.shape}, "
-                           f"the checkpoint {ours.shape}; give files of the same model")
+        raise QFilterError(
+            f"layer {layer} of {gguf} has K weights of shape {theirs.shape}, "
+            f"the checkpoint {ours.shape}; give files of the same model"
+        )
     head_dim = len(next(iter(orders.values())))
     heads = ours.reshape(-1, head_dim, ours.shape[1])
     cosines = {name: cosine(theirs, heads[:, order]) for name, order in orders.items()}
     best = max(cosines, key=cosines.get)
     if not cosines[best] > SAME:
-        raise QFilterError(f"the K weights of layer {layer} of {gguf} match the checkpoint's in no "
-                           f"known order (best cosine {cosines[best]:.3f}); this model is not "
-                           "supported")
+        raise QFilterError(
+            f"the K weights of layer {layer} of {gguf} match the checkpoint's in no "
+            f"known order (best cosine {cosines[best]:.3f}); this model is not "
+            "supported"
+        )
     return best
 
 
@@ -81,7 +87,8 @@ def k_rows(gguf, header, layer: int) -> np.ndarray:
     if info is None:
         raise QFilterError(f"{gguf} has no tensor {name}; this model is not supported")
     kind, rows = GGMLQuantizationType(info.type), info.shape[1]
-    data = np.fromfile(gguf, np.uint8, gguf_header.tensor_bytes(info),
-                       offset=header.data + info.offset).reshape(rows, -1)
+    data = np.fromfile(
+        gguf, np.uint8, gguf_header.tensor_bytes(info), offset=header.data + info.offset
+    ).reshape(rows, -1)
     plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
     return dequantize(data.view(plain[kind]) if kind in plain else data, kind)

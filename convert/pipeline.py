@@ -35,8 +35,17 @@ class Summary:
     seconds: float
 
 
-def convert(src, out, calibration=Calibration(), *, quantize: str | None = None,
-            outtype: str = "auto", force=False, note=None, bars=False) -> Summary:
+def convert(
+    src,
+    out,
+    calibration=Calibration(),
+    *,
+    quantize: str | None = None,
+    outtype: str = "auto",
+    force=False,
+    note=None,
+    bars=False,
+) -> Summary:
     """Calibrate filters for the model SRC (GGUF file, checkpoint folder, hub id) and write the GGUF
     file OUT with them. OUT appears complete or not at all; SRC is never changed.
 
@@ -99,8 +108,10 @@ def _calibrated(path, gguf, calibration, note, progress):
     lengths = [len(tokens) for tokens in sequences]
     wanted = calibration.num_sequences * max_seq_len
     if sum(lengths) < wanted:
-        note(f"the text has {sum(lengths):,} tokens, fewer than the {wanted:,} asked for: "
-             "using what there is")
+        note(
+            f"the text has {sum(lengths):,} tokens, fewer than the {wanted:,} asked for: "
+            "using what there is"
+        )
     positions = calibrate.sample_positions(lengths, calibration.num_samples, calibration.seed)
 
     load = capture_torch.load_checkpoint if path.is_dir() else capture_torch.load_gguf

@@ -20,8 +20,10 @@ def check_packages() -> None:
     """QFilterError unless everything that convert needs is installed."""
     missing = [name for name in ("torch", "transformers", "accelerate") if find_spec(name) is None]
     if missing:
-        raise QFilterError(f"convert needs the packages {', '.join(missing)}; install them with "
-                           "`pip install 'qfllama[convert]'`")
+        raise QFilterError(
+            f"convert needs the packages {', '.join(missing)}; install them with "
+            "`pip install 'qfllama[convert]'`"
+        )
 
 
 def resolve(src) -> Path:
@@ -30,8 +32,10 @@ def resolve(src) -> Path:
     path = Path(src)
     if not path.exists():
         if path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(src)):
-            raise QFilterError(f"{src} does not exist; give a GGUF file, a checkpoint folder or a "
-                               "hub id (user/name)")
+            raise QFilterError(
+                f"{src} does not exist; give a GGUF file, a checkpoint folder or a "
+                "hub id (user/name)"
+            )
         path = _download(str(src))
     if path.is_dir():
         _check_checkpoint(path)
@@ -45,16 +49,21 @@ def check_gguf(path) -> None:
     header = gguf_header.scan(path)
     arch = metadata.model_shape(path).architecture
     if arch != "llama":
-        raise QFilterError(f"{path} is a {arch} model; only models of the Llama architecture can "
-                           "be converted yet")
+        raise QFilterError(
+            f"{path} is a {arch} model; only models of the Llama architecture can be converted yet"
+        )
     if header.get("llama.expert_count", 0):
-        raise QFilterError(f"{path} is a mixture of experts, which cannot be converted yet; "
-                           "give a dense Llama model")
+        raise QFilterError(
+            f"{path} is a mixture of experts, which cannot be converted yet; "
+            "give a dense Llama model"
+        )
     if header.get("tokenizer.ggml.model", "no_vocab") == "no_vocab":
         raise QFilterError(f"{path} has no tokenizer; give a GGUF that has one")
     if header.get("split.count", 1) > 1:
-        raise QFilterError(f"{path} is one part of {header.get('split.count')}; join them first "
-                           "with `llama-gguf-split --merge`")
+        raise QFilterError(
+            f"{path} is one part of {header.get('split.count')}; join them first "
+            "with `llama-gguf-split --merge`"
+        )
 
 
 def _download(name):
@@ -71,8 +80,10 @@ def _download(name):
         why = one_line(error)
         if cause is not error and one_line(cause) not in why:
             why += f" ({one_line(cause)})"
-        raise QFilterError(f"{name} is no file or folder here and cannot be downloaded from the "
-                           f"Hugging Face hub: {why}") from None
+        raise QFilterError(
+            f"{name} is no file or folder here and cannot be downloaded from the "
+            f"Hugging Face hub: {why}"
+        ) from None
 
 
 def _check_checkpoint(folder):
@@ -80,15 +91,20 @@ def _check_checkpoint(folder):
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except OSError:
-        raise QFilterError(f"{folder} has no config.json: not a Hugging Face checkpoint; give the "
-                           "folder with the model's files, or a GGUF file") from None
+        raise QFilterError(
+            f"{folder} has no config.json: not a Hugging Face checkpoint; give the "
+            "folder with the model's files, or a GGUF file"
+        ) from None
     except ValueError as error:
-        raise QFilterError(f"{folder / 'config.json'} is damaged: {one_line(error)}; "
-                           "download it again") from None
+        raise QFilterError(
+            f"{folder / 'config.json'} is damaged: {one_line(error)}; download it again"
+        ) from None
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
-        raise QFilterError(f"{folder} is a {kind} model; only models of the Llama architecture "
-                           f"({', '.join(MODEL_TYPES)}) can be converted yet")
+        raise QFilterError(
+            f"{folder} is a {kind} model; only models of the Llama architecture "
+            f"({', '.join(MODEL_TYPES)}) can be converted yet"
+        )
     weight_files(folder)
 
 
@@ -101,8 +117,10 @@ def weight_files(folder) -> list[Path]:
             names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
-                raise QFilterError(f"{folder} lacks {missing[0]} ({len(missing)} of {len(names)} "
-                                   "weight files); download the checkpoint again")
+                raise QFilterError(
+                    f"{folder} lacks {missing[0]} ({len(missing)} of {len(names)} "
+                    "weight files); download the checkpoint again"
+                )
             return [folder / name for name in names]
         if (folder / kind).is_file():
             return [folder / kind]

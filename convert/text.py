@@ -31,16 +31,20 @@ def builtin() -> Source:
     paragraphs = dict.fromkeys(
         " ".join(paragraph.split())
         for _, topic in sorted(topics.items())
-        for paragraph in topic.split("\n\n") if _is_prose(paragraph))
-    return Source(f"pydoc_data.topics of Python {platform.python_version()}",
-                  iter(["\n\n".join(paragraphs)]))
+        for paragraph in topic.split("\n\n")
+        if _is_prose(paragraph)
+    )
+    return Source(
+        f"pydoc_data.topics of Python {platform.python_version()}", iter(["\n\n".join(paragraphs)])
+    )
 
 
 def _is_prose(paragraph):
     """False for headlines, grammar, tables and code, which are short or full of signs."""
     letters = sum(c.isalpha() or c.isspace() for c in paragraph)
-    return (len(paragraph.split()) >= 8 and letters >= 0.85 * len(paragraph)
-            and "::=" not in paragraph)
+    return (
+        len(paragraph.split()) >= 8 and letters >= 0.85 * len(paragraph) and "::=" not in paragraph
+    )
 
 
 def file(path) -> Source:
@@ -69,8 +73,10 @@ def dataset(spec: str) -> Source:
         from datasets import load_dataset
         from huggingface_hub.utils import logging
     except ImportError:
-        raise QFilterError("--dataset needs the package datasets; install it with "
-                           "`pip install 'qfllama[dataset]'`, or give --text FILE") from None
+        raise QFilterError(
+            "--dataset needs the package datasets; install it with "
+            "`pip install 'qfllama[dataset]'`, or give --text FILE"
+        ) from None
     logging.set_verbosity_error()
     name, _, config = spec.partition(":")
     try:
@@ -114,8 +120,10 @@ def sequences(gguf, sources: list[Source], num_sequences: int, max_seq_len: int)
     chosen = (full + [chunk for chunk in in_turns if len(chunk) < size])[:num_sequences]
     n_tokens = sum(len(chunk) for chunk in chosen)
     if n_tokens < min(MIN_TOKENS, num_sequences * size):
-        raise QFilterError(f"the text has only {n_tokens} tokens, calibration needs at least "
-                           f"{MIN_TOKENS}; give more with --text FILE")
+        raise QFilterError(
+            f"the text has only {n_tokens} tokens, calibration needs at least "
+            f"{MIN_TOKENS}; give more with --text FILE"
+        )
     return [bos + chunk for chunk in chosen]
 
 
@@ -126,7 +134,7 @@ def _chunks(tokenize, source, size, count):
         tokens += tokenize(piece)
         if len(tokens) >= size * count:
             break
-    return [tokens[i:i + size] for i in range(0, min(len(tokens), size * count), size)]
+    return [tokens[i : i + size] for i in range(0, min(len(tokens), size * count), size)]
 
 
 @contextmanager

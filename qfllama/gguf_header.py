@@ -18,8 +18,19 @@ from .config import QFilterError
 
 STRING, ARRAY = 8, 9
 U32, I32, F32, I64 = 4, 5, 6, 11
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", U32: "I", I32: "i", F32: "f", 7: "?", 10: "Q", I64: "q",
-           12: "d"}
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    U32: "I",
+    I32: "i",
+    F32: "f",
+    7: "?",
+    10: "Q",
+    I64: "q",
+    12: "d",
+}
 DEFAULT_ALIGNMENT = 32
 
 
@@ -103,12 +114,13 @@ def scan(path) -> Header:
     except OSError as error:
         raise QFilterError(f"cannot read {path}: {error.strerror}") from None
     except (struct.error, OverflowError, UnicodeDecodeError):
-        raise QFilterError(f"{path}: the header is truncated or damaged; "
-                           "download or copy the file again") from None
+        raise QFilterError(
+            f"{path}: the header is truncated or damaged; download or copy the file again"
+        ) from None
 
 
 def _parse(path, buf) -> Header:
-    version, = struct.unpack_from("<I", buf, 4)
+    (version,) = struct.unpack_from("<I", buf, 4)
     if version not in (2, 3):
         what = "is big-endian" if version & 0xFFFF == 0 else f"has GGUF version {version}"
         raise QFilterError(f"{path} {what}; convert it to GGUF version 3, little endian")
@@ -117,7 +129,7 @@ def _parse(path, buf) -> Header:
     for _ in range(n_fields):
         start = pos
         key, pos = _string(buf, pos)
-        kind, = struct.unpack_from("<I", buf, pos)
+        (kind,) = struct.unpack_from("<I", buf, pos)
         end = _skip_value(path, buf, kind, pos + 4)
         fields[key] = Field(kind, start, pos + 4, end)
         pos = end
@@ -127,20 +139,22 @@ def _parse(path, buf) -> Header:
         tensors.append(info)
     alignment = DEFAULT_ALIGNMENT
     if field := fields.get("general.alignment"):
-        alignment, = struct.unpack_from("<I", buf, field.value)
+        (alignment,) = struct.unpack_from("<I", buf, field.value)
         if field.type != U32 or alignment == 0 or alignment & (alignment - 1):
-            raise QFilterError(f"{path}: general.alignment is not a power of two; "
-                               "the file is damaged, download or copy it again")
+            raise QFilterError(
+                f"{path}: general.alignment is not a power of two; "
+                "the file is damaged, download or copy it again"
+            )
     data = pos + -pos % alignment
     return Header(buf[:data], version, fields, tensors, infos, pos, data, alignment)
 
 
 def _string(buf, pos):
-    length, = struct.unpack_from("<Q", buf, pos)
+    (length,) = struct.unpack_from("<Q", buf, pos)
     end = pos + 8 + length
     if end > len(buf):
         raise struct.error("string runs past the end")
-    return bytes(buf[pos + 8:end]).decode("utf-8", "surrogateescape"), end
+    return bytes(buf[pos + 8 : end]).decode("utf-8", "surrogateescape"), end
 
 
 def _skip_value(path, buf, kind, pos):
@@ -168,7 +182,7 @@ def _skip_value(path, buf, kind, pos):
 
 def _tensor_info(buf, pos):
     name, pos = _string(buf, pos)
-    n_dims, = struct.unpack_from("<I", buf, pos)
+    (n_dims,) = struct.unpack_from("<I", buf, pos)
     if n_dims > 8:
         raise struct.error("too many dimensions")
     *shape, kind, offset = struct.unpack_from(f"<{n_dims}QIQ", buf, pos + 4)
@@ -189,5 +203,7 @@ def tensor_bytes(info: TensorInfo) -> int:
 def _check_complete(path, header, file_size):
     end = max((t.offset + tensor_bytes(t) for t in header.tensors), default=0)
     if header.data + end > file_size and header.tensors:
-        raise QFilterError(f"{path} is truncated: {file_size:,} of at least "
-                           f"{header.data + end:,} bytes; download or copy it again")
+        raise QFilterError(
+            f"{path} is truncated: {file_size:,} of at least "
+            f"{header.data + end:,} bytes; download or copy it again"
+        )

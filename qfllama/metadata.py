@@ -74,8 +74,10 @@ def _shape_of(path, header):
     def need(key, default=None):
         value = header.get(f"{arch}.{key}", default)
         if value is None:
-            raise QFilterError(f"{path} has no {arch}.{key}: not a language model with attention; "
-                               "give the GGUF of a text model")
+            raise QFilterError(
+                f"{path} has no {arch}.{key}: not a language model with attention; "
+                "give the GGUF of a text model"
+            )
         return value
 
     def per_layer(value):
@@ -106,15 +108,20 @@ def read(path) -> Filters | None:
         return None
     version = _typed(path, header, "version", U32)
     if version > VERSION:
-        raise QFilterError(f"{path} has filters of version {version}, this qfllama knows version "
-                           f"{VERSION}; upgrade with `pip install -U qfllama`")
-    shape = tuple(_typed(path, header, key, U32)
-                  for key in ("layer_count", "head_count_kv", "head_dim"))
+        raise QFilterError(
+            f"{path} has filters of version {version}, this qfllama knows version "
+            f"{VERSION}; upgrade with `pip install -U qfllama`"
+        )
+    shape = tuple(
+        _typed(path, header, key, U32) for key in ("layer_count", "head_count_kv", "head_dim")
+    )
     layers = _typed(path, header, "layers", (ARRAY, I32))
     weight = _typed(path, header, "weight", (ARRAY, F32))
     if weight.size != np.prod(shape, dtype=object):
-        raise QFilterError(f"{path}: qfilters.weight has {weight.size} numbers, its shape is "
-                           f"{list(shape)}; {AGAIN}")
+        raise QFilterError(
+            f"{path}: qfilters.weight has {weight.size} numbers, its shape is "
+            f"{list(shape)}; {AGAIN}"
+        )
     filters = Filters(weight.reshape(shape), layers.tolist())
     for key in keys:
         group, _, name = key.removeprefix(PREFIX).partition(".")
@@ -139,35 +146,45 @@ def _check_sound(where, filters):
     """QFilterError unless the weights are [n_layer, n_head_kv, head_dim], finite and not zero."""
     weight, layers = np.asarray(filters.weight), list(filters.layers)
     if weight.ndim != 3 or 0 in weight.shape:
-        raise QFilterError(f"{where}: filters of shape {list(weight.shape)}, expected "
-                           f"[layers, KV heads, head size]; {AGAIN}")
+        raise QFilterError(
+            f"{where}: filters of shape {list(weight.shape)}, expected "
+            f"[layers, KV heads, head size]; {AGAIN}"
+        )
     if len(layers) != weight.shape[0] or layers != sorted(set(layers)) or layers[0] < 0:
-        raise QFilterError(f"{where}: filters for {weight.shape[0]} layers, but qfilters.layers "
-                           f"lists {layers}; {AGAIN}")
+        raise QFilterError(
+            f"{where}: filters for {weight.shape[0]} layers, but qfilters.layers "
+            f"lists {layers}; {AGAIN}"
+        )
     if not np.isfinite(weight).all():
         raise QFilterError(f"{where}: filters contain NaN or infinite numbers; {AGAIN}")
     zero = np.argwhere(~weight.any(axis=2))
     if len(zero):
         layer, head = zero[0]
-        raise QFilterError(f"{where}: the filter of layer {layers[layer]}, KV head {head} is all "
-                           f"zero; {AGAIN}")
+        raise QFilterError(
+            f"{where}: the filter of layer {layers[layer]}, KV head {head} is all zero; {AGAIN}"
+        )
 
 
-def check_fits(filters: Filters, *, n_layer: int, n_head_kv: int | list[int],
-               head_dim: int) -> None:
+def check_fits(
+    filters: Filters, *, n_layer: int, n_head_kv: int | list[int], head_dim: int
+) -> None:
     """QFilterError, naming both shapes, unless the filters belong to a model of this shape.
 
     n_head_kv: KV heads of every layer, or one number per model layer."""
     n_filter, heads, dim = filters.weight.shape
     uniform = np.ndim(n_head_kv) == 0
-    fits = filters.layers[-1] < n_layer and dim == head_dim and all(
-        heads == (n_head_kv if uniform else n_head_kv[layer]) for layer in filters.layers)
+    fits = (
+        filters.layers[-1] < n_layer
+        and dim == head_dim
+        and all(heads == (n_head_kv if uniform else n_head_kv[layer]) for layer in filters.layers)
+    )
     if not fits:
         model_heads = n_head_kv if uniform else sorted(set(n_head_kv))
         raise QFilterError(
             f"the filters do not fit the model: {n_filter} layers (up to layer "
             f"{filters.layers[-1]}) x {heads} KV heads x {dim}, the model has {n_layer} layers x "
-            f"{model_heads} KV heads x {head_dim}; {AGAIN} on this model")
+            f"{model_heads} KV heads x {head_dim}; {AGAIN} on this model"
+        )
 
 
 def check_target(src, dst, *, force=False) -> None:
@@ -175,8 +192,9 @@ def check_target(src, dst, *, force=False) -> None:
     and not there yet (or `force`)."""
     src, dst = Path(src), Path(dst)
     if dst.exists() and src.exists() and os.path.samefile(src, dst):
-        raise QFilterError(f"{dst} is the input itself, which is never changed; "
-                           "give another output file")
+        raise QFilterError(
+            f"{dst} is the input itself, which is never changed; give another output file"
+        )
     if dst.is_dir():
         raise QFilterError(f"{dst} is a folder; give an output file")
     if dst.exists() and not force:
@@ -197,8 +215,10 @@ def check_space(folder, n_bytes: int) -> None:
     """QFilterError unless `folder` has room for n_bytes."""
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
-        raise QFilterError(f"not enough space in {folder}: {n_bytes / 2**20:,.0f} MiB needed, "
-                           f"{free / 2**20:,.0f} MiB free; make room or give another output file")
+        raise QFilterError(
+            f"not enough space in {folder}: {n_bytes / 2**20:,.0f} MiB needed, "
+            f"{free / 2**20:,.0f} MiB free; make room or give another output file"
+        )
 
 
 def write(src, dst, filters: Filters, *, force=False, progress=None) -> None:
@@ -232,27 +252,41 @@ def write(src, dst, filters: Filters, *, force=False, progress=None) -> None:
                 if progress:
                     progress(done, total)
     except OSError as error:
-        raise QFilterError(f"cannot write {dst}: {error.strerror}; "
-                           "make room or give another output file") from None
+        raise QFilterError(
+            f"cannot write {dst}: {error.strerror}; make room or give another output file"
+        ) from None
 
 
 def _new_header(header, pairs):
     """Header bytes of SRC with its qfilters.* keys replaced by `pairs` (packed keys)."""
-    kept = [header.raw[f.start:f.end] for key, f in header.fields.items()
-            if not key.startswith(PREFIX)]
-    head = b"".join([b"GGUF", struct.pack("<IQQ", header.version, len(header.tensors),
-                                          len(kept) + len(pairs)),
-                     *kept, *pairs, header.raw[header.infos:header.infos_end]])
+    kept = [
+        header.raw[f.start : f.end]
+        for key, f in header.fields.items()
+        if not key.startswith(PREFIX)
+    ]
+    head = b"".join(
+        [
+            b"GGUF",
+            struct.pack("<IQQ", header.version, len(header.tensors), len(kept) + len(pairs)),
+            *kept,
+            *pairs,
+            header.raw[header.infos : header.infos_end],
+        ]
+    )
     return head + bytes(-len(head) % header.alignment)
 
 
 def _pack(filters):
     """The qfilters.* keys as packed GGUF key-value pairs."""
     n_layer, n_head_kv, head_dim = filters.weight.shape
-    pairs = [_pair("version", U32, VERSION), _pair("layer_count", U32, n_layer),
-             _pair("head_count_kv", U32, n_head_kv), _pair("head_dim", U32, head_dim),
-             _pair("layers", (ARRAY, I32), np.asarray(filters.layers, "<i4")),
-             _pair("weight", (ARRAY, F32), np.asarray(filters.weight, "<f4"))]
+    pairs = [
+        _pair("version", U32, VERSION),
+        _pair("layer_count", U32, n_layer),
+        _pair("head_count_kv", U32, n_head_kv),
+        _pair("head_dim", U32, head_dim),
+        _pair("layers", (ARRAY, I32), np.asarray(filters.layers, "<i4")),
+        _pair("weight", (ARRAY, F32), np.asarray(filters.weight, "<f4")),
+    ]
     for name, value in filters.calibration.items():
         pairs.append(_pair(f"calibration.{name}", STRING if isinstance(value, str) else I64, value))
     for name, value in filters.quality.items():

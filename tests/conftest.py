@@ -3,7 +3,10 @@
 import os
 from pathlib import Path
 
+import llama_cpp
+import numpy as np
 import pytest
+import torch
 
 MODEL = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -15,3 +18,18 @@ def smollm2() -> Path:
     if not path.is_file():
         pytest.fail(f"no model at {path}: run `make demo` or set QFLLAMA_TEST_MODEL", pytrace=False)
     return path
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch on one thread: small models gain nothing from more, and lose much beside others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def last_logits(llm: llama_cpp.Llama) -> np.ndarray:
+    """float32 [n_vocab] of the last position evaluated."""
+    pointer = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+    return np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),)).copy()

@@ -9,16 +9,9 @@ from qfllama.convert.calibrate import QueryMoments, sample_positions
 
 from qfllama.config import QFilterError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N_LAYER, N_HEAD, N_HEAD_KV, HEAD_DIM, N_SAMPLES = 2, 6, 2, 16, 400
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices as small as these gain nothing from more, and lose much beside other programs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def some_queries(seed=0, n=N_SAMPLES):
@@ -33,7 +26,7 @@ def moments_of(queries, batch=37, **kwargs):
     moments = QueryMoments(n_layer, n_head, head_dim, n, **kwargs)
     for start in range(0, n, batch):
         for layer in range(n_layer):
-            moments.add(layer, queries[layer][:, start:start + batch])
+            moments.add(layer, queries[layer][:, start : start + batch])
     return moments
 
 
@@ -87,8 +80,9 @@ def test_a_thinned_vote_gives_the_same_signs():
     room_for = 100
     thinned = moments_of(queries, vote_bytes=room_for * N_LAYER * N_HEAD * HEAD_DIM * 4)
     assert thinned.n_votes == room_for
-    np.testing.assert_array_equal(thinned.filters(N_HEAD_KV),
-                                  moments_of(queries).filters(N_HEAD_KV))
+    np.testing.assert_array_equal(
+        thinned.filters(N_HEAD_KV), moments_of(queries).filters(N_HEAD_KV)
+    )
 
 
 def test_a_thinned_vote_is_spread_over_all_queries():

@@ -14,25 +14,19 @@ import gguf
 import numpy as np
 import pytest
 import tiny_models
-import torch
 from click.testing import CliRunner
 from qfllama.convert import text
 
 from qfllama import metadata
 from qfllama.cli import main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = ["--max-seq-len", "128", "--num-sequences", "4", "--num-samples", "200"]
-PROGRAM = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-           "from qfllama.cli import main; main()")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models as small as these gain nothing from more, and lose much beside other programs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+PROGRAM = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from qfllama.cli import main; main()"
+)
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +89,14 @@ def test_a_checkpoint_becomes_a_gguf_with_filters_and_their_provenance(checkpoin
     facts = dict(filters.calibration)
     assert facts.pop("text").startswith("pydoc_data.topics")
     assert facts.pop("tool").startswith("qfllama ")
-    assert facts == {"sequences": 4, "tokens": 512, "samples": 200, "seed": 0, "route": "torch",
-                     "model_sha256": sha256(checkpoint / "model.safetensors")}
+    assert facts == {
+        "sequences": 4,
+        "tokens": 512,
+        "samples": 200,
+        "seed": 0,
+        "route": "torch",
+        "model_sha256": sha256(checkpoint / "model.safetensors"),
+    }
     assert f"{out}: " in printed
     assert "2 layers x 2 KV heads x 16" in printed
     assert "200 queries per head out of 512 tokens" in printed
@@ -118,8 +118,9 @@ def test_a_checkpoint_is_quantized_on_the_way(checkpoint, converted, tmp_path):
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
     assert kinds["blk.0.attn_k.weight"] == "Q8_0"
     # the filters are those of the unquantized weights
-    np.testing.assert_array_equal(metadata.read(tmp_path / "out.gguf").weight,
-                                  metadata.read(converted[0]).weight)
+    np.testing.assert_array_equal(
+        metadata.read(tmp_path / "out.gguf").weight, metadata.read(converted[0]).weight
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
@@ -134,30 +135,53 @@ def test_the_same_seed_gives_the_same_file_and_another_seed_does_not(converted, 
     for name, seed in ("a", "5"), ("b", "5"), ("c", "6"):
         run(converted[0], tmp_path / name, *QUICK, "--force", "--seed", seed)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert not np.array_equal(metadata.read(tmp_path / "a").weight,
-                              metadata.read(tmp_path / "c").weight)
+    assert not np.array_equal(
+        metadata.read(tmp_path / "a").weight, metadata.read(tmp_path / "c").weight
+    )
 
 
 def test_text_files_are_used_in_turns_and_named(converted, tmp_path):
     (tmp_path / "one.txt").write_text("Once upon a time there was a king. " * 100)
     (tmp_path / "two.txt").write_text("The committee met again on Thursday. " * 100)
-    run(converted[0], tmp_path / "out.gguf", *QUICK, "--force",
-        "--text", tmp_path / "one.txt", "--text", tmp_path / "two.txt")
+    run(
+        converted[0],
+        tmp_path / "out.gguf",
+        *QUICK,
+        "--force",
+        "--text",
+        tmp_path / "one.txt",
+        "--text",
+        tmp_path / "two.txt",
+    )
     assert metadata.read(tmp_path / "out.gguf").calibration["text"] == "one.txt, two.txt"
 
 
 def test_too_little_text_is_said_and_what_there_is_is_used(converted, tmp_path):
     (tmp_path / "short.txt").write_text("Once upon a time there was a king. " * 20)
-    result = run(converted[0], tmp_path / "out.gguf", "--max-seq-len", "128", "--force",
-                 "--text", tmp_path / "short.txt")
+    result = run(
+        converted[0],
+        tmp_path / "out.gguf",
+        "--max-seq-len",
+        "128",
+        "--force",
+        "--text",
+        tmp_path / "short.txt",
+    )
     facts = metadata.read(tmp_path / "out.gguf").calibration
     assert "fewer than the 2,560 asked for" in result.stderr
     assert 256 <= facts["tokens"] == facts["samples"] < 2560
 
 
 def test_sequences_are_not_longer_than_the_model_was_trained_for(converted, tmp_path):
-    result = run(converted[0], tmp_path / "out.gguf", "--max-seq-len", "1024", "--force",
-                 "--num-sequences", "1")
+    result = run(
+        converted[0],
+        tmp_path / "out.gguf",
+        "--max-seq-len",
+        "1024",
+        "--force",
+        "--num-sequences",
+        "1",
+    )
     assert "trained for 512 positions" in result.stderr
     assert metadata.read(tmp_path / "out.gguf").calibration["tokens"] == 512
 
@@ -200,13 +224,16 @@ def test_bad_ggufs_are_refused_in_one_line(tmp_path, smollm2):
     out.parent.mkdir()
     (tmp_path / "text.gguf").write_text("once upon a time")
     (tmp_path / "cut.gguf").write_bytes(smollm2.read_bytes()[:50_000_000])
-    (tmp_path / "vocab.gguf").write_bytes(smollm2.read_bytes().replace(
-        b"tokenizer.ggml.merges", b"tokenizer.ggml.lost_it"[:21]))
+    (tmp_path / "vocab.gguf").write_bytes(
+        smollm2.read_bytes().replace(b"tokenizer.ggml.merges", b"tokenizer.ggml.lost_it"[:21])
+    )
     small_gguf(tmp_path / "qwen.gguf", "qwen2")
     small_gguf(tmp_path / "plain.gguf")
     small_gguf(tmp_path / "experts.gguf", extra=lambda w: w.add_expert_count(8))
-    small_gguf(tmp_path / "part.gguf", extra=lambda w: (
-        w.add_tokenizer_model("llama"), w.add_uint16("split.count", 3)))
+    small_gguf(
+        tmp_path / "part.gguf",
+        extra=lambda w: (w.add_tokenizer_model("llama"), w.add_uint16("split.count", 3)),
+    )
     for name, words in {
         "missing.gguf": ["does not exist"],
         "text.gguf": ["not a GGUF"],
@@ -234,8 +261,12 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path, checkpoint):
     assert "qwen3" in refused("convert", bad, "-o", out)
     shutil.copy(checkpoint / "config.json", bad)
     assert "no model.safetensors" in refused("convert", bad, "-o", out)
-    shards = {"weight_map": {"a": "model-00001-of-00002.safetensors",
-                             "b": "model-00002-of-00002.safetensors"}}
+    shards = {
+        "weight_map": {
+            "a": "model-00001-of-00002.safetensors",
+            "b": "model-00002-of-00002.safetensors",
+        }
+    }
     (bad / "model.safetensors.index.json").write_text(json.dumps(shards))
     (bad / "model-00001-of-00002.safetensors").touch()
     line = refused("convert", bad, "-o", out)
@@ -244,7 +275,8 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path, checkpoint):
 
 
 def test_a_checkpoint_that_upstreams_converter_refuses_is_refused_with_its_words(
-        tmp_path, checkpoint):
+    tmp_path, checkpoint
+):
     shutil.copytree(checkpoint, tmp_path / "no_tokenizer")
     (tmp_path / "no_tokenizer" / "tokenizer.model").unlink()
     line = refused("convert", tmp_path / "no_tokenizer", "-o", tmp_path / "out.gguf")
@@ -290,7 +322,10 @@ def test_a_hub_id_that_cannot_be_reached_is_refused_with_the_cause(tmp_path):
     nobody_listens = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, "convert", "user/name", "-o", tmp_path / "out.gguf"],
-        env=os.environ | nobody_listens, capture_output=True, text=True)
+        env=os.environ | nobody_listens,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
     assert "user/name" in done.stderr
@@ -299,17 +334,24 @@ def test_a_hub_id_that_cannot_be_reached_is_refused_with_the_cause(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize(("source", "moment"), [
-    ("checkpoint", "upstream's converter starts"),
-    ("checkpoint", "its file is there"),
-    ("gguf", "the model is loaded"),
-])
+@pytest.mark.parametrize(
+    ("source", "moment"),
+    [
+        ("checkpoint", "upstream's converter starts"),
+        ("checkpoint", "its file is there"),
+        ("gguf", "the model is loaded"),
+    ],
+)
 def test_an_interrupted_conversion_leaves_nothing_behind(
-        source, moment, stop, code, request, tmp_path, smollm2):
+    source, moment, stop, code, request, tmp_path, smollm2
+):
     src = request.getfixturevalue("checkpoint") if source == "checkpoint" else smollm2
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, "convert", src, "-o", tmp_path / "out.gguf"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
     def under_way():
         files = list(tmp_path.rglob("*"))

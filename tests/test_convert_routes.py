@@ -1,5 +1,4 @@
-"""Filters from whole models: against a full SVD, between the two routes, and in llama.cpp's layout.
-"""
+"""Filters from whole models: against a full SVD, between the two routes, and in llama.cpp's layout."""
 
 import struct
 
@@ -15,23 +14,26 @@ from qfllama.convert.pipeline import Calibration
 from qfllama import metadata
 from qfllama.config import QFilterError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = Calibration(max_seq_len=256, num_sequences=4, num_samples=600, seed=3)
 SHAPES = {
     "grouped": {"n_head": 6, "n_head_kv": 2, "head_dim": 16},
     "wide heads": {"n_head": 4, "n_head_kv": 4, "head_dim": 32},
-    "scaled RoPE": {"n_head": 4, "n_head_kv": 2, "head_dim": 32, "rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+    "scaled RoPE": {
+        "n_head": 4,
+        "n_head_kv": 2,
+        "head_dim": 32,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models as small as these gain nothing from more, and lose much beside other programs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES)
@@ -53,9 +55,12 @@ def rotated_queries(model, sequences, positions, path):
     that upstream's converter wrote into the GGUF `path`. Independent of `capture_torch`."""
     config = model.config
     outputs = {}
-    hooks = [block.self_attn.q_proj.register_forward_hook(
-        lambda _module, _input, output, layer=layer: outputs.__setitem__(layer, output[0]))
-        for layer, block in enumerate(model.layers)]
+    hooks = [
+        block.self_attn.q_proj.register_forward_hook(
+            lambda _module, _input, output, layer=layer: outputs.__setitem__(layer, output[0])
+        )
+        for layer, block in enumerate(model.layers)
+    ]
     dim = config.head_dim
     frequencies = config.rope_parameters["rope_theta"] ** (-torch.arange(0, dim, 2).double() / dim)
     for tensor in gguf.GGUFReader(path).tensors:
@@ -69,7 +74,7 @@ def rotated_queries(model, sequences, positions, path):
         cos, sin = angle.cos(), angle.sin()
         for layer, output in outputs.items():
             q = output[chosen].double().view(len(chosen), config.num_attention_heads, dim)
-            a, b = q[..., :dim // 2], q[..., dim // 2:]
+            a, b = q[..., : dim // 2], q[..., dim // 2 :]
             rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
             collected[layer].append(rotated.transpose(0, 1))
     for hook in hooks:
@@ -97,9 +102,16 @@ def cached_keys(path, tokens):
     import llama_cpp
 
     shape = metadata.model_shape(path)
-    llm = llama_cpp.Llama(str(path), n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False,
-                          flash_attn=True, type_k=llama_cpp.GGML_TYPE_F32,
-                          type_v=llama_cpp.GGML_TYPE_F32)
+    llm = llama_cpp.Llama(
+        str(path),
+        n_ctx=512,
+        n_threads=1,
+        n_threads_batch=1,
+        verbose=False,
+        flash_attn=True,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+    )
     llm.eval(tokens)
     state = (llama_cpp.ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size(llm.ctx, 0))()
     n_bytes = llama_cpp.llama_state_seq_get_data(llm.ctx, state, len(state), 0)
@@ -198,8 +210,11 @@ def test_weights_in_halves_order_are_recognised_as_such(tiny, tmp_path):
     model = capture_torch.load_checkpoint(checkpoint)
     head_dim = model.config.head_dim
     assert layout.head_order(path, model).tolist() == layout.interleaved(head_dim).tolist()
-    with_k_weights(path, tmp_path / "halves.gguf", lambda layer: model.layers[layer].self_attn
-                   .k_proj.weight.numpy())
+    with_k_weights(
+        path,
+        tmp_path / "halves.gguf",
+        lambda layer: model.layers[layer].self_attn.k_proj.weight.numpy(),
+    )
     assert layout.head_order(tmp_path / "halves.gguf", model).tolist() == list(range(head_dim))
 
 
@@ -212,8 +227,11 @@ def test_weights_in_no_known_order_are_refused(tiny, tmp_path):
         layout.head_order(tmp_path / "other.gguf", model)
     interleaved = [layout.interleaved(model.config.head_dim), slice(None), slice(None)]
     n_head_kv = model.config.num_key_value_heads
-    with_k_weights(path, tmp_path / "mixed.gguf", lambda layer: weights[layer].reshape(
-        n_head_kv, -1, 96)[:, interleaved[layer]])
+    with_k_weights(
+        path,
+        tmp_path / "mixed.gguf",
+        lambda layer: weights[layer].reshape(n_head_kv, -1, 96)[:, interleaved[layer]],
+    )
     with pytest.raises(QFilterError, match="differently"):
         layout.head_order(tmp_path / "mixed.gguf", model)
 
@@ -231,8 +249,9 @@ def test_interleaving_pairs_each_index_with_its_rotation_partner():
     assert layout.interleaved(8).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
     for head_dim in (2, 16, 64, 128):
         order = layout.interleaved(head_dim)
-        assert all(order[2 * i + j] == j * head_dim // 2 + i
-                   for i in range(head_dim // 2) for j in (0, 1))
+        assert all(
+            order[2 * i + j] == j * head_dim // 2 + i for i in range(head_dim // 2) for j in (0, 1)
+        )
 
 
 def test_the_result_runs_in_llama_cpp_like_the_source(smollm2, tmp_path):
@@ -243,8 +262,9 @@ def test_the_result_runs_in_llama_cpp_like_the_source(smollm2, tmp_path):
     metadata.write(smollm2, tmp_path / "out.gguf", filters)
     logits = []
     for path in (smollm2, tmp_path / "out.gguf"):
-        llm = llama_cpp.Llama(str(path), n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False,
-                              logits_all=True)
+        llm = llama_cpp.Llama(
+            str(path), n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False, logits_all=True
+        )
         llm.eval(llm.tokenize(b"The quick brown fox jumps over the lazy dog, and then"))
         logits.append(np.array(llm.scores[llm.n_tokens - 1]))
         llm.close()

@@ -5,6 +5,7 @@ import ctypes
 import llama_cpp
 import numpy as np
 import pytest
+from conftest import last_logits
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qfllama import native
@@ -55,12 +56,6 @@ def make(smollm2):
     yield make
     for llm in opened:
         llm.close()
-
-
-def last_logits(llm: Llama) -> np.ndarray:
-    """float32 [n_vocab] of the last position."""
-    pointer = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
-    return np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),)).copy()
 
 
 def decode(llm: Llama, tokens: list[int], chunk: int) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
+from conftest import last_logits
 from reference.cache import BoundedCache, decode
 from reference.compare import agreement, disagreements, logits_difference
 from reference.engine import run, split
@@ -81,12 +82,6 @@ def with_filters(smollm2, filters, tmp_path_factory):
     yield paths
     for path in paths.values():
         path.unlink()
-
-
-def last_logits(llm) -> np.ndarray:
-    """[n_vocab] of the last token evaluated."""
-    pointer = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
-    return np.ctypeslib.as_array(pointer, shape=(llm.n_vocab(),)).copy()
 
 
 def all_kept(llm, shape, below: int) -> np.ndarray:

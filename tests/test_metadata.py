@@ -21,10 +21,15 @@ N_LAYER, N_HEAD_KV, HEAD_DIM = 3, 2, 8
 
 def some_filters(seed=0, n_layer=N_LAYER, n_head_kv=N_HEAD_KV, head_dim=HEAD_DIM):
     weight = np.random.default_rng(seed).normal(size=(n_layer, n_head_kv, head_dim))
-    return Filters(weight.astype(np.float32), list(range(n_layer)),
-                   {"text": "Straße, naïve", "tokens": 40960, "seed": 2**40},
-                   {"energy": np.full((n_layer, n_head_kv), 0.5, np.float32),
-                    "loss": np.arange(n_layer, dtype=np.float32)})
+    return Filters(
+        weight.astype(np.float32),
+        list(range(n_layer)),
+        {"text": "Straße, naïve", "tokens": 40960, "seed": 2**40},
+        {
+            "energy": np.full((n_layer, n_head_kv), 0.5, np.float32),
+            "loss": np.arange(n_layer, dtype=np.float32),
+        },
+    )
 
 
 def write_gguf(path, extra=lambda writer: None, alignment=None):
@@ -47,8 +52,9 @@ def write_gguf(path, extra=lambda writer: None, alignment=None):
     random = np.random.default_rng(1)
     writer.add_tensor("a.weight", random.normal(size=(3, 5)).astype(np.float32))
     writer.add_tensor("b.weight", random.normal(size=(7,)).astype(np.float16))
-    quantized = gguf.quantize(random.normal(size=(4, 64)).astype(np.float32),
-                              gguf.GGMLQuantizationType.Q8_0)
+    quantized = gguf.quantize(
+        random.normal(size=(4, 64)).astype(np.float32), gguf.GGMLQuantizationType.Q8_0
+    )
     writer.add_tensor("c.weight", quantized, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     writer.add_tensor("d.weight", np.arange(11, dtype=np.int32))
     writer.write_header_to_file()
@@ -61,15 +67,21 @@ def write_gguf(path, extra=lambda writer: None, alignment=None):
 def filter_keys(leave_out=(), **changed):
     """Adds valid qfilters.* keys with gguf-py's writer, with some left out or changed."""
     weight = np.ones(N_LAYER * N_HEAD_KV * HEAD_DIM, np.float32).tolist()
-    keys = {"version": ("uint32", 1), "layer_count": ("uint32", N_LAYER),
-            "head_count_kv": ("uint32", N_HEAD_KV), "head_dim": ("uint32", HEAD_DIM),
-            "layers": ("array", [0, 1, 2]), "weight": ("array", weight)}
+    keys = {
+        "version": ("uint32", 1),
+        "layer_count": ("uint32", N_LAYER),
+        "head_count_kv": ("uint32", N_HEAD_KV),
+        "head_dim": ("uint32", HEAD_DIM),
+        "layers": ("array", [0, 1, 2]),
+        "weight": ("array", weight),
+    }
     keys.update(changed)
 
     def add(writer):
         for key, (kind, value) in keys.items():
             if key not in leave_out:
                 getattr(writer, f"add_{kind}")(f"qfilters.{key}", value)
+
     return add
 
 
@@ -100,8 +112,8 @@ def test_a_copy_with_filters_keeps_every_other_key_and_tensor_byte_for_byte(tmp_
     for old, new in zip(before.tensors, after.tensors, strict=True):
         assert [p.tobytes() for p in old.field.parts] == [p.tobytes() for p in new.field.parts]
         assert old.data.tobytes() == new.data.tobytes()
-    tail_before = src.read_bytes()[before.data_offset:]
-    assert (tmp_path / "dst.gguf").read_bytes()[after.data_offset:] == tail_before
+    tail_before = src.read_bytes()[before.data_offset :]
+    assert (tmp_path / "dst.gguf").read_bytes()[after.data_offset :] == tail_before
     assert after.data_offset % (alignment or 32) == 0
 
 
@@ -112,11 +124,17 @@ def test_a_real_model_keeps_its_tensors_and_keys_byte_for_byte(smollm2, tmp_path
     before, after = gguf.GGUFReader(smollm2), gguf.GGUFReader(tmp_path / "dst.gguf")
     for old, new in zip(before.tensors, after.tensors, strict=True):
         assert (old.name, old.tensor_type, old.shape.tolist()) == (
-            new.name, new.tensor_type, new.shape.tolist())
+            new.name,
+            new.tensor_type,
+            new.shape.tolist(),
+        )
         assert (old.data == new.data).all()
-    assert all([p.tobytes() for p in before.fields[name].parts]
-               == [p.tobytes() for p in after.fields[name].parts]
-               for name in before.fields if not name.startswith("GGUF."))
+    assert all(
+        [p.tobytes() for p in before.fields[name].parts]
+        == [p.tobytes() for p in after.fields[name].parts]
+        for name in before.fields
+        if not name.startswith("GGUF.")
+    )
 
 
 def test_filters_come_back_as_they_were_written(model, tmp_path):
@@ -178,7 +196,8 @@ def test_old_filters_are_replaced_only_with_force_and_completely(model, tmp_path
 
 def test_the_shape_of_the_model_is_read_from_the_header(smollm2, model):
     assert metadata.model_shape(smollm2) == metadata.ModelShape(
-        "llama", "Smollm2 135M 8k Lc100K Mix1 Ep2", 30, 9, 3, 64, 8192)
+        "llama", "Smollm2 135M 8k Lc100K Mix1 Ep2", 30, 9, 3, 64, 8192
+    )
     assert metadata.model_shape(model).head_dim == HEAD_DIM
 
 
@@ -192,7 +211,7 @@ def test_head_counts_that_differ_between_layers_come_as_a_list(tmp_path):
     data = data.replace(b"llama.attention.head_count_kv\x04", b"llama.attention.head_count_xx\x04")
     long, short = b"llama.attention.head_count_kv_of_layers", b"llama.attention.head_count_kv"
     at = data.index(long) - 8
-    data = (data[:at] + len(short).to_bytes(8, "little") + short + data[at + 8 + len(long):])
+    data = data[:at] + len(short).to_bytes(8, "little") + short + data[at + 8 + len(long) :]
     padding = len(long) - len(short)
     start = gguf.GGUFReader(path).data_offset - padding
     path.write_bytes(data[:start] + bytes(-start % 32) + data[start:])
@@ -203,8 +222,9 @@ def test_head_counts_that_differ_between_layers_come_as_a_list(tmp_path):
 
 
 def test_filters_of_another_model_are_refused_with_both_shapes(model, tmp_path):
-    message = re.escape("3 layers (up to layer 2) x 2 KV heads x 16, "
-                        "the model has 3 layers x 2 KV heads x 8")
+    message = re.escape(
+        "3 layers (up to layer 2) x 2 KV heads x 16, the model has 3 layers x 2 KV heads x 8"
+    )
     with pytest.raises(QFilterError, match=message):
         metadata.write(model, tmp_path / "dst.gguf", some_filters(head_dim=16))
     fits = {"n_layer": N_LAYER, "n_head_kv": N_HEAD_KV, "head_dim": HEAD_DIM}
@@ -221,19 +241,23 @@ def weights_with(value):
     return {"weight": ("array", weight.tolist())}
 
 
-@pytest.mark.parametrize(("keys", "message"), [
-    (filter_keys(version=("uint32", 2)), "version 2.*upgrade"),
-    (filter_keys(leave_out=["weight"]), "weight is missing"),
-    (filter_keys(leave_out=["version"]), "version is missing"),
-    (filter_keys(version=("string", "1")), "version has the wrong type"),
-    (filter_keys(weight=("array", [1, 2, 3])), "weight has the wrong type"),
-    (filter_keys(head_dim=("uint32", 16)), r"48 numbers, its shape is \[3, 2, 16\]"),
-    (filter_keys(layers=("array", [0, 1])), "layers"),
-    (filter_keys(layers=("array", [0, 2, 1])), "layers"),
-    (filter_keys(**weights_with(float("nan"))), "NaN"),
-    (filter_keys(**weights_with(float("-inf"))), "NaN or infinite"),
-    (filter_keys(**weights_with(0.0)), "layer 0, KV head 0 is all zero"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (filter_keys(version=("uint32", 2)), "version 2.*upgrade"),
+        (filter_keys(leave_out=["weight"]), "weight is missing"),
+        (filter_keys(leave_out=["version"]), "version is missing"),
+        (filter_keys(version=("string", "1")), "version has the wrong type"),
+        (filter_keys(weight=("array", [1, 2, 3])), "weight has the wrong type"),
+        (filter_keys(head_dim=("uint32", 16)), r"48 numbers, its shape is \[3, 2, 16\]"),
+        (filter_keys(layers=("array", [0, 1])), "layers"),
+        (filter_keys(layers=("array", [0, 2, 1])), "layers"),
+        (filter_keys(**weights_with(float("nan"))), "NaN"),
+        (filter_keys(**weights_with(float("-inf"))), "NaN or infinite"),
+        (filter_keys(**weights_with(0.0)), "layer 0, KV head 0 is all zero"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_unusable_filters_are_refused(tmp_path, keys, message):
     path = write_gguf(tmp_path / "f.gguf", keys)
     with pytest.raises(QFilterError, match=message) as error:
@@ -340,8 +364,11 @@ def test_a_disk_that_fills_up_leaves_the_folder_as_it_was(model, tmp_path):
             sys.exit(str(error))
     """)
     before = sorted(tmp_path.iterdir())
-    done = subprocess.run([sys.executable, "-c", program, model, tmp_path / "dst.gguf"],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, model, tmp_path / "dst.gguf"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
     assert done.stderr.startswith("cannot write")
     assert "File too large" in done.stderr
@@ -353,15 +380,23 @@ def test_too_little_room_is_noticed_before_writing(model, tmp_path, monkeypatch)
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(QFilterError, match="not enough space"):
-        metadata.write(model, tmp_path / "dst.gguf", some_filters(),
-                       progress=lambda *_: pytest.fail("wrote already"))
+        metadata.write(
+            model,
+            tmp_path / "dst.gguf",
+            some_filters(),
+            progress=lambda *_: pytest.fail("wrote already"),
+        )
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_progress_goes_up_to_the_size_of_the_file(smollm2, tmp_path):
     seen = []
-    metadata.write(smollm2, tmp_path / "dst.gguf", some_filters(0, 30, 3, 64),
-                   progress=lambda done, total: seen.append((done, total)))
+    metadata.write(
+        smollm2,
+        tmp_path / "dst.gguf",
+        some_filters(0, 30, 3, 64),
+        progress=lambda done, total: seen.append((done, total)),
+    )
     size = (tmp_path / "dst.gguf").stat().st_size
     assert seen[-1] == (size, size)
     assert len(seen) > 3

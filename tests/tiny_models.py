@@ -19,8 +19,13 @@ def write_tokenizer(folder) -> None:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(topics["assert"].splitlines() + topics["for"].splitlines()),
-        model_writer=model, vocab_size=VOCAB, model_type="bpe", byte_fallback=True,
-        minloglevel=2, num_threads=1)
+        model_writer=model,
+        vocab_size=VOCAB,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+        num_threads=1,
+    )
     Path(folder, "tokenizer.model").write_bytes(model.getvalue())
 
 
@@ -35,10 +40,21 @@ def write_llama(folder, *, n_layer=3, n_head=6, n_head_kv=2, head_dim=16, seed=0
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCAB, hidden_size=96, intermediate_size=96, num_hidden_layers=n_layer,
-        num_attention_heads=n_head, num_key_value_heads=n_head_kv, head_dim=head_dim,
-        max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=False, **config))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=96,
+            intermediate_size=96,
+            num_hidden_layers=n_layer,
+            num_attention_heads=n_head,
+            num_key_value_heads=n_head_kv,
+            head_dim=head_dim,
+            max_position_embeddings=512,
+            initializer_range=0.2,
+            tie_word_embeddings=False,
+            **config,
+        )
+    )
     with torch.no_grad():
         model.model.embed_tokens.weight += 0.3 * torch.randn(96)
     model.save_pretrained(folder)

@@ -17,12 +17,15 @@ def command(model, as_json):
     """Show the shape of the GGUF file MODEL and where its filters come from."""
     shape, filters = metadata.model_shape(model), metadata.read(model)
     if as_json:
-        click.echo(json.dumps({"model": dataclasses.asdict(shape), "filters": _facts(filters)},
-                              indent=2))
+        click.echo(
+            json.dumps({"model": dataclasses.asdict(shape), "filters": _facts(filters)}, indent=2)
+        )
         return
-    click.echo(f"{shape.name}: {shape.architecture}, {shape.n_layer} layers, {shape.n_head} heads, "
-               f"{shape.n_head_kv} KV heads of {shape.head_dim}, trained for "
-               f"{shape.n_ctx_train:,} positions")
+    click.echo(
+        f"{shape.name}: {shape.architecture}, {shape.n_layer} layers, {shape.n_head} heads, "
+        f"{shape.n_head_kv} KV heads of {shape.head_dim}, trained for "
+        f"{shape.n_ctx_train:,} positions"
+    )
     if filters is None:
         click.echo(f"no filters; add them with `qfllama convert {model} -o OUT.gguf`")
         return
