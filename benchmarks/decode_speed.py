@@ -1,8 +1,8 @@
 """Decode speed and KV memory by position: the stock full cache and a bounded one, in one run.
 
-Both read the same text up to a position and then decode there token by token, in turns, so that
+Both read the same text and decode its last tokens before a position one by one, in turns, so that
 whatever else the machine does meets both. A decoded token is one more token of the text: the
-speed does not depend on which one. The bounded cache is measured over whole eviction cycles.
+speed does not depend on which one. The bounded cache is measured over a whole eviction cycle.
 
     python benchmarks/decode_speed.py models/smollm2-qfilters.gguf --plot docs/decode_speed.png
 """
@@ -80,9 +80,9 @@ def evicting_seconds(stats: dict[str, int]) -> float:
 
 
 def measure(stock: Llama, ours: Llama, tokens: list[int], position: int) -> list[Row]:
-    for llm in (stock, ours):
-        read_up_to(llm, tokens, position)
     interval = ours.qfilter_config.interval
+    for llm in (stock, ours):
+        read_up_to(llm, tokens, position - interval)
     before = ours.qfilter_stats()
     seconds = {"stock": [], "ours": []}
     for _ in range(SLICES):
@@ -171,7 +171,7 @@ def main() -> None:
     args = parse()
     positions = [int(position) for position in args.positions.split(",")]
     config = QFilterConfig(max_length=args.max_length, policy=args.policy)
-    n_ctx = positions[-1] + config.interval
+    n_ctx = positions[-1]
     common = {
         "n_ctx": n_ctx,
         "type_k": args.type_kv,

@@ -195,9 +195,9 @@ def get_requires_for_build_wheel(config_settings=None):
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    need_compiler()
     from scikit_build_core.build import build_wheel
 
-    need_compiler()
     wheel_directory = str(Path(wheel_directory).resolve())
     settings = dict(config_settings or {})
     for name, value in DEFAULT_CMAKE_ARGS.items():
