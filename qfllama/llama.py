@@ -93,6 +93,8 @@ class Llama(llama_cpp.Llama):
 
     def __init__(self, model_path: str, *, qfilters: bool | QFilterConfig | None = None, **kwargs):
         self._stack = contextlib.ExitStack()  # upstream's __del__ needs it, also when we raise
+        if qfilters is not None and not isinstance(qfilters, (bool, QFilterConfig)):
+            raise QFilterError(f"qfilters is {qfilters!r}: use True or a QFilterConfig")
         self.qfilter_config = QFilterConfig() if qfilters is True else qfilters or None
         for name in ("type_k", "type_v"):
             kwargs[name] = cache_type(kwargs.get(name))

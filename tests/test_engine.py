@@ -375,6 +375,8 @@ def test_contexts_that_can_not_be_bounded_are_refused_with_the_reason(make):
             make(**kwargs)
     with pytest.raises(QFilterError, match="qfilters=True"):
         make(None, n_ctx=512).qfilter_stats()
+    with pytest.raises(QFilterError, match="use True or a QFilterConfig"):
+        make({"max_length": 512})
 
 
 @pytest.mark.parametrize(
