@@ -99,7 +99,7 @@ def _check_checkpoint(folder):
         raise QFilterError(
             f"{folder / 'config.json'} is damaged: {one_line(error)}; download it again"
         ) from None
-    kind = config.get("model_type")
+    kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in MODEL_TYPES:
         raise QFilterError(
             f"{folder} is a {kind} model; only models of the Llama architecture "
@@ -114,7 +114,10 @@ def weight_files(folder) -> list[Path]:
     for kind in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{kind}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            try:
+                names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise QFilterError(f"{index} is damaged; download the checkpoint again") from None
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
                 raise QFilterError(

@@ -40,11 +40,14 @@ class QFilterConfig:
     policy: str = "qfilters"
 
     def __post_init__(self) -> None:
-        if self.window_length is None:
-            object.__setattr__(self, "window_length", max(0, self.max_length // 4))
-        if self.interval is None:
-            interval = min(MAX_INTERVAL, max(MIN_INTERVAL, self.max_length // 4))
-            object.__setattr__(self, "interval", interval)
+        for name in ("max_length", "window_length", "sinks", "interval"):
+            value = getattr(self, name)
+            if type(value) is not int and (value is not None or name in ("max_length", "sinks")):
+                raise QFilterError(f"{name} is {value!r}: it must be a whole number")
+        least_length = self._least_length()
+        window_length, interval = self._sizes(self.max_length)
+        object.__setattr__(self, "window_length", window_length)
+        object.__setattr__(self, "interval", interval)
 
         if self.policy not in POLICIES:
             raise QFilterError(
@@ -55,14 +58,32 @@ class QFilterConfig:
         for name, least in (("max_length", 1), ("window_length", 0), ("sinks", 0), ("interval", 1)):
             if getattr(self, name) < least:
                 raise QFilterError(f"{name} is {getattr(self, name)}: it must be at least {least}")
-        # the newest position always stays: decoding goes on from it
-        needed = self.sinks + max(1, self.window_length) + self.interval
-        if self.max_length < needed:
+        if self.max_length < least_length:
             raise QFilterError(
                 f"max_length {self.max_length} is too small for sinks {self.sinks} + "
                 f"window_length {self.window_length} + interval {self.interval}: "
-                f"use max_length >= {needed}, or lower the others"
+                f"use max_length >= {least_length}, or lower the others"
             )
+
+    def _sizes(self, max_length: int) -> tuple[int, int]:
+        """(window_length, interval), where not given by their defaults for `max_length`."""
+        quarter = max(0, max_length // 4)
+        interval = min(MAX_INTERVAL, max(MIN_INTERVAL, quarter))
+        return (
+            quarter if self.window_length is None else self.window_length,
+            interval if self.interval is None else self.interval,
+        )
+
+    def _least_length(self) -> int:
+        """The smallest max_length that holds sinks, window and interval; defaults grow with it."""
+        least = 0
+        while True:
+            window_length, interval = self._sizes(least)
+            # the newest position always stays: decoding goes on from it
+            needed = self.sinks + max(1, window_length) + interval
+            if least >= needed:
+                return least
+            least = needed
 
     @property
     def n_keep(self) -> int:

@@ -98,6 +98,8 @@ class Llama(llama_cpp.Llama):
         self.qfilter_config = QFilterConfig() if qfilters is True else qfilters or None
         for name in ("type_k", "type_v"):
             kwargs[name] = cache_type(kwargs.get(name))
+        # llama.cpp rounds up, upstream's list of tokens does not: beyond it they would be lost
+        kwargs["n_ctx"] = -(-kwargs.get("n_ctx", 512) // 256) * 256
         if self.qfilter_config is not None:
             self._bound(str(model_path), kwargs)
         super().__init__(str(model_path), **kwargs)
@@ -109,9 +111,7 @@ class Llama(llama_cpp.Llama):
             raise QFilterError("draft_model can't be used with qfilters: leave one of them out")
         if not kwargs.setdefault("flash_attn", True):
             raise QFilterError("qfilters needs Flash Attention: leave out flash_attn=False")
-        n_ctx = kwargs.setdefault("n_ctx", 512)
-        n_ctx_padded = -(-n_ctx // 256) * 256  # as llama.cpp does: the cache may be full before it
-        if n_ctx == 0 or config.max_length < n_ctx_padded:
+        if kwargs["n_ctx"] == 0 or config.max_length < kwargs["n_ctx"]:
             for name in ("n_batch", "n_ubatch"):
                 if kwargs.setdefault(name, config.interval) > config.interval:
                     raise QFilterError(
@@ -158,6 +158,8 @@ class Llama(llama_cpp.Llama):
     def _need_bound(self) -> None:
         if self.qfilter_config is None:
             raise QFilterError("this Llama has the full cache: make it with qfilters=True")
+        if self._ctx.ctx is None:
+            raise QFilterError("this Llama is closed: make a new one")
 
     def qfilter_stats(self) -> dict[str, int]:
         """What the bounded cache did and holds.
@@ -259,9 +261,18 @@ class Llama(llama_cpp.Llama):
         """
         try:
             super().load_state(state)
-        except RuntimeError:
+        except (RuntimeError, ValueError) as error:  # ValueError: another size of batch
             self.reset()
-            raise
+            raise RuntimeError(
+                "this state is not of a Llama with the same filters, policy and sizes: "
+                "read the prompt again"
+            ) from error
+
+    def reset(self):
+        """As upstream; a bounded cache is emptied, too."""
+        super().reset()
+        if self.qfilter_config is not None:
+            self._ctx.kv_cache_clear()
 
     def __getstate__(self):
         return super().__getstate__() | {"qfilters": self.qfilter_config}

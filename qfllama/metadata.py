@@ -78,7 +78,15 @@ def _shape_of(path, header):
                 f"{path} has no {arch}.{key}: not a language model with attention; "
                 "give the GGUF of a text model"
             )
+        if np.asarray(value).dtype.kind not in "iu" or np.size(value) == 0:
+            raise QFilterError(f"{path}: {arch}.{key} is not a number; download the file again")
         return value
+
+    def one(key, default=None):
+        value = need(key, default)
+        if np.ndim(value) != 0:
+            raise QFilterError(f"{path}: {arch}.{key} is a list; download the file again")
+        return int(value)
 
     def per_layer(value):
         values = sorted(set(np.ravel(value).tolist()))
@@ -88,12 +96,12 @@ def _shape_of(path, header):
     n_head_max = n_head if isinstance(n_head, int) else max(n_head)
     return ModelShape(
         architecture=arch,
-        name=header.get("general.name", Path(path).stem),
-        n_layer=need("block_count"),
+        name=str(header.get("general.name", Path(path).stem)),
+        n_layer=one("block_count"),
         n_head=n_head,
         n_head_kv=per_layer(need("attention.head_count_kv", n_head)),
-        head_dim=need("attention.key_length", need("embedding_length") // max(n_head_max, 1)),
-        n_ctx_train=need("context_length", 0),
+        head_dim=one("attention.key_length", one("embedding_length") // max(n_head_max, 1)),
+        n_ctx_train=one("context_length", 0),
     )
 
 
@@ -126,9 +134,11 @@ def read(path) -> Filters | None:
     for key in keys:
         group, _, name = key.removeprefix(PREFIX).partition(".")
         if group == "calibration":
-            filters.calibration[name] = header.get(key)
+            filters.calibration[name] = value = header.get(key)
+            if not isinstance(value, (str, int)):
+                raise QFilterError(f"{path}: {key} is neither text nor a whole number; {AGAIN}")
         elif group == "quality":
-            values = np.asarray(header.get(key), np.float32)
+            values = _typed(path, header, key.removeprefix(PREFIX), (ARRAY, F32))
             per_head = values.size == shape[0] * shape[1]
             filters.quality[name] = values.reshape(shape[:2]) if per_head else values
     _check_sound(path, filters)
@@ -197,6 +207,8 @@ def check_target(src, dst, *, force=False) -> None:
         )
     if dst.is_dir():
         raise QFilterError(f"{dst} is a folder; give an output file")
+    if dst.exists() and not dst.is_file():
+        raise QFilterError(f"{dst} is a device or a pipe; give an output file")
     if dst.exists() and not force:
         raise QFilterError(f"{dst} exists; replace it with --force or give another output file")
     if not dst.parent.is_dir():

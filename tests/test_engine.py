@@ -335,6 +335,28 @@ def test_a_bound_as_large_as_an_n_ctx_that_llama_cpp_pads_works(make, tokens):
     assert llm.qfilter_stats()["evictions"] == 0
 
 
+def test_every_token_up_to_a_rounded_n_ctx_is_remembered(make, tokens):
+    llm = make(n_ctx=300)
+    llm.create_completion(tokens[:290], max_tokens=40, temperature=0)
+    assert llm.n_tokens == 329
+    assert llm.input_ids[:290].tolist() == tokens[:290]
+    llm.create_completion(tokens[:330], max_tokens=4, temperature=0)
+
+
+def test_a_closed_llama_says_so(make):
+    llm = make()
+    llm.close()
+    with pytest.raises(QFilterError, match="closed"):
+        llm.qfilter_stats()
+
+
+def test_reset_empties_the_cache(make, tokens):
+    llm = make()
+    decode(llm, tokens[:400], 50)
+    llm.reset()
+    assert llm.qfilter_stats()["cells_used"] == llm.qfilter_stats()["positions"] == 0
+
+
 def test_an_empty_cache_can_be_looked_at_and_cut(make):
     llm = make()
     assert llm.kept_positions(0, 0).tolist() == []
@@ -382,16 +404,17 @@ def test_contexts_that_can_not_be_bounded_are_refused_with_the_reason(make):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"max_length": 100}, "max_length 100 is too small"),
-        ({"max_length": 512, "window_length": 500}, "use max_length >= 632"),
+        ({"max_length": 70}, "use max_length >= 90,"),
+        ({"max_length": 100, "window_length": 60}, "max_length 100 is too small"),
+        ({"max_length": "512"}, "max_length is '512': it must be a whole number"),
+        ({"window_length": 32.5}, "window_length is 32.5"),
+        ({"max_length": 512, "window_length": 500}, "use max_length >= 671"),
         ({"policy": "best"}, "unknown policy 'best'"),
         ({"sinks": -1}, "sinks is -1"),
         ({"max_length": 0}, "max_length is 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(kwargs, message):
-    if kwargs == {"max_length": 100}:
-        kwargs = {"max_length": 100, "window_length": 60}
     with pytest.raises(QFilterError, match=message):
         QFilterConfig(**kwargs)
 

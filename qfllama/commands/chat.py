@@ -279,7 +279,7 @@ def command(
     takes and what the full one would, and how fast it went. Without a terminal each line of stdin
     is a message.
     """
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):  # None: closed
         stream.reconfigure(encoding="utf-8", errors="replace")
     text = read_document(document)
     llm = load(

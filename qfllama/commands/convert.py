@@ -79,7 +79,9 @@ def command(src, output, quantize, outtype, force, **calibration):
     hub (user/name). It is never changed. Every llama.cpp can run OUT.gguf."""
     if calibration["text_files"] and calibration["dataset"]:
         raise click.UsageError("--text and --dataset exclude each other; give one of them")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for name in ("SIGTERM", "SIGHUP"):  # leave nothing behind; Windows has no SIGHUP
+        if number := getattr(signal, name, None):
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     bars = sys.stderr.isatty()
     if not bars:
         os.environ.setdefault("TQDM_DISABLE", "1")
