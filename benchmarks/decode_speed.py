@@ -12,19 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import shlex
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from pydoc_data import topics
 
-import llama_cpp
+from machine import provenance
 
-import qfllama
 from qfllama import Llama, QFilterConfig
 
 MIB = 1 << 20
@@ -123,25 +118,6 @@ def print_table(rows: list[Row]) -> None:
               f"  {ours.kv_mib:>11.1f}  {ours.evictions:>9}  {ours.eviction_percent:>7.2f}%")  # fmt: skip
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def provenance(args: argparse.Namespace) -> dict[str, str]:
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": date.today().isoformat(),
-        "machine": f"{cpu_name()}, {args.threads} threads, {platform.system()}",
-        "qfllama": qfllama.__version__,
-        "llama-cpp-python": llama_cpp.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def plot(rows: list[Row], about: dict[str, str], path: Path) -> None:
     import matplotlib
 
@@ -185,7 +161,7 @@ def main() -> None:
     ours = Llama(args.model, qfilters=config, **common)
     tokens = text_tokens(ours, n_ctx)
     rows = [row for position in positions for row in measure(stock, ours, tokens, position)]
-    about = provenance(args) | {"model": Path(args.model).name, "kv_type": args.type_kv}
+    about = provenance(args.threads) | {"model": Path(args.model).name, "kv_type": args.type_kv}
     print_table(rows)
     flat = rows[-1].tokens_per_second / rows[0].tokens_per_second
     print(

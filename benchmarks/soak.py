@@ -14,7 +14,8 @@ import os
 from pathlib import Path
 
 import numpy as np
-from decode_speed import decode, evicting_seconds, provenance, text_tokens
+from decode_speed import decode, evicting_seconds, text_tokens
+from machine import provenance
 
 from qfllama import Llama, QFilterConfig
 
@@ -69,7 +70,7 @@ def main() -> None:
     slope = np.polyfit([r["tokens"] for r in half], [r["rss_kib"] for r in half], 1)[0] * 1024
     print(f"resident memory grows by {slope:.2f} bytes per token over the second half")
     if args.json:
-        about = provenance(args) | {"model": Path(args.model).name}
+        about = provenance(args.threads) | {"model": Path(args.model).name}
         result = {"about": about, "bytes_per_token": round(float(slope), 3), "rows": rows}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     llm.close()

@@ -75,8 +75,16 @@ def download(requirement: str, folder: Path) -> Path:
     if importlib.util.find_spec("scikit_build_core"):
         command.append("--no-build-isolation")  # what pip runs for the metadata is here already
     command += ["--no-binary", "llama-cpp-python", "--require-hashes", "-r", str(PIN)]
+    # what the pip above us set for our own hooks is not for upstream's
+    env = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PEP517_", "_PYPROJECT_HOOKS_"))
+    }
     result = subprocess.run(
-        [*command, "-d", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, "-d", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
     )
     if result.returncode != 0:
         print(result.stdout, file=sys.stderr)

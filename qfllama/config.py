@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-POLICIES = ("qfilters", "knorm", "streaming")
+POLICIES = ("qfilters", "knorm", "streaming", "keydiff", "random")
 """How a cached key is scored, in the order of `enum llama_qfilter_policy`."""
 
 MIN_INTERVAL, MAX_INTERVAL = 64, 512
 MAX_LENGTH = 1 << 30
+MAX_SEED = (1 << 32) - 1
+OPTIONAL = ("window_length", "interval")
 
 
 class QFilterError(ValueError):
     """Something a user can fix; one line that ends in what to do."""
+
+
+class _Default(int):
+    """A size that nobody gave: `dataclasses.replace` works it out again."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class QFilterConfig:
         interval: cells freed by one eviction, and with it the largest batch;
             default `max_length // 4`, at least 64 and at most 512.
         policy: one of `POLICIES`; only `qfilters` needs filters in the file.
+        seed: of the policy `random`, at least 0.
 
     Raises:
         QFilterError: the sizes don't fit each other.
@@ -38,11 +45,14 @@ class QFilterConfig:
     sinks: int = 4
     interval: int | None = None
     policy: str = "qfilters"
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "window_length", "sinks", "interval"):
+        for name in ("max_length", "window_length", "sinks", "interval", "seed"):
             value = getattr(self, name)
-            if type(value) is not int and (value is not None or name in ("max_length", "sinks")):
+            if type(value) is _Default:
+                object.__setattr__(self, name, value := None)
+            if type(value) is not int and (value is not None or name not in OPTIONAL):
                 raise QFilterError(f"{name} is {value!r}: it must be a whole number")
         least_length = self._least_length()
         window_length, interval = self._sizes(self.max_length)
@@ -53,6 +63,8 @@ class QFilterConfig:
             raise QFilterError(
                 f"unknown policy {self.policy!r}: choose one of {', '.join(POLICIES)}"
             )
+        if not 0 <= self.seed <= MAX_SEED:
+            raise QFilterError(f"seed is {self.seed}: use 0 to {MAX_SEED}")
         if self.max_length > MAX_LENGTH:
             raise QFilterError(f"max_length {self.max_length} is too large: use <= {MAX_LENGTH}")
         for name, least in (("max_length", 1), ("window_length", 0), ("sinks", 0), ("interval", 1)):
@@ -70,8 +82,8 @@ class QFilterConfig:
         quarter = max(0, max_length // 4)
         interval = min(MAX_INTERVAL, max(MIN_INTERVAL, quarter))
         return (
-            quarter if self.window_length is None else self.window_length,
-            interval if self.interval is None else self.interval,
+            _Default(quarter) if self.window_length is None else self.window_length,
+            _Default(interval) if self.interval is None else self.interval,
         )
 
     def _least_length(self) -> int:

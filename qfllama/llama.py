@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
+import json
+import math
 import os
+from typing import NamedTuple
 
 import llama_cpp
 import llama_cpp._internals as internals
 import numpy as np
 from gguf.constants import GGMLQuantizationType
+from llama_cpp import LlamaState
 
-from qfllama import metadata, native
+from qfllama import gguf_header, metadata, native, state
 from qfllama.config import POLICIES, QFilterConfig, QFilterError
 
 CACHE_TYPES = {
@@ -35,6 +40,17 @@ def cache_type(value: int | str | None) -> int | None:
         raise QFilterError(
             f"unknown KV cache type {value!r}: choose one of {', '.join(CACHE_TYPES)}"
         ) from None
+
+
+STATE_RESIZE = 1 << 16
+"""LLAMA_QFILTER_STATE_SEQ_FLAGS_RESIZE: load a sequence into a cache of another size."""
+
+
+class Compressed(NamedTuple):
+    """Cells used before and after `Llama.compress`."""
+
+    before: int
+    after: int
 
 
 class BoundedContext(internals.LlamaContext):
@@ -70,6 +86,7 @@ class BoundedContext(internals.LlamaContext):
         params.n_window = config.window_length
         params.policy = POLICIES.index(config.policy)
         params.flags = self.flags
+        params.seed = config.seed
         params.n_filters = n_layer
         params.filters = filters
         return native.init_from_model(model, cparams, ctypes.byref(params))
@@ -95,6 +112,8 @@ class Llama(llama_cpp.Llama):
         self._stack = contextlib.ExitStack()  # upstream's __del__ needs it, also when we raise
         if qfilters is not None and not isinstance(qfilters, (bool, QFilterConfig)):
             raise QFilterError(f"qfilters is {qfilters!r}: use True or a QFilterConfig")
+        self._filters = self._settings = None
+        self._model_file = os.path.abspath(model_path)
         self.qfilter_config = QFilterConfig() if qfilters is True else qfilters or None
         for name in ("type_k", "type_v"):
             kwargs[name] = cache_type(kwargs.get(name))
@@ -112,12 +131,12 @@ class Llama(llama_cpp.Llama):
         if not kwargs.setdefault("flash_attn", True):
             raise QFilterError("qfilters needs Flash Attention: leave out flash_attn=False")
         if kwargs["n_ctx"] == 0 or config.max_length < kwargs["n_ctx"]:
-            for name in ("n_batch", "n_ubatch"):
-                if kwargs.setdefault(name, config.interval) > config.interval:
-                    raise QFilterError(
-                        f"{name} {kwargs[name]} is larger than the interval {config.interval}: "
-                        f"use {name} <= {config.interval}, or a larger interval"
-                    )
+            if kwargs.setdefault("n_batch", config.interval) > config.interval:
+                raise QFilterError(
+                    f"n_batch {kwargs['n_batch']} is larger than the interval {config.interval}: "
+                    f"use n_batch <= {config.interval}, or a larger interval"
+                )
+            kwargs.setdefault("n_ubatch", kwargs["n_batch"])
         if not os.path.isfile(model_path):
             raise QFilterError(f"{model_path} is not a file: check the path")
         self._filters = metadata.read(model_path) if config.policy == "qfilters" else None
@@ -161,21 +180,26 @@ class Llama(llama_cpp.Llama):
         if self._ctx.ctx is None:
             raise QFilterError("this Llama is closed: make a new one")
 
+    def _stats(self) -> native.Stats:
+        stats = native.Stats(struct_size=ctypes.sizeof(native.Stats))
+        native.get_stats(self._ctx.ctx, ctypes.byref(stats))
+        return stats
+
     def qfilter_stats(self) -> dict[str, int]:
         """What the bounded cache did and holds.
 
         Returns:
             evictions, dropped (cells), bytes_moved, score_us, select_us, gather_us
             (microseconds, all since the context was made); cells_used, cells (the bound),
-            cells_allocated (the bound rounded up to 256); kv_bytes (allocated for K and V),
-            kv_bytes_full (what a cache of n_ctx cells would take); positions (tokens seen).
+            cells_allocated (the bound rounded up to 256); kv_bytes (allocated for K and V, and
+            for windowed and recurrent layers), kv_bytes_full (the same if every position of n_ctx
+            had a cell), scratch_bytes (allocated for evictions); positions (tokens seen).
 
         Raises:
             QFilterError: this object has no bounded cache.
         """
         self._need_bound()
-        stats = native.Stats(struct_size=ctypes.sizeof(native.Stats))
-        native.get_stats(self._ctx.ctx, ctypes.byref(stats))
+        stats = self._stats()
         return {
             "evictions": stats.n_evictions,
             "dropped": stats.n_dropped,
@@ -187,7 +211,8 @@ class Llama(llama_cpp.Llama):
             "cells": stats.n_cells,
             "cells_allocated": stats.n_cells_alloc,
             "kv_bytes": stats.n_bytes_kv,
-            "kv_bytes_full": stats.n_bytes_kv // stats.n_cells_alloc * self.n_ctx(),
+            "kv_bytes_full": stats.n_bytes_kv_full,
+            "scratch_bytes": stats.n_bytes_scratch,
             "positions": self.n_tokens,
         }
 
@@ -241,32 +266,281 @@ class Llama(llama_cpp.Llama):
             result.append(out.reshape(n_cells, -1))
         return result[0], result[1]
 
+    # -- reading
+
     def eval(self, tokens):
-        """As upstream; after a failure no token counts as read that the cache doesn't hold."""
+        """As upstream; after a failure no token counts as read that the cache doesn't hold.
+
+        A batch ends where the cache is full, so that evictions fall where they would fall token by
+        token, however the tokens come in.
+        """
+        if self.qfilter_config is None:
+            return super().eval(tokens)
         try:
-            super().eval(tokens)
+            self._ctx.kv_cache_seq_rm(0, self.n_tokens, -1)  # upstream's first step: room counts
+            done = 0
+            while done < len(tokens):
+                n = min(self._room(), len(tokens) - done)
+                super().eval(tokens[done : done + n])
+                done += n
         except RuntimeError:
-            if self.qfilter_config is not None:
-                memory = llama_cpp.llama_get_memory(self.ctx)
-                held = llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1
-                self.n_tokens = min(self.n_tokens, held)
-                self._requires_eval = True
+            self._forget_lost()
             raise
 
-    def load_state(self, state):
+    def _room(self) -> int:
+        """Tokens until an eviction has to come, or from this one to the next."""
+        stats = self._stats()
+        return stats.n_cells - stats.n_cells_used or self.qfilter_config.interval
+
+    def _forget_lost(self) -> None:
+        """After a failure: only what the cache still holds counts as read."""
+        memory = llama_cpp.llama_get_memory(self.ctx)
+        self.n_tokens = min(self.n_tokens, llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1)
+        self._requires_eval = True
+
+    def rewind_limit(self) -> int:
+        """The first position to which the cache can be cut back without reading again.
+
+        0 as long as nothing has been evicted; then about `window_length` positions before the last
+        eviction. A prompt that shares at least so many tokens with what was read costs only the
+        rest of it.
+
+        Raises:
+            QFilterError: this object has no bounded cache.
+        """
+        self._need_bound()
+        memory = llama_cpp.llama_get_memory(self.ctx)
+        if self.n_tokens == 0:
+            return 0
+        # to remove nothing at a position is refused where removing from there on would be
+        low, high = -1, self.n_tokens  # refused, allowed
+        while high - low > 1:
+            middle = (low + high) // 2
+            if llama_cpp.llama_memory_seq_rm(memory, 0, middle, middle):
+                high = middle
+            else:
+                low = middle
+        return high
+
+    def compress(self, *, ratio: float | None = None, max_length: int | None = None) -> Compressed:
+        """Compact the cache now, to `1 / ratio` of its cells or to `max_length` cells.
+
+        The setting of the paper: the whole prompt is read at full size, then compressed once. For
+        that the cache has to hold the prompt, and the window should be small:
+
+            config = QFilterConfig(max_length=32768, window_length=64)
+            llm = Llama("model-qf.gguf", n_ctx=32768, qfilters=config)
+            llm.eval(llm.tokenize(text))
+            llm.compress(ratio=8)
+
+        Positions go on as if nothing had happened: `n_tokens` and `input_ids` stay, a prompt that
+        begins with the same tokens is not read again, and the logits of the last position are
+        still there. Only `rewind_limit` rises. The allocated memory stays what it is:
+        `save_prompt` gives what is left to a smaller cache.
+
+        Returns:
+            cells before and after; the same number if there was nothing to do.
+
+        Raises:
+            QFilterError: no bounded cache, not exactly one of the two arguments, or fewer cells
+                than sinks and window take.
+            RuntimeError: the engine failed; what it lost doesn't count as read any more.
+        """
+        self._need_bound()
+        before = self._stats().n_cells_used
+        wanted = state.cells_wanted(before, ratio, max_length)
+        if wanted >= before:
+            return Compressed(before, before)
+        config = self.qfilter_config
+        least = config.sinks + max(1, config.window_length)
+        if wanted < least:
+            raise QFilterError(
+                f"{wanted} cells can't hold {config.sinks} sinks and a window of "
+                f"{config.window_length}: use a max_length >= {least} (of {before} cells a ratio "
+                f"<= {math.floor(10 * before / least) / 10:g}), or a smaller window_length"
+            )
+        if native.compress(self._ctx.ctx, 0, wanted) < 0:
+            self._forget_lost()
+            raise RuntimeError("llama_qfilter_compress failed")
+        return Compressed(before, self._stats().n_cells_used)
+
+    # -- saving and restoring
+
+    def settings(self) -> dict:
+        """What a saved cache depends on, as plain JSON values; see `qfllama.state.mismatch`."""
+        self._need_bound()
+        if self._settings is None:
+            self._settings = self._read_settings()
+        return self._settings
+
+    def _read_settings(self) -> dict:
+        config, params = self.qfilter_config, self.context_params
+        names = {number: name for name, number in CACHE_TYPES.items()}
+        run = [
+            params.rope_scaling_type, params.rope_freq_base, params.rope_freq_scale,
+            params.yarn_ext_factor, params.yarn_attn_factor, params.yarn_beta_fast,
+            params.yarn_beta_slow, params.yarn_orig_ctx, self._uses_long_rope(),
+            self.lora_path, self.lora_scale if self.lora_path else None,
+            sorted((self.kv_overrides or {}).items()),
+        ]  # fmt: skip
+        return {
+            "model": state.model_identity(self._model_file),
+            "filters": state.filters_identity(self._filters),
+            "run": json.loads(json.dumps(run)),  # lists as they come back from a file
+            "type_k": names[params.type_k],
+            "type_v": names[params.type_v],
+            **dataclasses.asdict(config),
+        }
+
+    def _uses_long_rope(self) -> bool:
+        """Some models rotate keys otherwise as soon as n_ctx is beyond what they began with."""
+        _, header = gguf_header.scan_first(self._model_file)
+        arch = header.get("general.architecture")
+        n_orig = header.get(f"{arch}.rope.scaling.original_context_length")
+        has_factors = any(t.name.startswith("rope_factors_long") for t in header.tensors)
+        return bool(has_factors and n_orig is not None and self.n_ctx() > n_orig)
+
+    def set_cache(self, cache) -> None:
+        """As upstream. With a bounded cache, states that this object can't load or that would save
+        nothing are passed over, and nothing is dropped from a LlamaDiskCache that is found in it.
+        """
+        if cache is not None and self.qfilter_config is not None:
+            cache = state.OwnStates(cache, self)
+        super().set_cache(cache)
+
+    def save_state(self) -> LlamaState:
+        """As upstream, without what a restored context doesn't need: a bounded cache's state takes
+        about the bytes of its used cells."""
+        if self.qfilter_config is None:
+            return super().save_state()
+        size = llama_cpp.llama_state_get_size(self.ctx)
+        data = (ctypes.c_uint8 * size)()
+        size = llama_cpp.llama_state_get_data(self.ctx, data, size)
+        if size == 0:
+            raise RuntimeError("Failed to copy llama state data")
+        scores = self._scores if self._logits_all else self.scores[:0]
+        saved = LlamaState(
+            input_ids=self.input_ids[: self.n_tokens].copy(),
+            scores=scores.copy(),
+            n_tokens=self.n_tokens,
+            llama_state=ctypes.string_at(data, size),
+            llama_state_size=size,
+            seed=self._seed,
+        )
+        saved.qfilters = {"settings": self.settings(), "rewind_limit": self.rewind_limit()}
+        return saved
+
+    def load_state(self, state: LlamaState) -> None:
         """As upstream; a state that is refused leaves an empty cache.
 
         Raises:
-            RuntimeError: the state was saved with other filters, another policy or other sizes.
+            RuntimeError: the state is of another model, or was saved with other filters, another
+                policy or other sizes; the message says which.
         """
+        bounded = getattr(state, "qfilters", None)
         try:
-            super().load_state(state)
+            if self.qfilter_config is not None:
+                self._load_bounded(state, bounded)
+            elif bounded is not None:
+                raise RuntimeError("it was saved with a bounded cache, this Llama has the full one")
+            else:
+                super().load_state(state)
         except (RuntimeError, ValueError) as error:  # ValueError: another size of batch
             self.reset()
             raise RuntimeError(
-                "this state is not of a Llama with the same filters, policy and sizes: "
-                "read the prompt again"
+                f"this state can't be loaded: {error}; read the prompt again"
             ) from error
+
+    def _load_bounded(self, saved: LlamaState, bounded: dict | None) -> None:
+        if bounded is None:
+            raise RuntimeError("it was saved with a full cache, this Llama has a bounded one")
+        if why := state.mismatch(bounded["settings"], self.settings()):
+            raise RuntimeError(why)
+        data, size = saved.llama_state, saved.llama_state_size
+        buffer = (ctypes.c_uint8 * size).from_buffer_copy(data)
+        self._take_over(saved.input_ids)
+        self._seed = saved.seed
+        if self._logits_all:
+            self.scores[: saved.n_tokens] = saved.scores
+        if llama_cpp.llama_state_set_data(self.ctx, buffer, size) != size:
+            raise RuntimeError("llama.cpp refused it (verbose=True shows why)")
+
+    def _take_over(self, tokens: np.ndarray) -> None:
+        """The tokens of a state about to be loaded."""
+        if len(tokens) > self.n_ctx():
+            raise RuntimeError(f"it has {len(tokens):,} positions, n_ctx is {self.n_ctx():,}")
+        self.input_ids[: len(tokens)] = tokens
+        self.n_tokens = len(tokens)
+        self._requires_eval = True
+
+    def save_prompt(self, path, extra: dict | None = None) -> int:
+        """Write what the cache holds to a file that `load_prompt` reads, in any process.
+
+        Args:
+            path: appears complete or not at all; what was there is replaced.
+            extra: plain JSON values to have again with `qfllama.state.read_prompt`.
+
+        Returns:
+            bytes written, about those of the used cells.
+
+        Raises:
+            QFilterError: no bounded cache, an empty one, or the file can't be written.
+        """
+        settings, n_cells = self.settings(), self._stats().n_cells_used
+        if n_cells == 0:
+            raise QFilterError("the cache is empty: read a prompt first")
+        size = llama_cpp.llama_state_seq_get_size(self.ctx, 0)
+        data = (ctypes.c_uint8 * size)()
+        size = llama_cpp.llama_state_seq_get_data(self.ctx, data, size, 0)
+        if size == 0:
+            raise RuntimeError("llama_state_seq_get_data failed")
+        return state.write_prompt(
+            path,
+            state.Prompt(
+                settings=settings,
+                tokens=self.input_ids[: self.n_tokens],
+                cells=n_cells,
+                data=ctypes.string_at(data, size),
+                extra=extra or {},
+            ),
+        )
+
+    def load_prompt(self, path) -> state.Prompt:
+        """Go on from a file of `save_prompt` or `qfllama compress`; what was read before is gone.
+
+        The sizes of this cache may be others than those of the one that was saved, if its cells
+        fit: `qfllama.state.config_for` gives a config that holds them.
+
+        Returns:
+            the prompt, without its state.
+
+        Raises:
+            QFilterError: not such a file, or of another model, with other filters, policy, sinks
+                or cache types, or too large for this cache; the cache is as it was before.
+        """
+        ours = self.settings()
+        prompt = state.read_prompt(path)
+        why = state.mismatch(prompt.settings, ours, leave_out=state.SIZE_NAMES)
+        n_cells = self._stats().n_cells
+        if why is None and prompt.cells > n_cells:
+            why = f"it has {prompt.cells:,} cells, this cache {n_cells:,}"
+        if why is None and len(prompt.tokens) >= self.n_ctx():
+            why = f"it has {len(prompt.tokens):,} positions, n_ctx is {self.n_ctx():,}"
+        if why is not None:
+            raise QFilterError(
+                f"{path} can't be used: {why}; make it again with `qfllama compress`"
+            )
+        self.reset()
+        size = len(prompt.data)
+        buffer = (ctypes.c_uint8 * size).from_buffer_copy(prompt.data)
+        if llama_cpp.llama_state_seq_set_data_ext(self.ctx, buffer, size, 0, STATE_RESIZE) != size:
+            self.reset()
+            raise QFilterError(
+                f"{path} was refused by llama.cpp (--verbose or verbose=True shows why): "
+                "make it again with `qfllama compress`"
+            )
+        self._take_over(prompt.tokens)
+        return dataclasses.replace(prompt, data=b"")
 
     def reset(self):
         """As upstream; a bounded cache is emptied, too."""

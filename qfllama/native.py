@@ -26,7 +26,7 @@ if not hasattr(_lib, "llama_qfilter_init_from_model"):
     )
 
 FLAG_GRAPH_GATHER = 1
-"""Move rows with ggml graphs also where the host could copy them (tests)."""
+"""Treat the CPU as another device: move rows with ggml graphs (tests)."""
 
 
 class Params(ctypes.Structure):
@@ -40,6 +40,7 @@ class Params(ctypes.Structure):
         ("n_window", c_uint32),
         ("policy", c_int32),
         ("flags", c_uint32),
+        ("seed", c_uint32),
         ("n_filters", c_uint32),
         ("filters", POINTER(POINTER(c_float))),
     ]
@@ -60,6 +61,21 @@ class Stats(ctypes.Structure):
         ("n_cells", c_uint32),
         ("n_cells_alloc", c_uint32),
         ("n_bytes_kv", c_uint64),
+        ("n_bytes_kv_full", c_uint64),
+        ("n_bytes_scratch", c_uint64),
+    ]
+
+
+class Attn(ctypes.Structure):
+    """`struct llama_qfilter_attn`."""
+
+    _fields_ = [
+        ("il", c_int32),
+        ("head_dim", c_int32),
+        ("n_head", c_int32),
+        ("n_tokens", c_int32),
+        ("n_head_kv", c_int32),
+        ("n_kv", c_int32),
     ]
 
 
@@ -78,6 +94,12 @@ supported = _function(
     llama_cpp.llama_context_params,
     c_char_p,
     c_size_t,
+)
+model_supported = _function(
+    "llama_qfilter_model_supported", c_bool, llama_cpp.llama_model_p_ctypes, c_char_p, c_size_t
+)
+layer_evicts = _function(
+    "llama_qfilter_layer_evicts", c_bool, llama_cpp.llama_model_p_ctypes, c_int32
 )
 init_from_model = _function(
     "llama_qfilter_init_from_model",
@@ -112,3 +134,5 @@ rows = _function(
 get_stats = _function(
     "llama_qfilter_get_stats", c_bool, llama_cpp.llama_context_p_ctypes, POINTER(Stats)
 )
+attn_of = _function("llama_qfilter_attn_of", c_bool, c_void_p, POINTER(Attn))
+attn_get = _function("llama_qfilter_attn_get", None, c_void_p, c_bool, c_void_p)

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from reference.cache import POLICIES, BoundedCache, Eviction, select, store_q8_0
+from reference.cache import POLICIES, BoundedCache, Eviction, Head, select, store_q8_0
 from reference.compare import agreement, disagreements, logits_difference
 from reference.engine import run, split
 from reference.filters import query_filters, random_filters
@@ -167,8 +167,39 @@ def test_a_run_keeps_sinks_window_and_the_best_of_the_rest(model, bounded_runs, 
                 assert projection[inside].min() > projection[~inside].max() - 1e-5
             elif policy == "knorm":
                 assert keys.norm(dim=-1)[inside].max() < keys.norm(dim=-1)[~inside].min() + 1e-5
+            elif policy == "keydiff":
+                held = cache.written[layer][0][head][before]
+                mean = torch.nn.functional.normalize(held, dim=-1).mean(0)
+                alike = torch.nn.functional.cosine_similarity(keys, mean[None], dim=-1)
+                assert alike[inside].max() < alike[~inside].min() + 1e-5
+            elif policy == "random":
+                worth = np.array([random_score(0, layer, head, int(p)) for p in middle])
+                assert worth[inside].min() > worth[~inside].max()
             else:
                 assert middle[inside].min() > middle[~inside].max()
+
+
+def random_score(*words):
+    """splitmix64 over the words, in numpy's arithmetic modulo 2^64."""
+    x = np.uint64(0)
+    with np.errstate(over="ignore"):
+        for word in words:
+            x += np.uint64(word) + np.uint64(0x9E3779B97F4A7C15)
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+            x ^= x >> np.uint64(31)
+    return float(x) / 2.0**64
+
+
+def test_random_scores_are_uniform_and_differ_by_seed_layer_head_and_position():
+    def scores(seed=0, layer=0, index=0):
+        positions = np.arange(4000)
+        return POLICIES["random"](Head(np.empty((4000, 0)), positions, None, layer, index, seed))
+
+    base = scores()
+    assert np.histogram(base, 10, (0, 1))[0].min() > 340
+    for other in (scores(seed=1), scores(layer=1), scores(index=1), np.roll(base, 1)):
+        assert abs(np.corrcoef(base, other)[0, 1]) < 0.05
 
 
 @pytest.mark.parametrize("policy", POLICIES)

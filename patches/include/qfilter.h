@@ -2,6 +2,7 @@
 //
 // A context made by llama_qfilter_init_from_model() has a KV cache of a fixed number of cells. When a batch does not
 // fit, every layer and KV head scores its own cached keys and keeps the best of them; positions go on to n_ctx.
+// Layers whose cache does not grow with the context, windowed and recurrent ones, are as upstream has them.
 #pragma once
 
 #include "llama.h"
@@ -18,6 +19,8 @@ enum llama_qfilter_policy {
     LLAMA_QFILTER_POLICY_QFILTERS  = 0, // projection of the key on its head's filter
     LLAMA_QFILTER_POLICY_KNORM     = 1, // minus the L2 norm of the key
     LLAMA_QFILTER_POLICY_STREAMING = 2, // all equal: sinks and the newest stay
+    LLAMA_QFILTER_POLICY_KEYDIFF   = 3, // minus the cosine of the key with the mean of its head's normalized keys
+    LLAMA_QFILTER_POLICY_RANDOM    = 4, // a hash of seed, layer, head and position
 };
 
 struct llama_qfilter_params {
@@ -29,6 +32,7 @@ struct llama_qfilter_params {
     uint32_t n_window;    // last positions, always kept
     int32_t  policy;      // enum llama_qfilter_policy
     uint32_t flags;       // enum llama_qfilter_flag
+    uint32_t seed;        // of LLAMA_QFILTER_POLICY_RANDOM
 
     // one pointer per layer of the model to [n_head_kv][head_dim] unit vectors in the basis of llama.cpp's K rows
     // (after RoPE); NULL for layers without a filter. needed by LLAMA_QFILTER_POLICY_QFILTERS only, copied on init
@@ -37,8 +41,12 @@ struct llama_qfilter_params {
 };
 
 enum llama_qfilter_flag {
-    LLAMA_QFILTER_FLAG_GRAPH_GATHER = 1, // move rows with ggml graphs also where the host could copy them (tests)
+    LLAMA_QFILTER_FLAG_GRAPH_GATHER = 1, // treat the CPU as another device: move rows with ggml graphs (tests)
 };
+
+// for llama_state_seq_set_data_ext(), beside LLAMA_STATE_SEQ_FLAGS_*: the state may come from a context with another
+// n_cells, n_keep and n_window, if its cells fit; policy, filters and n_sink have to be the same
+#define LLAMA_QFILTER_STATE_SEQ_FLAGS_RESIZE (1 << 16)
 
 struct llama_qfilter_stats {
     size_t   struct_size;    // set by the caller
@@ -53,7 +61,10 @@ struct llama_qfilter_stats {
     uint32_t n_cells_used;   // over all sequences, at the moment
     uint32_t n_cells;        // the bound: n_cells * n_seq_max
     uint32_t n_cells_alloc;  // allocated: the bound rounded up to 256 per sequence
-    uint64_t n_bytes_kv;     // allocated K and V bytes
+
+    uint64_t n_bytes_kv;      // allocated for K and V, and for windowed and recurrent layers
+    uint64_t n_bytes_kv_full; // the same if every position of the context had a cell
+    uint64_t n_bytes_scratch; // allocated for evictions, those of the largest one included
 };
 
 LLAMA_API struct llama_qfilter_params llama_qfilter_default_params(void);
@@ -64,6 +75,13 @@ LLAMA_API bool llama_qfilter_supported(
               struct llama_context_params cparams,
                                    char * why,
                                    size_t size);
+
+// the same for the model alone: is there anything in it that could be bounded?
+LLAMA_API bool llama_qfilter_model_supported(const struct llama_model * model, char * why, size_t size);
+
+// does layer il keep keys of its own over the whole context? only these are evicted and have filters; not those that
+// are windowed, recurrent, without attention, or attend the keys of another layer
+LLAMA_API bool llama_qfilter_layer_evicts(const struct llama_model * model, int32_t il);
 
 // like llama_init_from_model(); NULL when the parameters are refused (the reason is logged)
 LLAMA_API struct llama_context * llama_qfilter_init_from_model(
@@ -97,6 +115,22 @@ LLAMA_API size_t llama_qfilter_rows(
 
 // returns false if the context has no bounded cache
 LLAMA_API bool llama_qfilter_get_stats(const struct llama_context * ctx, struct llama_qfilter_stats * stats);
+
+// one call of attention, for llama_context_params.cb_eval with Flash Attention on
+struct llama_qfilter_attn {
+    int32_t il;        // the layer whose cached keys are attended
+    int32_t head_dim;
+    int32_t n_head;
+    int32_t n_tokens;  // queries, in the order of the batch
+    int32_t n_head_kv;
+    int32_t n_kv;      // cells, of which the last may be empty
+};
+
+// false: not the attention of a single sequence over a KV cache
+LLAMA_API bool llama_qfilter_attn_of(const struct ggml_tensor * t, struct llama_qfilter_attn * attn);
+
+// once computed: the queries [n_head][n_tokens][head_dim], or the cached keys [n_head_kv][n_kv][head_dim]
+LLAMA_API void llama_qfilter_attn_get(const struct ggml_tensor * t, bool is_k, float * out);
 
 #ifdef __cplusplus
 }

@@ -3,109 +3,126 @@
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-io.h"
-#include "llama-kv-cache.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid-idx.h"
+#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 
 static const uint32_t LLAMA_QFILTER_STATE_MAGIC   = 0x746c6671; // "qflt"
-static const uint32_t LLAMA_QFILTER_STATE_VERSION = 1;
+static const uint32_t LLAMA_QFILTER_STATE_VERSION = 2;
 
 // cells are allocated in steps of what llama_kv_cache::get_n_kv() pads to
 static const uint32_t LLAMA_QFILTER_PAD = 256;
 
-//
-// scores, one function per policy
-//
-//   k: cached keys [n_embd_head_k, n_head_kv, n_cells], rows of one head follow each other at k->nb[2]
-//   f: filters     [n_embd_head_k*n_head_kv, n_head_kv], block-diagonal
-//   returns        [n_cells, n_head_kv] F32, nullptr: all scores are equal
-//
+// room for a group of heads: two F32 copies of its keys that a policy has at once, and for the rest
+static const size_t LLAMA_QFILTER_MAX_COPIES = 3;
 
-typedef ggml_tensor * (*llama_qfilter_score_t)(ggml_context * ctx, ggml_tensor * k, ggml_tensor * f, bool per_head);
+// layers whose scores are held at once by the CPU: others are given all at once, it costs them more to be given work
+static const uint32_t LLAMA_QFILTER_MAX_LAYERS = 8;
 
-// the paper's score (arXiv 2503.02812, section 3): <k, v1>, averaged over the query heads of a group
-static ggml_tensor * llama_qfilter_score_qfilters(ggml_context * ctx, ggml_tensor * k, ggml_tensor * f, bool per_head) {
-    const int64_t n_embd_head = k->ne[0];
-    const int64_t n_head      = k->ne[1];
-    const int64_t n_cells     = k->ne[2];
-
-    if (per_head) {
-        ggml_tensor * kh = ggml_permute(ctx, k, 0, 2, 1, 3); // [n_embd_head, n_cells, n_head]
-
-        // the blocks on the diagonal of f
-        ggml_tensor * fh = ggml_view_3d(ctx, f, n_embd_head, 1, n_head, f->nb[1], f->nb[1] + n_embd_head*f->nb[0], 0);
-
-        ggml_tensor * s = ggml_mul_mat(ctx, kh, fh); // [n_cells, 1, n_head]
-        ggml_prec_set_acc(s, GGML_PREC_F32);
-
-        return ggml_reshape_2d(ctx, s, n_cells, n_head);
-    }
-
-    ggml_tensor * k2 = ggml_view_2d(ctx, k, n_embd_head*n_head, n_cells, k->nb[2], 0);
-
-    ggml_tensor * s = ggml_mul_mat(ctx, k2, f); // [n_cells, n_head]
-    ggml_prec_set_acc(s, GGML_PREC_F32);
-
-    return s;
-}
-
-// keys with a small norm attract attention (arXiv 2406.11430): -|k|^2
-static ggml_tensor * llama_qfilter_score_knorm(ggml_context * ctx, ggml_tensor * k, ggml_tensor * f, bool per_head) {
-    GGML_UNUSED(f);
-    GGML_UNUSED(per_head);
-
-    const int64_t n_embd_head = k->ne[0];
-    const int64_t n_head      = k->ne[1];
-    const int64_t n_cells     = k->ne[2];
-
-    ggml_tensor * cur = ggml_view_2d(ctx, k, n_embd_head*n_head, n_cells, k->nb[2], 0);
-
-    if (cur->type != GGML_TYPE_F32) {
-        cur = ggml_cast(ctx, cur, GGML_TYPE_F32);
-    }
-    cur = ggml_sqr(ctx, cur);
-    cur = ggml_reshape_3d(ctx, cur, n_embd_head, n_head, n_cells);
-    cur = ggml_sum_rows(ctx, cur);                 // [1, n_head, n_cells]
-    cur = ggml_scale(ctx, cur, -1.0f);
-    cur = ggml_reshape_2d(ctx, cur, n_head, n_cells);
-
-    return ggml_cont(ctx, ggml_transpose(ctx, cur)); // [n_cells, n_head]
-}
-
-static const struct {
-    llama_qfilter_policy  policy;
-    const char *          name;
-    bool                  needs_filters;
-    llama_qfilter_score_t score; // nullptr: all scores are equal, so the newest rows stay
-} LLAMA_QFILTER_POLICIES[] = {
-    { LLAMA_QFILTER_POLICY_QFILTERS,  "qfilters",  true,  llama_qfilter_score_qfilters },
-    { LLAMA_QFILTER_POLICY_KNORM,     "knorm",     false, llama_qfilter_score_knorm    },
-    { LLAMA_QFILTER_POLICY_STREAMING, "streaming", false, nullptr                      },
-};
-
-static llama_qfilter_policy llama_qfilter_policy_check(int32_t policy) {
-    for (const auto & p : LLAMA_QFILTER_POLICIES) {
-        if (p.policy == policy) {
-            return p.policy;
-        }
-    }
-    throw std::runtime_error(format("qfilter: unknown policy %d", policy));
-}
+// graph nodes and leaves per group of heads, at most
+static const size_t LLAMA_QFILTER_MAX_TENSORS = 24;
 
 //
 // llama_qfilter
 //
 
-llama_qfilter::llama_qfilter(llama_kv_cache & kv, const llama_cparams & cparams, const llama_qfilter_params & params) :
-    kv(kv),
+static llama_kv_cache_iswa * llama_qfilter_iswa_of(llama_memory_i * mem) {
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid_iswa *>(mem)) {
+        return hybrid->get_mem_attn();
+    }
+
+    return dynamic_cast<llama_kv_cache_iswa *>(mem);
+}
+
+static llama_memory_recurrent * llama_qfilter_recr_of(llama_memory_i * mem) {
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid_iswa *>(mem)) {
+        return hybrid->get_mem_recr();
+    }
+
+    auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem);
+
+    return hybrid ? hybrid->get_mem_recr() : nullptr;
+}
+
+llama_kv_cache * llama_qfilter::cache_of(llama_memory_i * mem) {
+    if (auto * iswa = llama_qfilter_iswa_of(mem)) {
+        return iswa->get_base();
+    }
+
+    auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem);
+    if (hybrid && !dynamic_cast<llama_memory_hybrid_idx *>(mem)) {
+        return hybrid->get_mem_attn();
+    }
+
+    return dynamic_cast<llama_kv_cache *>(mem);
+}
+
+llama_memory_i * llama_qfilter::create_memory(
+        const llama_model         & model,
+        const llama_memory_params & params_mem_in,
+        const llama_cparams       & cparams_in,
+              uint32_t              n_cells) {
+    llama_memory_params params_mem = params_mem_in;
+    llama_cparams       cparams    = cparams_in;
+
+    const uint32_t n_alloc = std::min<uint32_t>(GGML_PAD(n_cells, LLAMA_QFILTER_PAD), cparams_in.n_ctx_seq);
+
+    cparams.n_ctx_seq = n_alloc;
+
+    // upstream makes the windowed part as large as the other one when swa_full is set, and never larger
+    params_mem.swa_full = false;
+
+    if (model.hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        const uint32_t n_alloc_swa = GGML_PAD(model.hparams.n_swa + cparams.n_ubatch, LLAMA_QFILTER_PAD);
+
+        cparams.n_ctx_seq = std::min(std::max(n_alloc, n_alloc_swa), cparams_in.n_ctx_seq);
+    }
+
+    std::unique_ptr<llama_memory_i> mem(model.create_memory(params_mem, cparams));
+
+    auto * kv = cache_of(mem.get());
+    if (!kv || kv->layers.empty()) {
+        throw std::runtime_error(format("qfilter: the cache of %s models can't be bounded", model.arch_name().c_str()));
+    }
+
+    auto * iswa = llama_qfilter_iswa_of(mem.get());
+    if (iswa && kv->get_size() > n_alloc) {
+        // the window needs more cells than the bound allows: the same cache again, smaller
+        std::map<int32_t, int32_t> ils; // layer -> layer whose cells it uses
+        for (const auto & [il, ikv] : kv->map_layer_ids) {
+            ils[il] = kv->layers[ikv].il;
+        }
+
+        const bool v_trans = kv->v_trans;
+
+        iswa->kv_base.reset();
+        iswa->kv_base = std::make_unique<llama_kv_cache>(
+                model, model.hparams, params_mem.type_k, params_mem.type_v,
+                v_trans, cparams.offload_kqv, cparams.kv_unified, n_alloc, cparams.n_seq_max, 1,
+                0, LLAMA_SWA_TYPE_NONE, nullptr,
+                [&](int32_t il) { return ils.count(il) > 0; },
+                [&](int32_t il) { return ils.count(il) > 0 && ils[il] != il ? ils[il] : -1; },
+                nullptr);
+    }
+
+    return mem.release();
+}
+
+llama_qfilter::llama_qfilter(llama_memory_i & mem, const llama_cparams & cparams, const llama_qfilter_params & params) :
+    mem(mem), kv(*cache_of(&mem)), kv_swa(llama_qfilter_iswa_of(&mem) ? llama_qfilter_iswa_of(&mem)->get_swa() : nullptr),
+    recr(llama_qfilter_recr_of(&mem)),
     n_ctx_seq(cparams.n_ctx_seq),
     n_cells(std::min(params.n_cells, cparams.n_ctx_seq)), n_keep(params.n_keep), n_sink(params.n_sink), n_window(params.n_window),
-    flags(params.flags), policy(llama_qfilter_policy_check(params.policy)) {
+    flags(params.flags), seed(params.seed), policy(llama_qfilter_policy_get(params.policy)) {
 
     if (kv.v_trans) {
         throw std::runtime_error("qfilter: Flash Attention is off for this model: the V cache is stored transposed");
@@ -125,6 +142,7 @@ llama_qfilter::llama_qfilter(llama_kv_cache & kv, const llama_cparams & cparams,
     for (int32_t ikv = 0; ikv < (int32_t) kv.layers.size(); ++ikv) {
         head_offs.push_back(n_head_all);
         n_head_all += n_head_kv(ikv);
+        n_head_max = std::max(n_head_max, n_head_kv(ikv));
     }
 
     streams.resize(kv.n_stream);
@@ -144,8 +162,31 @@ uint32_t llama_qfilter::n_keep_min() const {
     return n_sink + std::max(1u, n_window); // the newest position has to stay: batches go on from it
 }
 
-bool llama_qfilter::needs_scores() const {
-    return LLAMA_QFILTER_POLICIES[policy].score != nullptr;
+// the heads of a layer whose keys are copied at once
+uint32_t llama_qfilter::n_head_group(const worker & w, int32_t ikv) const {
+    const auto & layer = kv.layers[ikv];
+
+    const uint32_t n_head = n_head_kv(ikv);
+
+    if (!w.by_group) {
+        return n_head;
+    }
+    if (w.on_host) {
+        return 1; // the copy of one head stays in the CPU's cache
+    }
+
+    // an eviction shall not need more memory than K and V of two layers
+    const size_t n_bytes      = 2*(layer.k->nb[1] + layer.v->nb[1]);
+    const size_t n_bytes_copy = LLAMA_QFILTER_MAX_COPIES*layer.k->ne[0]*sizeof(float);
+
+    return std::max<size_t>(1, std::min<size_t>(n_head, n_head*n_bytes/n_bytes_copy));
+}
+
+// cells that were emptied since have no history
+const llama_qfilter::stream & llama_qfilter::get_stream(uint32_t is) const {
+    static const stream none;
+
+    return kv.v_cells[is].get_used() == 0 ? none : streams[is];
 }
 
 // FNV-1a
@@ -160,7 +201,10 @@ void llama_qfilter::load_filters(const llama_qfilter_params & params) {
     filters.resize(kv.layers.size());
     filters_hash = 0xcbf29ce484222325ull;
 
-    if (!LLAMA_QFILTER_POLICIES[policy].needs_filters) {
+    if (policy.score_pos) {
+        filters_hash = llama_qfilter_hash(filters_hash, &seed, sizeof(seed));
+    }
+    if (!policy.needs_filters) {
         return;
     }
 
@@ -216,9 +260,13 @@ void llama_qfilter::load_filters(const llama_qfilter_params & params) {
 }
 
 void llama_qfilter::init(llama_context * lctx) {
+    this->lctx = lctx;
+
     auto * sched = lctx->get_sched();
 
     const int n_backends = ggml_backend_sched_get_n_backends(sched);
+
+    backend_cpu = ggml_backend_sched_get_backend(sched, n_backends - 1);
 
     for (int32_t ikv = 0; ikv < (int32_t) kv.layers.size(); ++ikv) {
         if (n_head_kv(ikv) == 0) {
@@ -228,8 +276,8 @@ void llama_qfilter::init(llama_context * lctx) {
         auto * buffer = kv.layers[ikv].k->buffer;
         auto * dev    = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
 
-        // plain CPU buffers name no device: the CPU is the scheduler's last backend
-        ggml_backend_t backend = ggml_backend_sched_get_backend(sched, n_backends - 1);
+        // plain CPU buffers name no device
+        ggml_backend_t backend = backend_cpu;
         for (int i = 0; i < n_backends; ++i) {
             if (dev && ggml_backend_get_device(ggml_backend_sched_get_backend(sched, i)) == dev) {
                 backend = ggml_backend_sched_get_backend(sched, i);
@@ -242,7 +290,8 @@ void llama_qfilter::init(llama_context * lctx) {
             worker w;
             w.backend  = backend;
             w.on_host  = ggml_backend_buffer_is_host(buffer) && !(flags & LLAMA_QFILTER_FLAG_GRAPH_GATHER);
-            w.per_head = true;
+            w.by_group = true;
+            w.n_layers = w.on_host ? LLAMA_QFILTER_MAX_LAYERS : kv.layers.size();
             w.galloc.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)));
 
             workers.push_back(std::move(w));
@@ -269,8 +318,44 @@ ggml_context_ptr llama_qfilter::new_context(size_t n_tensors) {
     }));
 }
 
-// graph nodes and leaves per layer, at most
-static const size_t LLAMA_QFILTER_MAX_TENSORS = 16;
+void llama_qfilter::set_n_threads() {
+    auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend_cpu));
+    auto * fn  = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+
+    if (fn) {
+        fn(backend_cpu, lctx->n_threads());
+    }
+}
+
+void llama_qfilter::parallel(size_t n, const std::function<void(size_t i, int ith)> & fn) {
+    struct work {
+        const std::function<void(size_t i, int ith)> & fn;
+
+        const size_t n;
+
+        std::atomic<size_t> next;
+    } work = { fn, n, { 0 } };
+
+    auto ctx = new_context(1);
+
+    // a graph of one node has run in full even if it was aborted
+    ggml_tensor * node = ggml_custom_4d(ctx.get(), GGML_TYPE_I32, 1, 1, 1, 1, nullptr, 0,
+        [](ggml_tensor *, int ith, int, void * data) {
+            auto & w = *(struct work *) data;
+
+            for (size_t i = w.next++; i < w.n; i = w.next++) {
+                w.fn(i, ith);
+            }
+        }, GGML_N_TASKS_MAX, &work);
+
+    int32_t unused;
+    node->data = &unused;
+
+    auto * gf = ggml_new_graph_custom(ctx.get(), 1, false);
+    ggml_build_forward_expand(gf, node);
+
+    ggml_backend_graph_compute(backend_cpu, gf);
+}
 
 static const ggml_tensor * llama_qfilter_unsupported_op(ggml_backend_t backend, ggml_cgraph * gf) {
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
@@ -282,87 +367,86 @@ static const ggml_tensor * llama_qfilter_unsupported_op(ggml_backend_t backend, 
 }
 
 void llama_qfilter::init_worker(worker & w) {
-    const char * name = ggml_backend_name(w.backend);
-
-    // filters, block-diagonal
-    if (LLAMA_QFILTER_POLICIES[policy].needs_filters) {
+    if (policy.needs_filters) {
         ggml_context_ptr ctx(ggml_init({ w.ikvs.size()*ggml_tensor_overhead(), nullptr, true }));
 
         for (const int32_t ikv : w.ikvs) {
-            filters_dev[ikv] = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, kv.layers[ikv].k->ne[0], n_head_kv(ikv));
+            filters_dev[ikv] = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, head_dim(kv.layers[ikv].k, ikv), n_head_kv(ikv));
         }
 
         auto * buft = ggml_backend_buffer_get_type(kv.layers[w.ikvs[0]].k->buffer);
 
         ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
         if (!buf) {
-            throw std::runtime_error(format("qfilter: no memory for the filters on %s", name));
+            throw std::runtime_error(format("qfilter: no memory for the filters on %s", ggml_backend_name(w.backend)));
         }
-        ggml_backend_buffer_clear(buf.get(), 0);
 
         for (const int32_t ikv : w.ikvs) {
-            ggml_tensor * f = filters_dev[ikv];
-
-            const size_t n = head_dim(kv.layers[ikv].k, ikv);
-            for (uint32_t ih = 0; ih < n_head_kv(ikv); ++ih) {
-                ggml_backend_tensor_set(f, filters[ikv].data() + ih*n, ih*(f->nb[1] + n*f->nb[0]), n*sizeof(float));
-            }
+            ggml_backend_tensor_set(filters_dev[ikv], filters[ikv].data(), 0, ggml_nbytes(filters_dev[ikv]));
         }
 
         ctxs_bufs.emplace_back(std::move(ctx), std::move(buf));
     }
 
     // the graphs at their largest: what can't run or doesn't fit shall say so now
-    if (needs_scores()) {
-        const ggml_tensor * bad = nullptr;
-
-        for (const bool per_head : { true, false }) {
-            w.per_head = per_head;
-
-            auto ctx = new_context(w.ikvs.size()*LLAMA_QFILTER_MAX_TENSORS);
-
-            std::vector<ggml_tensor *> outs;
-            auto * gf = build_score_graph(ctx.get(), w, 0, kv.get_size(), outs);
-
-            bad = llama_qfilter_unsupported_op(w.backend, gf);
-            if (!bad) {
-                if (!ggml_gallocr_reserve(w.galloc.get(), gf)) {
-                    throw std::runtime_error(format("qfilter: no memory to score on %s", name));
-                }
-                break;
-            }
-        }
-
-        if (bad) {
-            throw std::runtime_error(format("qfilter: %s can't score a %s cache (%s)", name,
-                        ggml_type_name(kv.type_k()), ggml_op_desc(bad)));
-        }
+    if (policy.score) {
+        init_score(w);
     }
-
     if (!w.on_host) {
-        for (const int32_t ikv : w.ikvs) {
-            for (const auto * t : { kv.layers[ikv].k, kv.layers[ikv].v }) {
-                if (ggml_row_size(t->type, head_dim(t, ikv)) % sizeof(int32_t) != 0) {
-                    throw std::runtime_error(format("qfilter: rows of %s with head_dim %u can't be moved on %s: use another cache type",
-                                ggml_type_name(t->type), head_dim(t, ikv), name));
-                }
+        init_gather(w);
+    }
+}
+
+void llama_qfilter::init_score(worker & w) {
+    const ggml_tensor * bad = nullptr;
+
+    for (const bool by_group : { true, false }) {
+        w.by_group = by_group;
+
+        auto ctx = new_context(n_score_tensors(w));
+
+        ggml_tensor * idx = nullptr;
+        std::vector<ggml_tensor *> outs;
+        auto * gf = build_score_graph(ctx.get(), w, 0, 0, n_cells, &idx, outs);
+
+        bad = llama_qfilter_unsupported_op(w.backend, gf);
+        if (!bad) {
+            if (!ggml_gallocr_reserve(w.galloc.get(), gf)) {
+                throw std::runtime_error(format("qfilter: no memory to score on %s", ggml_backend_name(w.backend)));
+            }
+            return;
+        }
+    }
+
+    throw std::runtime_error(format("qfilter: %s can't score a %s cache (%s)", ggml_backend_name(w.backend),
+                ggml_type_name(kv.type_k()), ggml_op_desc(bad)));
+}
+
+void llama_qfilter::init_gather(worker & w) {
+    const char * name = ggml_backend_name(w.backend);
+
+    for (const int32_t ikv : w.ikvs) {
+        for (const auto * t : { kv.layers[ikv].k, kv.layers[ikv].v }) {
+            if (ggml_row_size(t->type, head_dim(t, ikv)) % sizeof(int32_t) != 0) {
+                throw std::runtime_error(format("qfilter: rows of %s with head_dim %u can't be moved on %s: use another cache type",
+                            ggml_type_name(t->type), head_dim(t, ikv), name));
             }
         }
-
-        auto ctx = new_context(w.ikvs.size()*LLAMA_QFILTER_MAX_TENSORS);
-
-        std::vector<ggml_tensor *> idxs;
-        auto * gf = build_gather_graph(ctx.get(), w, 0, kv.get_size(), idxs);
-
-        if (const auto * bad = llama_qfilter_unsupported_op(w.backend, gf)) {
-            throw std::runtime_error(format("qfilter: %s can't move rows (%s)", name, ggml_op_desc(bad)));
-        }
-        if (!ggml_gallocr_reserve(w.galloc.get(), gf)) {
-            throw std::runtime_error(format("qfilter: no memory to move rows on %s", name));
-        }
-
-        test_worker(w);
     }
+
+    auto ctx = new_context(w.ikvs.size()*LLAMA_QFILTER_MAX_TENSORS);
+
+    std::vector<ggml_tensor *> idxs;
+    auto * gf = build_gather_graph(ctx.get(), w, 0, n_cells, idxs);
+
+    if (const auto * bad = llama_qfilter_unsupported_op(w.backend, gf)) {
+        throw std::runtime_error(format("qfilter: %s can't move rows (%s)", name, ggml_op_desc(bad)));
+    }
+    if (!ggml_gallocr_reserve(w.galloc.get(), gf)) {
+        throw std::runtime_error(format("qfilter: no memory to move rows on %s", name));
+    }
+
+    test_worker(w);
 }
 
 // a device that copies integers as floats may change bits: try it on those that are NaN or denormal as floats
@@ -409,50 +493,16 @@ void llama_qfilter::test_worker(worker & w) {
 }
 
 //
-// hooks of llama_kv_cache
+// checks before a memory is changed
 //
 
 bool llama_qfilter::has(llama_seq_id seq_id) const {
     return seq_id >= 0 && (size_t) seq_id < streams.size();
 }
 
-bool llama_qfilter::fits(const std::vector<llama_ubatch> & ubatches) {
-    std::vector<uint32_t> n_new(streams.size(), 0);
-
-    for (auto & st : streams) {
-        st.n_lack = 0;
-    }
-
-    for (const auto & ubatch : ubatches) {
-        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-            if (ubatch.pos[i] >= (llama_pos) n_ctx_seq) {
-                return false; // eviction does not help
-            }
-            n_new[kv.seq_to_stream[ubatch.seq_id[i][0]]]++;
-        }
-    }
-
-    bool res = true;
-
-    for (size_t is = 0; is < streams.size(); ++is) {
-        const uint32_t n_used = kv.v_cells[is].get_used();
-
-        if (n_new[is] > 0 && n_used + n_new[is] > n_cells) {
-            streams[is].n_lack = n_used + n_new[is] - n_cells;
-            res = false;
-        }
-    }
-
-    return res;
-}
-
-void llama_qfilter::clear() {
-    std::fill(streams.begin(), streams.end(), stream());
-}
-
-bool llama_qfilter::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+bool llama_qfilter::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
     if (seq_id >= 0 && !has(seq_id)) {
-        return true; // no cells to remove
+        return (size_t) seq_id < kv.seq_to_stream.size(); // no cells to remove
     }
 
     if (p0 < 0) {
@@ -467,36 +517,58 @@ bool llama_qfilter::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     const size_t is0 = seq_id < 0 ? 0              : seq_id;
     const size_t is1 = seq_id < 0 ? streams.size() : is0 + 1;
 
-    const auto is_whole = [&](size_t is) {
-        const auto & cells = kv.v_cells[is];
-
-        return cells.get_used() == 0 || (p0 <= cells.seq_pos_min(is) && p1 > cells.seq_pos_max(is));
-    };
-
     for (size_t is = is0; is < is1; ++is) {
-        if (p0 < streams[is].p1 && !is_whole(is)) {
-            LLAMA_LOG_DEBUG("%s: seq %d: positions before %d are compacted, can't remove [%d, %d)\n", __func__, (int) is, streams[is].p1, p0, p1);
+        const auto & cells = kv.v_cells[is];
+        const auto & st    = get_stream(is);
+
+        if (cells.get_used() == 0 || (p0 <= cells.seq_pos_min(is) && p1 > cells.seq_pos_max(is))) {
+            continue; // the whole sequence
+        }
+
+        if (p0 < st.p1) {
+            LLAMA_LOG_DEBUG("%s: seq %d: positions before %d are compacted, can't remove [%d, %d)\n", __func__, (int) is, st.p1, p0, p1);
             return false;
         }
-    }
 
-    for (size_t is = is0; is < is1; ++is) {
-        if (is_whole(is)) {
-            streams[is] = stream();
+        // to remove nothing at p0 is refused where removing from there on would be
+        const bool is_cut = p0 <= cells.seq_pos_max(is) && (p1 > cells.seq_pos_max(is) || p0 == p1);
+
+        // the next position would be one that was compacted
+        const auto & sp = cells.seq_pos_get(is);
+        const auto   it = std::find_if(sp.begin(), sp.end(), [&](const auto & cell) { return cell.first >= st.p0; });
+
+        if (st.p1 > 0 && is_cut && (it == sp.end() || it->first >= p0)) {
+            LLAMA_LOG_DEBUG("%s: seq %d: nothing after the sinks would be left, can't remove [%d, %d)\n", __func__, (int) is, p0, p1);
+            return false;
+        }
+
+        // upstream refuses by itself what is not empty
+        if (recr && is_cut && p0 == p1 && p0 <= recr->seq_pos_max(is)) {
+            return false;
+        }
+
+        // a sequence that goes on at p0 sees what is in the window there
+        if (kv_swa && is_cut) {
+            const llama_pos pos_min = kv_swa->v_cells[is].seq_pos_min(is);
+
+            if (pos_min > 0 && !llama_hparams::is_masked_swa(kv_swa->n_swa, kv_swa->swa_type, pos_min - 1, p0)) {
+                LLAMA_LOG_DEBUG("%s: seq %d: positions before %d have left the windowed layers, can't remove [%d, %d)\n", __func__, (int) is, pos_min, p0, p1);
+                return false;
+            }
         }
     }
 
     return true;
 }
 
-bool llama_qfilter::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+bool llama_qfilter::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos & p0, llama_pos & p1) {
     if (!has(seq_id_src) || !has(seq_id_dst)) {
         LLAMA_LOG_ERROR("%s: no sequence %d or %d: raise n_seq_max\n", __func__, seq_id_src, seq_id_dst);
         return false;
     }
 
     if (seq_id_src == seq_id_dst) {
-        return true;
+        return false; // nothing to do
     }
 
     const auto & cells = kv.v_cells[seq_id_src];
@@ -506,9 +578,24 @@ bool llama_qfilter::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, lla
         return false;
     }
 
-    streams[seq_id_dst] = streams[seq_id_src];
+    p0 = -1;
+    p1 = -1;
+
+    streams[seq_id_dst] = get_stream(seq_id_src);
 
     return true;
+}
+
+//
+// state
+//
+
+void llama_qfilter::clear(llama_seq_id seq_id) {
+    if (seq_id < 0) {
+        mem.clear(false); // recurrent parts have no sequence -1 to remove
+    } else {
+        mem.seq_rm(seq_id, -1, -1);
+    }
 }
 
 void llama_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
@@ -516,7 +603,10 @@ void llama_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_id) cons
         throw std::runtime_error(format("no sequence %d", seq_id));
     }
 
-    const uint32_t head[] = { LLAMA_QFILTER_STATE_MAGIC, LLAMA_QFILTER_STATE_VERSION, n_cells, n_keep, n_sink, n_window, (uint32_t) policy, n_head_all };
+    const uint32_t head[] = { LLAMA_QFILTER_STATE_MAGIC, LLAMA_QFILTER_STATE_VERSION, n_cells, n_keep, n_sink, n_window, (uint32_t) policy.policy, n_head_all };
+
+    // copies of sequences that are still to be made
+    lctx->memory_update(false);
 
     io.write(head, sizeof(head));
     io.write(&filters_hash, sizeof(filters_hash));
@@ -528,16 +618,23 @@ void llama_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_id) cons
     io.write(&ns, sizeof(ns));
 
     for (uint32_t is = is0; is < is1; ++is) {
-        const auto & st = streams[is];
+        const auto & st = get_stream(is);
 
         io.write(&st.p0, sizeof(st.p0));
         io.write(&st.p1, sizeof(st.p1));
         io.write(&st.n,  sizeof(st.n));
-        io.write(st.pos.data(), st.pos.size()*sizeof(llama_pos));
+
+        // upstream goes on from the first cell; windowed layers that go on from the same one compute the same to the bit
+        const uint32_t swa[2] = { kv_swa ? kv_swa->v_cells[is].get_used() : 0, kv_swa ? kv_swa->v_heads[is] : 0 };
+        io.write(swa, sizeof(swa));
+
+        if (!st.pos.empty()) {
+            io.write(st.pos.data(), st.pos.size()*sizeof(llama_pos));
+        }
     }
 }
 
-void llama_qfilter::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
+void llama_qfilter::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
     if (seq_id != -1 && !has(seq_id)) {
         throw std::runtime_error(format("no sequence %d", seq_id));
     }
@@ -558,11 +655,15 @@ void llama_qfilter::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
     if (head[1] != LLAMA_QFILTER_STATE_VERSION) {
         throw std::runtime_error(format("the state's version is %u, this build reads %u", head[1], LLAMA_QFILTER_STATE_VERSION));
     }
-    if (head[2] != n_cells || head[3] != n_keep || head[4] != n_sink || head[5] != n_window) {
+
+    // a sequence is the same in a cache of another size, but n_sink: the table of true positions starts after the sinks
+    const bool resize = seq_id != -1 && (flags & LLAMA_QFILTER_STATE_SEQ_FLAGS_RESIZE);
+
+    if (head[4] != n_sink || (!resize && (head[2] != n_cells || head[3] != n_keep || head[5] != n_window))) {
         throw std::runtime_error(format("the state was saved with n_cells = %u, n_keep = %u, n_sink = %u, n_window = %u; this context has %u, %u, %u, %u",
                     head[2], head[3], head[4], head[5], n_cells, n_keep, n_sink, n_window));
     }
-    if (head[6] != (uint32_t) policy || hash != filters_hash) {
+    if (head[6] != (uint32_t) policy.policy || hash != filters_hash) {
         throw std::runtime_error("the state was saved with another policy or other filters");
     }
     if (head[7] != n_head_all || ns != (seq_id < 0 ? streams.size() : 1)) {
@@ -576,16 +677,25 @@ void llama_qfilter::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         io.read(&st.p1, sizeof(st.p1));
         io.read(&st.n,  sizeof(st.n));
 
+        uint32_t swa[2];
+        io.read(swa, sizeof(swa));
+        st.n_swa    = swa[0];
+        st.head_swa = swa[1];
+
         if (st.n > n_cells) {
-            throw std::runtime_error("the state is damaged");
+            throw std::runtime_error(format("the state does not fit into %u cells", n_cells));
         }
 
         st.pos.resize((size_t) n_head_all*st.n);
-        io.read(st.pos.data(), st.pos.size()*sizeof(llama_pos));
+        if (!st.pos.empty()) {
+            io.read(st.pos.data(), st.pos.size()*sizeof(llama_pos));
+        }
     }
 
+    lctx->memory_update(false); // or they would be made later, over what is restored now
+
     // upstream leaves the old cells when the state has none
-    kv.seq_rm(seq_id, -1, -1);
+    clear(seq_id);
 }
 
 void llama_qfilter::state_apply(llama_seq_id seq_id) {
@@ -597,8 +707,12 @@ void llama_qfilter::state_apply(llama_seq_id seq_id) {
 
         const auto n = std::count_if(sp.begin(), sp.end(), [&](const auto & cell) { return cell.first >= st.p0 && cell.first < st.p1; });
         if (n != st.n) {
-            kv.seq_rm(seq_id, -1, -1);
+            clear(seq_id);
             throw std::runtime_error("the state is damaged");
+        }
+        if (kv.v_cells[is0 + i].get_used() > n_cells) {
+            clear(seq_id);
+            throw std::runtime_error(format("the state does not fit into %u cells", n_cells));
         }
     }
 
@@ -612,27 +726,47 @@ void llama_qfilter::state_apply(llama_seq_id seq_id) {
 // graphs
 //
 
-ggml_tensor * llama_qfilter::build_score(ggml_context * ctx, const worker & w, int32_t ikv, uint32_t is, uint32_t n_span) const {
-    ggml_tensor * k = kv.layers[ikv].k_stream[is];
-
-    const int64_t n_embd_head = head_dim(k, ikv);
-
-    k = ggml_view_3d(ctx, k, n_embd_head, n_head_kv(ikv), n_span, ggml_row_size(k->type, n_embd_head), k->nb[1], 0);
-
-    return LLAMA_QFILTER_POLICIES[policy].score(ctx, k, filters_dev[ikv], w.per_head);
+size_t llama_qfilter::n_score_tensors(const worker & w) const {
+    return std::min<size_t>(w.n_layers, w.ikvs.size())*n_head_max*LLAMA_QFILTER_MAX_TENSORS;
 }
 
+// layers [i0, i0 + n_layers) of a worker
+// idx:  input, [n_rows] I32, the cell of each rank
+// outs: [n_rows, n_head] F32 for each group of heads
 ggml_cgraph * llama_qfilter::build_score_graph(
-        ggml_context * ctx, const worker & w, uint32_t is, uint32_t n_span, std::vector<ggml_tensor *> & outs) const {
-    auto * gf = ggml_new_graph_custom(ctx, w.ikvs.size()*LLAMA_QFILTER_MAX_TENSORS, false);
+        ggml_context * ctx, const worker & w, size_t i0, uint32_t is, uint32_t n_rows,
+        ggml_tensor ** idx, std::vector<ggml_tensor *> & outs) const {
+    auto * gf = ggml_new_graph_custom(ctx, n_score_tensors(w), false);
 
-    for (const int32_t ikv : w.ikvs) {
-        ggml_tensor * cur = build_score(ctx, w, ikv, is, n_span);
+    *idx = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_rows);
+    ggml_set_input(*idx);
 
-        ggml_set_output(cur);
-        ggml_build_forward_expand(gf, cur);
+    for (size_t i = i0; i < std::min(i0 + w.n_layers, w.ikvs.size()); ++i) {
+        const int32_t ikv = w.ikvs[i];
 
-        outs.push_back(cur);
+        ggml_tensor * k = kv.layers[ikv].k_stream[is];
+        ggml_tensor * f = filters_dev[ikv];
+
+        const int64_t n_embd_head = head_dim(k, ikv);
+        const int64_t n_head      = n_head_kv(ikv);
+        const int64_t n_group     = n_head_group(w, ikv);
+
+        for (int64_t ih = 0; ih < n_head; ih += n_group) {
+            const int64_t n = std::min(n_group, n_head - ih);
+
+            ggml_tensor * kg = ggml_view_2d(ctx, k, n*n_embd_head, k->ne[1], k->nb[1], ggml_row_size(k->type, ih*n_embd_head));
+            ggml_tensor * fg = f ? ggml_view_2d(ctx, f, n_embd_head, n, f->nb[1], ih*f->nb[1]) : nullptr;
+
+            // always to F32: a product of two types would round the filters to the type of the cache
+            kg = ggml_reshape_3d(ctx, ggml_get_rows(ctx, kg, *idx), n_embd_head, n, n_rows);
+
+            ggml_tensor * cur = policy.score(ctx, kg, fg);
+
+            ggml_set_output(cur);
+            ggml_build_forward_expand(gf, cur);
+
+            outs.push_back(cur);
+        }
     }
 
     return gf;
@@ -688,24 +822,53 @@ ggml_cgraph * llama_qfilter::build_gather_graph(
 // eviction
 //
 
-int32_t llama_qfilter::evict(llama_context * lctx) {
-    int32_t res = 0;
+int32_t llama_qfilter::make_room(const llama_batch & batch) {
+    if (!batch.token && kv.hparams.n_pos_per_embd() > 1) {
+        LLAMA_LOG_ERROR("%s: a bounded cache takes text only: tokens of an image share a position\n", __func__);
+        return -1;
+    }
 
-    for (size_t is = 0; is < streams.size() && res >= 0 && res != 2; ++is) {
-        if (streams[is].n_lack > 0) {
-            const int32_t ret = compact(lctx, is, n_keep);
-            res = ret == 0 ? res : ret;
+    std::vector<uint32_t> n_new(streams.size(), 0);
+
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        if (!has(batch.seq_id[i][0])) {
+            continue; // upstream's to refuse
+        }
+        if (batch.pos[i] >= (llama_pos) n_ctx_seq) {
+            LLAMA_LOG_WARN("%s: position %d is beyond the context of %u\n", __func__, batch.pos[i], n_ctx_seq);
+            return 1; // eviction does not help
+        }
+        n_new[batch.seq_id[i][0]]++;
+    }
+
+    for (size_t is = 0; is < streams.size(); ++is) {
+        const uint32_t n_used = kv.v_cells[is].get_used();
+
+        if (n_used == 0) {
+            streams[is] = stream();
+        }
+        if (streams[is].n_swa > 0 && kv_swa->v_cells[is].get_used() == streams[is].n_swa) {
+            kv_swa->v_heads[is] = streams[is].head_swa % kv_swa->get_size();
+        }
+        streams[is].n_swa = 0;
+        if (n_new[is] == 0 || n_used + n_new[is] <= n_cells) {
+            continue;
+        }
+        if (n_keep + n_new[is] > n_cells) {
+            LLAMA_LOG_WARN("%s: sequence %d: no room for %u tokens\n", __func__, (int) is, n_new[is]);
+            return 1;
+        }
+
+        const int32_t ret = evict(is, n_keep);
+        if (ret > 0 || ret < -1) {
+            return ret;
         }
     }
 
-    for (auto & st : streams) {
-        st.n_lack = 0;
-    }
-
-    return res;
+    return 0;
 }
 
-int32_t llama_qfilter::compress(llama_context * lctx, llama_seq_id seq_id, uint32_t n_keep) {
+int32_t llama_qfilter::compress(llama_seq_id seq_id, uint32_t n_keep) {
     if (!has(seq_id)) {
         LLAMA_LOG_ERROR("%s: no sequence %d\n", __func__, seq_id);
         return -1;
@@ -717,74 +880,51 @@ int32_t llama_qfilter::compress(llama_context * lctx, llama_seq_id seq_id, uint3
 
     lctx->memory_update(false); // pending copies
 
-    const int32_t ret = compact(lctx, seq_id, n_keep);
+    const int32_t ret = evict(seq_id, n_keep);
 
-    return ret == 1 ? 0 : ret == 0 ? 1 : ret == 2 ? -1 : ret;
+    return ret == -1 ? 1 : ret == 2 ? -1 : ret;
 }
 
-llama_pos llama_qfilter::true_pos(const stream & st, uint32_t ih, llama_pos pos, uint32_t rank) const {
-    return pos < st.p0 || pos >= st.p1 ? pos : st.pos[(size_t) ih*st.n + rank];
-}
+int32_t llama_qfilter::evict(llama_seq_id seq_id, uint32_t n_keep) {
+    eviction ev;
 
-// what evict() returns; without room to make: 0
-int32_t llama_qfilter::compact(llama_context * lctx, llama_seq_id seq_id, uint32_t n_keep) {
-    const uint32_t is = seq_id;
+    ev.seq_id = seq_id;
+    ev.n_keep = n_keep;
+    ev.n_best = n_keep - n_sink - n_window;
 
-    const auto & cells = kv.v_cells[is];
-
-    // cells in the order of their positions
-    std::vector<uint32_t> order;
-    for (const auto & it : cells.seq_pos_get(seq_id)) {
-        order.push_back(it.second);
+    for (const auto & it : kv.v_cells[seq_id].seq_pos_get(seq_id)) {
+        ev.order.push_back(it.second);
     }
 
-    if (order.size() <= n_keep) {
-        return 0;
+    if (ev.order.size() <= n_keep) {
+        return -1;
     }
+
+    ev.best.resize((size_t) n_head_all*ev.n_best);
 
     ggml_backend_sched_synchronize(lctx->get_sched());
+
+    set_n_threads();
 
     const int64_t t_start = ggml_time_us();
 
     // score and select; only reads, so it may be aborted
 
-    const uint32_t n_span = cells.used_max_p1();
-
-    std::vector<rows_t> rows(kv.layers.size());
-
     int64_t t_select = 0;
 
     for (auto & w : workers) {
-        std::vector<ggml_tensor *> outs;
-
-        auto ctx = new_context(w.ikvs.size()*LLAMA_QFILTER_MAX_TENSORS);
-
-        if (needs_scores()) {
-            auto * gf = build_score_graph(ctx.get(), w, is, n_span, outs);
-
-            if (!ggml_gallocr_alloc_graph(w.galloc.get(), gf)) {
-                LLAMA_LOG_ERROR("%s: failed to allocate the scores\n", __func__);
-                return -2;
-            }
-
-            const auto status = ggml_backend_graph_compute(w.backend, gf);
-            if (status == GGML_STATUS_ABORTED) {
-                return 2;
-            }
-            if (status != GGML_STATUS_SUCCESS) {
-                LLAMA_LOG_ERROR("%s: failed to compute the scores: %d\n", __func__, status);
-                return -3;
-            }
-        }
-
-        for (size_t i = 0; i < w.ikvs.size(); ++i) {
-            scores.assign((size_t) n_span*n_head_kv(w.ikvs[i]), 0.0f);
-            if (needs_scores()) {
-                ggml_backend_tensor_get(outs[i], scores.data(), 0, ggml_nbytes(outs[i]));
+        for (size_t i0 = 0; i0 < w.ikvs.size(); i0 += w.n_layers) {
+            if (policy.score) {
+                const int32_t ret = score_layers(w, i0, ev);
+                if (ret != 0) {
+                    return ret;
+                }
+            } else {
+                score_by_pos(w, i0, ev);
             }
 
             const int64_t t0 = ggml_time_us();
-            select(w.ikvs[i], scores.data(), n_span, order, n_keep, rows[w.ikvs[i]]);
+            select_layers(w, i0, ev);
             t_select += ggml_time_us() - t0;
         }
     }
@@ -793,158 +933,246 @@ int32_t llama_qfilter::compact(llama_context * lctx, llama_seq_id seq_id, uint32
 
     // move
 
-    const auto cells_of = [&](const rows_t & ranks) {
-        rows_t res = ranks;
-        for (auto & head : res) {
-            for (auto & r : head) {
-                r = order[r];
-            }
-        }
-        return res;
-    };
-
     for (auto & w : workers) {
-        std::vector<rows_t> src;
-        for (const int32_t ikv : w.ikvs) {
-            src.push_back(cells_of(rows[ikv]));
+        if (w.on_host) {
+            gather_host(w, ev);
+        } else if (!gather_graph(w, ev)) {
+            LLAMA_LOG_ERROR("%s: failed to move rows, sequence %d is cleared\n", __func__, seq_id);
+            clear(seq_id);
+            return -3;
         }
 
-        if (w.on_host) {
-            for (size_t i = 0; i < w.ikvs.size(); ++i) {
-                gather_host(w.ikvs[i], is, src[i]);
-            }
-        } else if (!gather_graph(w, is, n_keep, src)) {
-            LLAMA_LOG_ERROR("%s: failed to move rows, sequence %d is cleared\n", __func__, seq_id);
-            kv.seq_rm(seq_id, -1, -1);
-            return -3;
+        for (const int32_t ikv : w.ikvs) {
+            stats.n_bytes_moved += n_keep*(kv.layers[ikv].k->nb[1] + kv.layers[ikv].v->nb[1]);
         }
     }
 
-    update_cells(seq_id, order, n_keep, rows);
+    update_cells(ev);
 
     stats.n_evictions += 1;
-    stats.n_dropped   += order.size() - n_keep;
+    stats.n_dropped   += ev.order.size() - n_keep;
     stats.t_score_us  += t_scored - t_start - t_select;
     stats.t_select_us += t_select;
     stats.t_gather_us += ggml_time_us() - t_scored;
 
-    return 1;
+    return 0;
 }
 
-// score: [n_head_kv][n_span] by cell; rows: ranks in order, ascending
-void llama_qfilter::select(
-        int32_t ikv, const float * score, uint32_t n_span, const std::vector<uint32_t> & order, uint32_t n_keep, rows_t & rows) const {
-    const uint32_t n      = order.size();
+// fills scores: [n_head, n] by rank, for the heads of layers [i0, i0 + n_layers) one after the other
+// returns what llama_decode shall return
+int32_t llama_qfilter::score_layers(worker & w, size_t i0, const eviction & ev) {
+    const uint32_t n = ev.order.size();
+
+    auto ctx = new_context(n_score_tensors(w));
+
+    ggml_tensor * idx = nullptr;
+    std::vector<ggml_tensor *> outs;
+    auto * gf = build_score_graph(ctx.get(), w, i0, ev.seq_id, n, &idx, outs);
+
+    if (!ggml_gallocr_alloc_graph(w.galloc.get(), gf)) {
+        LLAMA_LOG_ERROR("%s: failed to allocate the scores\n", __func__);
+        return -2;
+    }
+
+    ggml_backend_tensor_set(idx, ev.order.data(), 0, ggml_nbytes(idx));
+
+    const auto status = ggml_backend_graph_compute(w.backend, gf);
+    if (status == GGML_STATUS_ABORTED) {
+        return 2;
+    }
+    if (status != GGML_STATUS_SUCCESS) {
+        LLAMA_LOG_ERROR("%s: failed to compute the scores: %d\n", __func__, status);
+        return -3;
+    }
+
+    scores.clear();
+    for (auto * out : outs) {
+        scores.resize(scores.size() + ggml_nelements(out));
+        ggml_backend_tensor_get(out, scores.data() + scores.size() - ggml_nelements(out), 0, ggml_nbytes(out));
+    }
+
+    return 0;
+}
+
+// the same for a policy that looks at positions
+void llama_qfilter::score_by_pos(worker & w, size_t i0, const eviction & ev) {
+    const auto & st = get_stream(ev.seq_id);
+
+    const uint32_t n  = ev.order.size();
+    const uint32_t r0 = rank_p0(ev, st);
+
+    scores.clear();
+
+    for (size_t i = i0; i < std::min(i0 + w.n_layers, w.ikvs.size()); ++i) {
+        const int32_t ikv = w.ikvs[i];
+
+        for (uint32_t ih = 0; ih < n_head_kv(ikv); ++ih) {
+            for (uint32_t r = 0; r < n; ++r) {
+                scores.push_back(policy.score_pos(seed, kv.layers[ikv].il, ih, true_pos(ev, st, r0, head_offs[ikv] + ih, r)));
+            }
+        }
+    }
+}
+
+// from scores to ev.best
+void llama_qfilter::select_layers(worker & w, size_t i0, eviction & ev) {
+    const uint32_t n      = ev.order.size();
     const uint32_t n_cand = n - n_sink - n_window; // ranks [n_sink, n - n_window)
-    const uint32_t n_best = n_keep - n_sink - n_window;
 
     struct cand {
         float    score;
         uint32_t rank;
     };
 
-    std::vector<cand> cands(n_cand);
+    std::vector<uint32_t> heads; // in stream::pos
+    for (size_t i = i0; i < std::min(i0 + w.n_layers, w.ikvs.size()); ++i) {
+        for (uint32_t ih = 0; ih < n_head_kv(w.ikvs[i]); ++ih) {
+            heads.push_back(head_offs[w.ikvs[i]] + ih);
+        }
+    }
 
-    rows.assign(n_head_kv(ikv), {});
+    std::vector<cand> cands_all((size_t) lctx->n_threads()*n_cand);
 
-    for (uint32_t ih = 0; ih < rows.size(); ++ih) {
-        const float * s = score + (size_t) ih*n_span;
+    const uint64_t n_bytes = ev.best.size()*sizeof(uint32_t) + ev.order.size()*sizeof(uint32_t) + cands_all.size()*sizeof(cand);
+    stats.n_bytes_scratch = std::max(stats.n_bytes_scratch, n_bytes);
 
-        for (uint32_t i = 0; i < n_cand; ++i) {
-            const float cur = s[order[n_sink + i]];
+    parallel(heads.size(), [&](size_t i, int ith) {
+        const float * s = scores.data() + i*n + n_sink;
 
-            cands[i] = { std::isnan(cur) ? -INFINITY : cur, n_sink + i };
+        auto * cands = cands_all.data()  + (size_t) ith*n_cand;
+        auto * best  = ev.best.data() + (size_t) heads[i]*ev.n_best;
+
+        for (uint32_t r = 0; r < n_cand; ++r) {
+            cands[r] = { std::isnan(s[r]) ? -INFINITY : s[r], n_sink + r };
         }
 
         // ties: the newest wins
-        std::nth_element(cands.begin(), cands.begin() + n_best, cands.end(), [](const cand & a, const cand & b) {
+        std::nth_element(cands, cands + ev.n_best, cands + n_cand, [](const cand & a, const cand & b) {
             return a.score > b.score || (a.score == b.score && a.rank > b.rank);
         });
 
-        auto & res = rows[ih];
-        res.reserve(n_keep);
+        for (uint32_t r = 0; r < ev.n_best; ++r) {
+            best[r] = cands[r].rank;
+        }
+        std::sort(best, best + ev.n_best);
+    });
+}
 
-        for (uint32_t r = 0; r < n_sink; ++r) {
-            res.push_back(r);
-        }
-        for (uint32_t i = 0; i < n_best; ++i) {
-            res.push_back(cands[i].rank);
-        }
-        std::sort(res.begin() + n_sink, res.end());
-        for (uint32_t r = n - n_window; r < n; ++r) {
-            res.push_back(r);
-        }
+// the rank of the i-th row that stays
+uint32_t llama_qfilter::rank_of(const eviction & ev, uint32_t ih_all, uint32_t i) const {
+    if (i < n_sink) {
+        return i;
+    }
+    if (i < n_sink + ev.n_best) {
+        return ev.best[(size_t) ih_all*ev.n_best + i - n_sink];
+    }
+    return ev.order.size() - ev.n_keep + i;
+}
+
+void llama_qfilter::gather_host(const worker & w, const eviction & ev) {
+    // as long as no cell is before the place of its rank, rows are read before their place is written
+    const bool in_place = std::is_sorted(ev.order.begin(), ev.order.end());
+
+    const auto gather = [&](size_t i, uint8_t * buf) {
+        const int32_t ikv   = w.ikvs[i/2];
+        const auto &  layer = kv.layers[ikv];
+
+        gather_rows(i % 2 == 0 ? layer.k_stream[ev.seq_id] : layer.v_stream[ev.seq_id], ikv, ev, buf);
+    };
+
+    if (in_place) {
+        parallel(2*w.ikvs.size(), [&](size_t i, int) { gather(i, nullptr); });
+        return;
+    }
+
+    for (size_t i = 0; i < 2*w.ikvs.size(); ++i) {
+        const auto & layer = kv.layers[w.ikvs[i/2]];
+
+        copy_buf.resize(ev.n_keep*std::max(layer.k->nb[1], layer.v->nb[1]));
+        gather(i, copy_buf.data());
     }
 }
 
-// rows: the cell of each row
-void llama_qfilter::gather_host(int32_t ikv, uint32_t is, const rows_t & rows) {
-    const uint32_t n_rows = rows[0].size();
+// buf: nullptr, or room for the rows that stay
+void llama_qfilter::gather_rows(ggml_tensor * t, int32_t ikv, const eviction & ev, uint8_t * buf) const {
+    const size_t row_size = ggml_row_size(t->type, head_dim(t, ikv));
 
-    for (auto * t : { kv.layers[ikv].k_stream[is], kv.layers[ikv].v_stream[is] }) {
-        const size_t row_size = ggml_row_size(t->type, head_dim(t, ikv));
+    uint8_t * data = (uint8_t *) t->data;
+    uint8_t * dst  = buf ? buf : data;
 
-        copy_buf.resize(n_rows*t->nb[1]);
+    for (uint32_t i = 0; i < ev.n_keep; ++i) {
+        for (uint32_t ih = 0; ih < n_head_kv(ikv); ++ih) {
+            const uint32_t cell = ev.order[rank_of(ev, head_offs[ikv] + ih, i)];
 
-        for (uint32_t i = 0; i < n_rows; ++i) {
-            for (uint32_t ih = 0; ih < rows.size(); ++ih) {
-                memcpy(copy_buf.data() + i*t->nb[1] + ih*row_size, (const char *) t->data + rows[ih][i]*t->nb[1] + ih*row_size, row_size);
+            if (buf || cell != i) {
+                memcpy(dst + i*t->nb[1] + ih*row_size, data + cell*t->nb[1] + ih*row_size, row_size);
             }
         }
+    }
 
-        memcpy(t->data, copy_buf.data(), copy_buf.size());
-
-        stats.n_bytes_moved += copy_buf.size();
+    if (buf) {
+        memcpy(data, buf, ev.n_keep*t->nb[1]);
     }
 }
 
-bool llama_qfilter::gather_graph(worker & w, uint32_t is, uint32_t n_rows, const std::vector<rows_t> & rows) {
+bool llama_qfilter::gather_graph(worker & w, const eviction & ev) {
     auto ctx = new_context(w.ikvs.size()*LLAMA_QFILTER_MAX_TENSORS);
 
     std::vector<ggml_tensor *> idxs;
-    auto * gf = build_gather_graph(ctx.get(), w, is, n_rows, idxs);
+    auto * gf = build_gather_graph(ctx.get(), w, ev.seq_id, ev.n_keep, idxs);
 
     if (!ggml_gallocr_alloc_graph(w.galloc.get(), gf)) {
         return false;
     }
 
-    for (size_t il = 0; il < w.ikvs.size(); ++il) {
-        const uint32_t n_head = rows[il].size();
+    std::vector<int32_t> data;
 
-        std::vector<int32_t> data(ggml_nelements(idxs[il]));
-        for (uint32_t i = 0; i < n_rows; ++i) {
-            for (uint32_t ih = 0; ih < n_head; ++ih) {
-                data[i*n_head + ih] = rows[il][ih][i]*n_head + ih;
+    for (size_t i = 0; i < w.ikvs.size(); ++i) {
+        const int32_t ikv = w.ikvs[i];
+
+        data.clear();
+        for (uint32_t r = 0; r < ev.n_keep; ++r) {
+            for (uint32_t ih = 0; ih < n_head_kv(ikv); ++ih) {
+                data.push_back(ev.order[rank_of(ev, head_offs[ikv] + ih, r)]*n_head_kv(ikv) + ih);
             }
         }
-        ggml_backend_tensor_set(idxs[il], data.data(), 0, ggml_nbytes(idxs[il]));
-
-        const auto & layer = kv.layers[w.ikvs[il]];
-        stats.n_bytes_moved += n_rows*(layer.k->nb[1] + layer.v->nb[1]);
+        ggml_backend_tensor_set(idxs[i], data.data(), 0, ggml_nbytes(idxs[i]));
     }
 
     return ggml_backend_graph_compute(w.backend, gf) == GGML_STATUS_SUCCESS;
 }
 
-// rows: ranks in order
-void llama_qfilter::update_cells(llama_seq_id seq_id, const std::vector<uint32_t> & order, uint32_t n_keep, const std::vector<rows_t> & rows) {
-    auto & cells = kv.v_cells[seq_id];
-    auto & st    = streams[seq_id];
+// the first rank of the rows that an earlier eviction left
+uint32_t llama_qfilter::rank_p0(const eviction & ev, const stream & st) const {
+    const auto & cells = kv.v_cells[ev.seq_id];
 
-    const uint32_t n      = order.size();
-    const uint32_t n_best = n_keep - n_sink - n_window;
-
-    const auto pos_of = [&](uint32_t rank) { return cells.pos_get(order[rank]); };
-
-    // ranks of the rows that an earlier eviction left start here
     uint32_t r0 = 0;
-    while (r0 < n && pos_of(r0) < st.p0) {
+    while (r0 < ev.order.size() && cells.pos_get(ev.order[r0]) < st.p0) {
         r0++;
     }
 
+    return r0;
+}
+
+llama_pos llama_qfilter::true_pos(const eviction & ev, const stream & st, uint32_t r0, uint32_t ih_all, uint32_t rank) const {
+    const llama_pos pos = kv.v_cells[ev.seq_id].pos_get(ev.order[rank]);
+
+    return pos < st.p0 || pos >= st.p1 ? pos : st.pos[(size_t) ih_all*st.n + rank - r0];
+}
+
+void llama_qfilter::update_cells(const eviction & ev) {
+    auto & cells = kv.v_cells[ev.seq_id];
+    auto & st    = streams[ev.seq_id];
+
+    const uint32_t n = ev.order.size();
+
+    const auto pos_of = [&](uint32_t rank) { return cells.pos_get(ev.order[rank]); };
+
+    const uint32_t r0 = rank_p0(ev, st);
+
     // after a cut, the window may reach into the rows that an earlier eviction left: they stay in the table
-    uint32_t n_tab = n_best;
-    while (n_sink + n_tab < n_keep && pos_of(n - n_keep + n_sink + n_tab) < st.p1) {
+    uint32_t n_tab = ev.n_best;
+    while (n_sink + n_tab < ev.n_keep && pos_of(n - ev.n_keep + n_sink + n_tab) < st.p1) {
         n_tab++;
     }
 
@@ -955,15 +1183,9 @@ void llama_qfilter::update_cells(llama_seq_id seq_id, const std::vector<uint32_t
     st_new.n  = n_tab;
     st_new.pos.resize((size_t) n_head_all*n_tab);
 
-    for (size_t ikv = 0; ikv < rows.size(); ++ikv) {
-        for (uint32_t ih = 0; ih < rows[ikv].size(); ++ih) {
-            const uint32_t ih_all = head_offs[ikv] + ih;
-
-            for (uint32_t i = 0; i < n_tab; ++i) {
-                const uint32_t rank = rows[ikv][ih][n_sink + i];
-
-                st_new.pos[(size_t) ih_all*n_tab + i] = true_pos(st, ih_all, pos_of(rank), rank - r0);
-            }
+    for (uint32_t ih = 0; ih < n_head_all; ++ih) {
+        for (uint32_t i = 0; i < n_tab; ++i) {
+            st_new.pos[(size_t) ih*n_tab + i] = true_pos(ev, st, r0, ih, rank_of(ev, ih, n_sink + i));
         }
     }
 
@@ -971,19 +1193,19 @@ void llama_qfilter::update_cells(llama_seq_id seq_id, const std::vector<uint32_t
     std::vector<uint32_t> src;
     std::vector<uint32_t> dst;
 
-    for (uint32_t i = 0; i < n_keep; ++i) {
-        src.push_back(order[i < n_sink ? i : n - n_keep + i]);
+    for (uint32_t i = 0; i < ev.n_keep; ++i) {
+        src.push_back(ev.order[i < n_sink ? i : n - ev.n_keep + i]);
         dst.push_back(i);
     }
 
     const auto cells_new = cells.cp(src);
 
-    for (const uint32_t i : order) {
+    for (const uint32_t i : ev.order) {
         cells.rm(i);
     }
     cells.set(dst, cells_new);
 
-    kv.v_heads[seq_id] = n_keep;
+    kv.v_heads[ev.seq_id] = ev.n_keep;
 
     st = std::move(st_new);
 }
@@ -999,17 +1221,15 @@ int32_t llama_qfilter::kept(llama_seq_id seq_id, int32_t il, int32_t ih, llama_p
         return -1;
     }
 
-    const auto & st = streams[seq_id];
+    const auto & st = get_stream(seq_id);
 
-    size_t   n    = 0;
-    uint32_t rank = 0; // among the rows that an eviction left
+    const llama_pos * pos_true = st.pos.data() + (size_t) (head_offs[it->second] + ih)*st.n;
+
+    size_t n = 0;
 
     for (const auto & cell : kv.get_cells(seq_id).seq_pos_get(seq_id)) {
-        const llama_pos pos = true_pos(st, head_offs[it->second] + ih, cell.first, rank);
+        const llama_pos pos = cell.first >= st.p0 && cell.first < st.p1 ? *pos_true++ : cell.first;
 
-        if (cell.first >= st.p0 && cell.first < st.p1) {
-            rank++;
-        }
         if (n < capacity) {
             out[n] = pos;
         }
@@ -1019,7 +1239,7 @@ int32_t llama_qfilter::kept(llama_seq_id seq_id, int32_t il, int32_t ih, llama_p
     return n;
 }
 
-size_t llama_qfilter::rows(llama_context * lctx, llama_seq_id seq_id, int32_t il, bool is_v, void * out, size_t size) const {
+size_t llama_qfilter::rows(llama_seq_id seq_id, int32_t il, bool is_v, void * out, size_t size) const {
     const auto it = kv.map_layer_ids.find(il);
 
     if (!has(seq_id) || it == kv.map_layer_ids.end()) {
@@ -1056,192 +1276,17 @@ void llama_qfilter::get_stats(llama_qfilter_stats & res) const {
     }
     res.n_cells       = n_cells*kv.n_stream;
     res.n_cells_alloc = kv.get_size()*kv.n_stream;
-    res.n_bytes_kv    = kv.total_size();
-}
 
-//
-// between llama_context and the caches
-//
-
-static llama_qfilter * llama_qfilter_of(llama_memory_t mem) {
-    auto * kv = dynamic_cast<llama_kv_cache *>(mem);
-
-    return kv ? kv->qfilter.get() : nullptr;
-}
-
-llama_memory_i * llama_qfilter_create_memory(
-        const llama_model          & model,
-        const llama_memory_params  & params_mem,
-        const llama_cparams        & cparams,
-        const llama_qfilter_params * params) {
-    if (!params) {
-        return model.create_memory(params_mem, cparams);
+    for (const auto & [_, n_bytes] : mem.memory_breakdown()) {
+        res.n_bytes_kv += n_bytes;
     }
 
-    // only the cache is small: everything else goes on to see the logical context
-    llama_cparams cparams_mem = cparams;
-    cparams_mem.n_ctx_seq = std::min<uint32_t>(GGML_PAD(params->n_cells, LLAMA_QFILTER_PAD), cparams.n_ctx_seq);
+    const uint64_t n_bytes_cells = kv.total_size();
 
-    std::unique_ptr<llama_memory_i> mem(model.create_memory(params_mem, cparams_mem));
+    res.n_bytes_kv_full = res.n_bytes_kv - n_bytes_cells + n_bytes_cells/kv.get_size()*n_ctx_seq;
 
-    auto * kv = dynamic_cast<llama_kv_cache *>(mem.get());
-    if (!kv) {
-        throw std::runtime_error(format("qfilter: the cache of %s models can't be bounded", model.arch_name().c_str()));
+    res.n_bytes_scratch += scores.capacity()*sizeof(float) + copy_buf.capacity() + ctx_mem.capacity();
+    for (const auto & w : workers) {
+        res.n_bytes_scratch += ggml_gallocr_get_buffer_size(w.galloc.get(), 0);
     }
-
-    kv->qfilter = std::make_shared<llama_qfilter>(*kv, cparams, *params);
-
-    return mem.release();
-}
-
-int32_t llama_qfilter_evict(llama_context * lctx) {
-    auto * qf = llama_qfilter_of(lctx->get_memory());
-
-    return qf ? qf->evict(lctx) : 0;
-}
-
-//
-// C API
-//
-
-llama_qfilter_params llama_qfilter_default_params() {
-    return {
-        /*.struct_size =*/ sizeof(llama_qfilter_params),
-        /*.n_cells     =*/ 4096,
-        /*.n_keep      =*/ 3584,
-        /*.n_sink      =*/ 4,
-        /*.n_window    =*/ 1024,
-        /*.policy      =*/ LLAMA_QFILTER_POLICY_QFILTERS,
-        /*.flags       =*/ 0,
-        /*.n_filters   =*/ 0,
-        /*.filters     =*/ nullptr,
-    };
-}
-
-// empty: supported
-static std::string llama_qfilter_refusal(const llama_model & model, const llama_context_params & cparams) {
-    const auto & hparams = model.hparams;
-    const auto   arch    = model.arch_name();
-
-    if (hparams.vocab_only) {
-        return "the model was loaded with vocab_only: there is nothing to run";
-    }
-    if (llama_model_has_encoder(&model) || !hparams.causal_attn) {
-        return arch + " models are encoders: there is no cache that grows";
-    }
-    if (llama_model_is_recurrent(&model)) {
-        return arch + " models are recurrent: they have no keys to evict";
-    }
-    if (llama_model_is_hybrid(&model)) {
-        return arch + " models are hybrid (recurrent and attention layers): not supported";
-    }
-    if (hparams.is_mla()) {
-        return arch + " models use multi-head latent attention (MLA): their cache has no keys per head";
-    }
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return arch + " models have sliding-window layers: not supported";
-    }
-    if (hparams.use_alibi || hparams.f_max_alibi_bias > 0.0f) {
-        return arch + " models use ALiBi: the distance to every key would have to be known per head";
-    }
-    if (hparams.router_layer >= 0) {
-        return arch + " models route by a layer of the cache: it must not be evicted";
-    }
-    if (hparams.n_pos_per_embd() > 1) {
-        return arch + " models use multi-dimensional positions (M-RoPE): not supported";
-    }
-    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
-        return "split_mode = tensor spreads a row over devices: use split_mode = layer or none";
-    }
-    if (cparams.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
-        return "Flash Attention is disabled: the V cache would be stored transposed";
-    }
-    if (cparams.embeddings || cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
-        return "only contexts that generate text are supported, not embeddings or draft contexts";
-    }
-    if (cparams.n_seq_max > 1 && cparams.kv_unified) {
-        return "n_seq_max > 1 needs kv_unified = false: every sequence has its own cells";
-    }
-
-    return "";
-}
-
-bool llama_qfilter_supported(const llama_model * model, llama_context_params cparams, char * why, size_t size) {
-    const std::string refusal = llama_qfilter_refusal(*model, cparams);
-
-    if (why && size > 0) {
-        snprintf(why, size, "%s", refusal.c_str());
-    }
-
-    return refusal.empty();
-}
-
-llama_context * llama_init_from_model(llama_model * model, llama_context_params cparams) {
-    return llama_qfilter_init_context(model, cparams, nullptr);
-}
-
-llama_context * llama_qfilter_init_from_model(llama_model * model, llama_context_params cparams, const llama_qfilter_params * params) {
-    if (!model) {
-        LLAMA_LOG_ERROR("%s: model cannot be NULL\n", __func__);
-        return nullptr;
-    }
-    if (!params || params->struct_size != sizeof(llama_qfilter_params)) {
-        LLAMA_LOG_ERROR("%s: the parameters are of another version of qfilter.h\n", __func__);
-        return nullptr;
-    }
-
-    if (cparams.n_seq_max <= 1) {
-        cparams.kv_unified = false; // one stream either way; this way ids of other sequences are refused
-    }
-
-    const std::string refusal = llama_qfilter_refusal(*model, cparams);
-    if (!refusal.empty()) {
-        LLAMA_LOG_ERROR("%s: %s\n", __func__, refusal.c_str());
-        return nullptr;
-    }
-
-    llama_context * ctx = llama_qfilter_init_context(model, cparams, params);
-
-    if (ctx) {
-        try {
-            llama_qfilter_of(ctx->get_memory())->init(ctx);
-        } catch (const std::exception & err) {
-            LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
-            llama_free(ctx);
-            return nullptr;
-        }
-    }
-
-    return ctx;
-}
-
-int32_t llama_qfilter_compress(llama_context * ctx, llama_seq_id seq_id, uint32_t n_keep) {
-    auto * qf = llama_qfilter_of(ctx->get_memory());
-
-    return qf ? qf->compress(ctx, seq_id, n_keep) : -1;
-}
-
-int32_t llama_qfilter_kept(const llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, llama_pos * out, size_t capacity) {
-    const auto * qf = llama_qfilter_of(ctx->get_memory());
-
-    return qf ? qf->kept(seq_id, il, ih, out, capacity) : -1;
-}
-
-size_t llama_qfilter_rows(llama_context * ctx, llama_seq_id seq_id, int32_t il, bool is_v, void * out, size_t size) {
-    const auto * qf = llama_qfilter_of(ctx->get_memory());
-
-    return qf ? qf->rows(ctx, seq_id, il, is_v, out, size) : 0;
-}
-
-bool llama_qfilter_get_stats(const llama_context * ctx, llama_qfilter_stats * stats) {
-    const auto * qf = llama_qfilter_of(ctx->get_memory());
-
-    if (!qf || stats->struct_size != sizeof(llama_qfilter_stats)) {
-        return false;
-    }
-
-    qf->get_stats(*stats);
-    stats->struct_size = sizeof(llama_qfilter_stats);
-
-    return true;
 }

@@ -1,6 +1,6 @@
 """The bounded KV cache: what is kept when the next chunk does not fit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,25 +8,69 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
-# ---- policies: score(keys [n, head_dim] float64, filter [head_dim] or None) -> [n], large = keep
+# ---- policies: score(head) -> [n] float64, large = keep
 
 
-def score_qfilters(keys: np.ndarray, filter: np.ndarray) -> np.ndarray:
+@dataclass
+class Head:
+    """What a policy may look at: the rows of one KV head.
+
+    keys: [n, head_dim] float64; positions: [n]; filter: [head_dim] or None;
+    layer: of the model; index: of the KV head; seed: of the cache.
+    """
+
+    keys: np.ndarray
+    positions: np.ndarray
+    filter: np.ndarray | None
+    layer: int
+    index: int
+    seed: int
+
+
+def score_qfilters(head: Head) -> np.ndarray:
     """Projection of the key on its head's filter."""
-    return keys @ filter
+    return head.keys @ head.filter
 
 
-def score_knorm(keys: np.ndarray, filter: None = None) -> np.ndarray:
+def score_knorm(head: Head) -> np.ndarray:
     """Minus the L2 norm of the key."""
-    return -np.sqrt((keys**2).sum(-1))
+    return -np.sqrt((head.keys**2).sum(-1))
 
 
-def score_streaming(keys: np.ndarray, filter: None = None) -> np.ndarray:
+def score_streaming(head: Head) -> np.ndarray:
     """All alike: the newest win."""
-    return np.zeros(len(keys))
+    return np.zeros(len(head.keys))
 
 
-POLICIES = {"qfilters": score_qfilters, "knorm": score_knorm, "streaming": score_streaming}
+def score_keydiff(head: Head) -> np.ndarray:
+    """Minus the cosine of the key with the mean of the head's normalized keys
+    (arXiv 2504.15364)."""
+    directions = head.keys / np.linalg.norm(head.keys, axis=-1, keepdims=True)
+    mean = directions.mean(0)
+    return -directions @ mean / np.linalg.norm(mean)
+
+
+def score_random(head: Head) -> np.ndarray:
+    """A hash of seed, layer, head and position: 24 bits of four rounds of splitmix64."""
+    mask, scores = 2**64 - 1, []
+    for position in head.positions.tolist():
+        x = 0
+        for value in (head.seed, head.layer, head.index, position):
+            x = (x + value + 0x9E3779B97F4A7C15) & mask
+            x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+            x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+            x ^= x >> 31
+        scores.append((x >> 40) / 2**24)
+    return np.array(scores)
+
+
+POLICIES = {
+    "qfilters": score_qfilters,
+    "knorm": score_knorm,
+    "streaming": score_streaming,
+    "keydiff": score_keydiff,
+    "random": score_random,
+}
 
 
 # ---- selection, the same for all policies
@@ -131,6 +175,7 @@ class BoundedCache:
     Each KV head has its own rows, all heads the same number of them, ascending by position.
     max_length: most rows a head may have, None for no bound. n_keep: rows left by an eviction.
     policy: a name of POLICIES. filters: [n_layer, n_head_kv, head_dim], for qfilters.
+    seed: for random. layers: ids of the layers in the model, if they are not 0, 1, 2, ...
     dtype: a name of STORE, how K and V rows are rounded when they are stored.
     """
 
@@ -143,6 +188,8 @@ class BoundedCache:
         policy: str = "streaming",
         filters: np.ndarray | None = None,
         dtype: str = "float32",
+        seed: int = 0,
+        layers: Sequence[int] | None = None,
     ):
         if max_length is not None:
             n_keep = max_length - default_interval(max_length) if n_keep is None else n_keep
@@ -154,7 +201,7 @@ class BoundedCache:
         self.max_length, self.n_keep = max_length, n_keep
         self.sinks, self.window_length = sinks, window_length
         self.score, self.store, self.dtype = POLICIES[policy], STORE[dtype], dtype
-        self.filters = filters
+        self.filters, self.seed, self.layers = filters, seed, layers
         self.k: list[torch.Tensor] = []
         self.v: list[torch.Tensor] = []
         self.positions: list[torch.Tensor] = []
@@ -192,7 +239,16 @@ class BoundedCache:
         scores = np.empty((len(self.k), *self.k[0].shape[:2]))
         for layer, head in np.ndindex(scores.shape[:2]):
             filter = None if self.filters is None else self.filters[layer][head].astype(np.float64)
-            scores[layer, head] = self.score(self.k[layer][head].double().numpy(), filter)
+            scores[layer, head] = self.score(
+                Head(
+                    self.k[layer][head].double().numpy(),
+                    self.positions[layer][head].numpy(),
+                    filter,
+                    layer if self.layers is None else self.layers[layer],
+                    head,
+                    self.seed,
+                )
+            )
         return scores
 
     def evict(self, n_seen: int, forced: np.ndarray | None = None) -> Eviction:

@@ -1,0 +1,97 @@
+#include "llama-qfilter-policy.h"
+
+#include "llama-impl.h"
+
+#include <stdexcept>
+
+// <k, v> with one v per head
+//   k: [n_embd_head, n_head, n_rows], v: [n_embd_head, n_head], returns [n_rows, n_head]
+static ggml_tensor * llama_qfilter_dot(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v) {
+    k = ggml_permute(ctx, k, 0, 2, 1, 3);                   // [n_embd_head, n_rows, n_head]
+    v = ggml_reshape_3d(ctx, v, v->ne[0], 1, v->ne[1]);     // [n_embd_head, 1, n_head]
+
+    ggml_tensor * s = ggml_mul_mat(ctx, k, v);              // [n_rows, 1, n_head]
+    ggml_prec_set_acc(s, GGML_PREC_F32);
+
+    return ggml_reshape_2d(ctx, s, s->ne[0], s->ne[2]);
+}
+
+// the paper's score (arXiv 2503.02812, section 3): <k, v1>, averaged over the query heads of a group
+static ggml_tensor * llama_qfilter_score_qfilters(ggml_context * ctx, ggml_tensor * k, ggml_tensor * f) {
+    return llama_qfilter_dot(ctx, k, f);
+}
+
+// keys with a small norm attract attention (arXiv 2406.11430): -|k|^2
+static ggml_tensor * llama_qfilter_score_knorm(ggml_context * ctx, ggml_tensor * k, ggml_tensor * f) {
+    GGML_UNUSED(f);
+
+    const int64_t n_head = k->ne[1];
+    const int64_t n_rows = k->ne[2];
+
+    ggml_tensor * cur = ggml_sum_rows(ctx, ggml_sqr(ctx, k)); // [1, n_head, n_rows]
+
+    cur = ggml_scale(ctx, cur, -1.0f);
+    cur = ggml_reshape_2d(ctx, cur, n_head, n_rows);
+
+    return ggml_cont(ctx, ggml_transpose(ctx, cur));
+}
+
+// keys unlike the others stay (arXiv 2504.15364, section 3): minus the cosine of the key with the mean of the head's
+// normalized keys
+static ggml_tensor * llama_qfilter_score_keydiff(ggml_context * ctx, ggml_tensor * k, ggml_tensor * f) {
+    GGML_UNUSED(f);
+
+    const float eps = 1e-12f;
+
+    k = ggml_l2_norm(ctx, k, eps);
+
+    ggml_tensor * mean = ggml_cont(ctx, ggml_permute(ctx, k, 1, 2, 0, 3)); // [n_rows, n_embd_head, n_head]
+
+    mean = ggml_sum_rows(ctx, mean);                                       // its length does not matter
+    mean = ggml_l2_norm(ctx, ggml_reshape_2d(ctx, mean, k->ne[0], k->ne[1]), eps);
+
+    return ggml_scale(ctx, llama_qfilter_dot(ctx, k, mean), -1.0f);
+}
+
+// all equal, so the newest rows stay (arXiv 2309.17453)
+static float llama_qfilter_score_streaming(uint32_t seed, uint32_t il, uint32_t ih, llama_pos pos) {
+    GGML_UNUSED(seed);
+    GGML_UNUSED(il);
+    GGML_UNUSED(ih);
+    GGML_UNUSED(pos);
+
+    return 0.0f;
+}
+
+// uniform in [0, 1): what the others have to beat. a position's score is the same at every eviction, so what stays does
+// not depend on how the tokens were split into batches
+static float llama_qfilter_score_random(uint32_t seed, uint32_t il, uint32_t ih, llama_pos pos) {
+    uint64_t x = 0;
+
+    for (const uint64_t v : { (uint64_t) seed, (uint64_t) il, (uint64_t) ih, (uint64_t) pos }) {
+        // splitmix64
+        x += v + 0x9e3779b97f4a7c15ull;
+        x  = (x ^ (x >> 30))*0xbf58476d1ce4e5b9ull;
+        x  = (x ^ (x >> 27))*0x94d049bb133111ebull;
+        x ^= x >> 31;
+    }
+
+    return (float) (x >> 40)*0x1p-24f;
+}
+
+static const llama_qfilter_policy_info LLAMA_QFILTER_POLICIES[] = {
+    { LLAMA_QFILTER_POLICY_QFILTERS,  "qfilters",  true,  llama_qfilter_score_qfilters, nullptr                       },
+    { LLAMA_QFILTER_POLICY_KNORM,     "knorm",     false, llama_qfilter_score_knorm,    nullptr                       },
+    { LLAMA_QFILTER_POLICY_STREAMING, "streaming", false, nullptr,                      llama_qfilter_score_streaming },
+    { LLAMA_QFILTER_POLICY_KEYDIFF,   "keydiff",   false, llama_qfilter_score_keydiff,  nullptr                       },
+    { LLAMA_QFILTER_POLICY_RANDOM,    "random",    false, nullptr,                      llama_qfilter_score_random    },
+};
+
+const llama_qfilter_policy_info & llama_qfilter_policy_get(int32_t policy) {
+    for (const auto & p : LLAMA_QFILTER_POLICIES) {
+        if (p.policy == policy) {
+            return p;
+        }
+    }
+    throw std::runtime_error(format("qfilter: unknown policy %d", policy));
+}

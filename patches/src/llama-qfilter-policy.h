@@ -1,0 +1,24 @@
+#pragma once
+
+#include "qfilter.h"
+
+#include "ggml.h"
+
+// how the rows of a policy are scored: one of the two functions, large = keep
+struct llama_qfilter_policy_info {
+    llama_qfilter_policy policy;
+    const char *         name;
+    bool                 needs_filters;
+
+    // from the keys, on their device
+    //   k: cached keys [n_embd_head_k, n_head, n_rows] F32, in the order of their positions
+    //   f: filters     [n_embd_head_k, n_head] F32, nullptr if the policy needs none
+    //   returns        [n_rows, n_head] F32
+    ggml_tensor * (*score)(ggml_context * ctx, ggml_tensor * k, ggml_tensor * f);
+
+    // from where the key is, on the host
+    float (*score_pos)(uint32_t seed, uint32_t il, uint32_t ih, llama_pos pos);
+};
+
+// throws std::runtime_error if there is no such policy
+const llama_qfilter_policy_info & llama_qfilter_policy_get(int32_t policy);

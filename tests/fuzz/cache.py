@@ -1,0 +1,262 @@
+"""What a bounded cache is, as plainly as possible: lists of rows.
+
+Rows are the bytes that the engine stored when their position was decoded. From then on the model
+alone says where they are, and which of them an eviction keeps: it computes the scores from those
+bytes, in float64.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+
+class Mismatch(AssertionError):
+    """Engine and model differ."""
+
+
+def need(condition, message: str) -> None:
+    if not condition:
+        raise Mismatch(message)
+
+
+@dataclass
+class Settings:
+    """Of a context. Sizes are per sequence."""
+
+    n_seq: int = 1
+    n_ctx: int = 256
+    n_cells: int = 64
+    n_keep: int = 48
+    n_sink: int = 4
+    n_window: int = 8
+    n_batch: int = 16
+    n_ubatch: int = 16
+    policy: str = "knorm"
+    filters: int = 0  # seed of the filters
+    seed: int = 0  # of the policy "random"
+    type_k: str = "f16"
+    type_v: str = "f16"
+    flags: int = 0
+
+    @property
+    def bound(self) -> int:
+        return min(self.n_cells, self.n_ctx)
+
+
+class Row(NamedTuple):
+    """K and V of one KV head at one position, as stored."""
+
+    position: int
+    k: bytes
+    v: bytes
+
+
+@dataclass
+class Sequence:
+    """cells: the positions that llama.cpp goes by, ascending. heads: (layer, KV head) -> rows,
+    as many as cells, ascending by position. Positions below `compacted` can't be cut."""
+
+    cells: list[int] = field(default_factory=list)
+    heads: dict[tuple[int, int], list[Row]] = field(default_factory=dict)
+    compacted: int = 0
+
+    @property
+    def first(self) -> int:
+        return self.cells[0] if self.cells else -1
+
+    @property
+    def last(self) -> int:
+        return self.cells[-1] if self.cells else -1
+
+    def can_remove(self, p0: int, p1: int) -> bool:
+        if not self.cells or (p0 <= self.first and p1 > self.last):
+            return True  # the whole sequence
+        if p0 < self.compacted:
+            return False
+        # decoding goes on after the last row that is left, so that must not be a sink
+        cuts = p0 <= self.last and (p1 > self.last or p0 == p1)
+        left = [-1] + [p for p in self.cells if p < p0]
+        return not (cuts and self.compacted and left[-1] < self.compacted - 1)
+
+    def remove(self, p0: int, p1: int) -> None:
+        if not self.cells or (p0 <= self.first and p1 > self.last):
+            self.clear()
+            return
+        self.cells = [p for p in self.cells if not p0 <= p < p1]
+        for head, rows in self.heads.items():
+            self.heads[head] = [r for r in rows if not p0 <= r.position < p1]
+
+    def clear(self) -> None:
+        self.cells, self.heads, self.compacted = [], {head: [] for head in self.heads}, 0
+
+
+class Cache:
+    """The sequences of one context.
+
+    Args:
+        shape: layers, KV heads, head_dim; weight: float32 [n_layer, n_head_kv, head_dim].
+    """
+
+    def __init__(self, settings: Settings, shape: tuple[int, int, int], weight: np.ndarray):
+        self.settings, self.head_dim, self.weight = settings, shape[2], weight
+        self.head_ids = [(layer, head) for layer in range(shape[0]) for head in range(shape[1])]
+        self.sequences = [self.empty() for _ in range(settings.n_seq)]
+        self.n_evictions = self.n_dropped = 0
+        self.n_rows = self.n_near_ties = 0  # rows chosen by scores, and those adopted
+
+    def empty(self) -> Sequence:
+        return Sequence(heads={head: [] for head in self.head_ids})
+
+    # -- operations
+
+    def lacks_room(self, seq: int, n: int) -> bool:
+        return n > 0 and len(self.sequences[seq].cells) + n > self.settings.bound
+
+    def append(self, seq: int, start: int, rows: dict[tuple[int, int], list[Row]]) -> None:
+        """The rows of new positions from `start` on, as the engine stored them."""
+        sequence = self.sequences[seq]
+        for head, new in rows.items():
+            expected = list(range(start, start + len(new)))
+            need([r.position for r in new] == expected, f"head {head}: new rows are not at the end")
+            sequence.heads[head] += new
+        sequence.cells += range(start, start + len(new))
+
+    def seq_rm(self, seq: int, p0: int, p1: int) -> bool:
+        p0, p1 = max(p0, 0), p1 if p1 >= 0 else 1 << 31
+        if seq >= len(self.sequences):
+            return (
+                len(self.sequences) == 1
+            )  # llama.cpp: one stream serves all ids, three only three
+        chosen = self.sequences if seq < 0 else [self.sequences[seq]]
+        if not all(s.can_remove(p0, p1) for s in chosen):
+            return False
+        for sequence in chosen:
+            sequence.remove(p0, p1)
+        return True
+
+    def seq_cp(self, source: int, target: int, p0: int, p1: int) -> None:
+        if source == target or max(source, target) >= len(self.sequences):
+            return
+        sequence = self.sequences[source]
+        if sequence.cells and (p0 > sequence.first or 0 <= p1 <= sequence.last):
+            return  # parts of a sequence are not copied
+        self.sequences[target] = deepcopy(sequence)
+
+    def clear(self) -> None:
+        for sequence in self.sequences:
+            sequence.clear()
+
+    # -- eviction
+
+    def evict(self, seq: int, n_keep: int, claimed: dict[tuple[int, int], list[int]]) -> None:
+        """Leave n_keep rows of every head. claimed: the positions that the engine says it kept,
+        which count where scores are too close to tell."""
+        settings, sequence = self.settings, self.sequences[seq]
+        cells, n = sequence.cells, len(sequence.cells)
+        scores = Scores(self, settings)
+        for (layer, head), rows in sequence.heads.items():
+            inner = range(settings.n_sink, n - settings.n_window)
+            score, error = scores(layer, head, rows)
+            best = sorted(inner, key=lambda i: (score[i], i), reverse=True)
+            chosen = set(best[: n_keep - settings.n_sink - settings.n_window])
+            theirs = [i for i, row in enumerate(rows) if row.position in claimed[layer, head]]
+            theirs = set(theirs) & set(inner)
+            need(len(theirs) == len(chosen), f"layer {layer} head {head} kept other rows")
+            for i in theirs - chosen:
+                for j in chosen - theirs:
+                    need(
+                        error[i] + error[j] > 0 and score[i] + error[i] >= score[j] - error[j],
+                        f"layer {layer} head {head} kept position {rows[i].position} with score "
+                        f"{score[i]:.9g} and dropped {rows[j].position} with {score[j]:.9g}, "
+                        f"errors up to {error[i]:.1g} and {error[j]:.1g}",
+                    )
+            self.n_rows += len(chosen)
+            self.n_near_ties += len(theirs - chosen)
+            sequence.heads[layer, head] = [
+                row for i, row in enumerate(rows) if i not in inner or i in theirs
+            ]
+        sequence.compacted = max(sequence.compacted, cells[n - settings.n_window - 1] + 1)
+        sequence.cells = cells[: settings.n_sink] + cells[n - n_keep + settings.n_sink :]
+        self.n_evictions += 1
+        self.n_dropped += n - n_keep
+
+
+class Scores:
+    """Scores of rows in float64, and by how much those of the engine may differ from them.
+
+    Called with layer, head and rows; returns two float64 arrays [len(rows)].
+    """
+
+    def __init__(self, cache: Cache, settings: Settings):
+        self.cache, self.settings = cache, settings
+        self.method = getattr(self, settings.policy)
+
+    def __call__(self, layer, head, rows):
+        positions = np.array([row.position for row in rows])
+        keys = decode([row.k for row in rows], self.settings.type_k)
+        return self.method(layer, head, positions, keys)
+
+    def qfilters(self, layer, head, positions, keys):
+        weight = self.cache.weight[layer, head].astype(np.float64)
+        n, type_k = len(weight), self.settings.type_k
+        quantized = type_k not in ("f32", "f16", "bf16")
+        if quantized and n % 64 == 0:
+            weight = rotate(weight)
+        sizes = np.abs(keys) @ np.abs(weight)
+        # sums of n products in float32; a rotated filter was rounded before
+        error = n * 2**-23 * sizes + n * 2**-24 * np.abs(keys).sum(-1) * np.abs(weight).max()
+        return keys @ weight, error
+
+    def knorm(self, layer, head, positions, keys):
+        squares = (keys**2).sum(-1)
+        return -squares, keys.shape[1] * 2**-23 * squares
+
+    def keydiff(self, layer, head, positions, keys):
+        unit = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
+        mean = unit.mean(0)
+        length = np.linalg.norm(mean)
+        n, head_dim = keys.shape
+        return -unit @ mean / length, np.full(n, (n + 3 * head_dim) * 2**-23 / length)
+
+    def streaming(self, layer, head, positions, keys):
+        return np.zeros(len(positions)), np.zeros(len(positions))
+
+    def random(self, layer, head, positions, keys):
+        scores = [splitmix(self.settings.seed, layer, head, int(p)) for p in positions]
+        return np.array(scores), np.zeros(len(positions))
+
+
+def splitmix(*values: int) -> float:
+    """Values chained through splitmix64, as a number in [0, 1) of 24 bits."""
+    x, ones = 0, (1 << 64) - 1
+    for value in values:
+        x = (x + value + 0x9E3779B97F4A7C15) & ones
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & ones
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & ones
+        x ^= x >> 31
+    return (x >> 40) / (1 << 24)
+
+
+def rotate(weight: np.ndarray) -> np.ndarray:
+    """By the largest orthonormal Hadamard matrix of 64 or more that divides the row: llama.cpp
+    stores quantized keys like that."""
+    n = 64
+    while len(weight) % (2 * n) == 0:
+        n *= 2
+    matrix = np.ones((1, 1))
+    while len(matrix) < n:
+        matrix = np.kron(np.array([[1, 1], [1, -1]]), matrix)
+    return (weight.reshape(-1, n) @ (matrix / np.sqrt(n))).reshape(-1)
+
+
+def decode(rows: list[bytes], type_name: str) -> np.ndarray:
+    """Stored rows of one head as float64 [len(rows), head_dim]."""
+    data = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
+    values = dequantize(data, GGMLQuantizationType[type_name.upper()])
+    return values.astype(np.float64)
