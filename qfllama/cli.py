@@ -1,6 +1,7 @@
 """The `qfllama` command: one lazily imported module per verb, one place where errors become text.
 
-Exit codes: 0 done, 2 something the user can fix (one line on stderr), 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 not one message of a piped chat could be answered, 2 something the user can
+fix (one line on stderr), 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import sys
 import click
 
 from qfllama.config import QFilterError
+from qfllama.text import printable
 
 COMMANDS = {  # qfllama/commands/<name>.py, each with a `command`
     "chat": "Talk to a model in a bounded cache.",
+    "compress": "Read a document once and keep the best of it in a file to chat about.",
     "convert": "Make filters for a model and write them into a GGUF file.",
+    "export": "Write the filters of a GGUF file for kvpress and other programs.",
     "inspect": "Show which filters a GGUF file has.",
 }
 
@@ -63,7 +67,7 @@ class LazyGroup(click.Group):
             message = os_error_text(error)
         else:
             sys.exit(code if isinstance(code, int) else 0)
-        click.echo(f"qfllama: {message}", err=True)
+        click.echo(f"qfllama: {printable(message)}", err=True)
         sys.exit(2)
 
 

@@ -11,6 +11,7 @@ last answer and the next one.
 from __future__ import annotations
 
 import codecs
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -57,23 +58,74 @@ class Conversation:
 
     `document` goes before the text of the first user message. `tokens` is all of it up to now, as
     read and generated; the first `llm.n_tokens` of them are in the engine's cache.
+
+    With `prompt`, a file of `qfllama compress`, system message and document are in the cache from
+    the start.
     """
 
     def __init__(
-        self, llm: llama_cpp.Llama, system: str | None = None, document: str | None = None
+        self,
+        llm: llama_cpp.Llama,
+        system: str | None = None,
+        document: str | None = None,
+        prompt: str | os.PathLike | None = None,
     ) -> None:
+        """Raises QFilterError for a `prompt` that `llm` can't load, or that is no chat's."""
         self.llm = llm
         self.document = document
         self.messages: list[dict[str, str]] = []
-        if system is not None:
-            self.messages.append({"role": "system", "content": system})
         self.tokens: list[int] = []
         self.turn = Turn()  # of the latest question
         self._format = chat_formatter(llm)
         self._mark = uuid.uuid4().hex  # stands for the answers when the template is rendered
         self._rendered = ""  # the conversation with marks for answers, up to where `tokens` ends
         self._read = 0  # how many of `tokens` the engine had read after the latest turn
-        llm.reset()
+        self._prompt = prompt
+        self._start_over()
+        if prompt is not None:
+            system = self._take_over_prompt()
+        if system is not None:
+            self.messages.append({"role": "system", "content": system})
+
+    # -- prompts that were read before
+
+    def document_tokens(self) -> list[int]:
+        """The conversation up to the end of the document: what `qfllama compress` reads.
+
+        Raises:
+            QFilterError: the template doesn't put the document where a message begins.
+        """
+        mark = self._document_mark()
+        before, found, _ = self._render(
+            [*self.messages, {"role": "user", "content": f"{mark}\n\n{self._mark}"}]
+        ).partition(mark)
+        if not found:
+            raise QFilterError(
+                "the model's chat template has no place for a document: use chat with --file"
+            )
+        return self._tokenize_all(before + self.document)
+
+    def _document_mark(self) -> str:
+        return f"{self._mark}-document-"
+
+    def _take_over_prompt(self) -> str | None:
+        """`tokens` from what was loaded, the document as a mark; the file's system message."""
+        extra = self._loaded.extra.get("chat")
+        if not isinstance(extra, dict):
+            raise QFilterError(
+                f"{self._prompt} holds no document for a chat: make one with `qfllama compress`"
+            )
+        self.document = self._document_mark()
+        self.tokens = self._loaded.tokens.tolist()
+        self._read = len(self.tokens)
+        return extra.get("system")
+
+    def _start_over(self) -> None:
+        """The engine as it was when the conversation began."""
+        if self._prompt is None:
+            self.llm.reset()
+        else:
+            self._loaded = self.llm.load_prompt(self._prompt)
 
     def ask(
         self,
@@ -117,6 +169,11 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         rendered = self._render(messages, marks=True)
         addition = self._addition(rendered)
+        if addition is None and self._prompt is not None:
+            raise QFilterError(
+                "the model's chat template changes the beginning of a conversation as it goes on:"
+                " /reset, or use --file in place of --state"
+            )
         if addition is None:
             tokens = self._tokenize_all(self._render(messages))
         else:
@@ -141,12 +198,14 @@ class Conversation:
                 for i, m in enumerate(messages)
             ]
         try:
-            return self._format(messages=messages).prompt
+            text = self._format(messages=messages).prompt
         except (jinja2.TemplateError, ValueError) as error:
             raise QFilterError(
                 f"the model's chat template refuses this conversation: {error};"
                 " /reset, or start without --system"
             ) from error
+        # what is before the end of a document that was read before, nobody asks about any more
+        return text if self._prompt is None else text.partition(self._document_mark())[2]
 
     def _addition(self, rendered: str) -> str | None:
         """What `rendered` has after the latest answer; None if its beginning isn't what was read.
@@ -154,8 +213,8 @@ class Conversation:
         `_rendered` may be longer than the beginning: some templates open the answer (`<think>`)
         only where it is to be generated.
         """
-        if not self.tokens:
-            return None
+        if not any(m["role"] == "user" for m in self.messages):
+            return rendered if self._prompt is not None and rendered else None
         before, found, after = rendered.partition(f"{self._mark}-{len(self.messages) - 1}-")
         return after if found and self._rendered.startswith(before) else None
 
@@ -223,16 +282,15 @@ class Conversation:
         """Cut the engine's cache back to what it has in common with `tokens`; what is left.
 
         There is nothing to cut unless the template has changed its mind about the beginning. A
-        cache that can't go back is cleared.
+        cache that can't go back starts over.
         """
         llm = self.llm
         n = llm.longest_token_prefix(llm._input_ids.tolist(), self.tokens)
         n = min(n, len(self.tokens) - 1)  # one is needed to get the logits from
-        if n < llm.n_tokens:
-            if n > 0 and llm._ctx.kv_cache_seq_rm(-1, n, -1):
-                llm.n_tokens = n
-            else:
-                llm.reset()
+        if n < llm.n_tokens and n > 0 and llm._ctx.kv_cache_seq_rm(-1, n, -1):
+            llm.n_tokens = n
+        elif n < llm.n_tokens or n == 0:
+            self._start_over()
         return llm.n_tokens
 
     def _read_batches(self, stopped, progress) -> list[int]:

@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import resource
 import select
 import shutil
 import signal
@@ -491,6 +492,12 @@ def test_filters_that_cannot_be_used_are_one_line(filtered, tmp_path):
         (["--policy", "magic"], "magic"),
         (["--full", "--max-length", "256"], "--max-length"),
         (["--n-ctx", "lots"], "--n-ctx"),
+        (["--n-ctx", str(2**40)], "--n-ctx"),
+        (["--temperature", "nan"], "nan is not a finite number"),
+        (["--temperature", "inf"], "inf is not a finite number"),
+        (["--top-p", "nan"], "nan is not a finite number"),
+        (["--seed", str(2**32 - 1)], "--seed"),  # llama.cpp's word for a random one
+        (["--state", "/nonexistent/book.qfstate"], "book.qfstate"),
         (["--file", "/nonexistent/doc.txt"], "doc.txt"),
     ],
 )
@@ -508,6 +515,62 @@ def test_a_prompt_beyond_n_ctx_is_one_line(smollm2):
     assert_one_line(process, "--n-ctx")
 
 
+def test_too_little_memory_is_one_line(smollm2):
+    process = subprocess.run(
+        [QFLLAMA, "chat", str(smollm2), *STREAMING, "--n-ctx", str(2**30), "--prompt", "Hi"],
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30, 3 * 2**30)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 2, process.stderr
+    last = process.stderr.splitlines()[-1]  # before it, llama.cpp's warnings about such a length
+    assert last.startswith("qfllama: not enough memory for 1,073,741,824 positions")
+    assert last.endswith("use a smaller --n-ctx")
+    assert "Traceback" not in process.stderr
+
+
+def test_a_piped_chat_ends_with_1_if_no_message_was_answered(smollm2):
+    process = run("chat", smollm2, *STREAMING, "--n-ctx", 512, stdin="word " * 1000 + "\n")
+    assert process.returncode == 1
+    assert process.stdout == ""
+    assert "--n-ctx" in process.stderr
+    assert run("chat", smollm2, *STREAMING, stdin="/stats\n").returncode == 0
+
+
+def test_control_characters_in_an_answer_do_not_reach_a_terminal(llm, monkeypatch):
+    """The grammar makes the model write what would colour the screen and set its title."""
+    from llama_cpp import LlamaGrammar
+
+    from qfllama.commands import chat
+    from qfllama.conversation import Conversation
+
+    grammar = LlamaGrammar.from_string(
+        r'root ::= "a" "\x1b" "[31mb" "\x07" "\t" "c" "\n" "d"', verbose=False
+    )
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        chat.answer(Conversation(llm), "Hi", {"max_tokens": 30, "grammar": grammar})
+        terminal.flush()
+        monkeypatch.undo()
+        shown = b""  # a terminal hands over what it has, not what was written at once
+        while not shown.endswith(b"d\r\n") and select.select([master], [], [], 10)[0]:
+            shown += os.read(master, 65536)
+    os.close(master)
+    assert shown.decode() == "a\ufffd[31mb\ufffd\tc\r\nd\r\n"
+
+
+def test_control_characters_in_the_name_of_a_file_do_not_reach_a_terminal(tmp_path):
+    path = tmp_path / "\x1b]0;title\x07.gguf"
+    path.write_text("not a model at all " * 100)
+    process = run("chat", path)
+    assert process.returncode == 2
+    assert "title" in process.stderr
+    assert not set(process.stderr) & {"\x1b", "\x07"}
+
+
 def test_help_comes_without_loading_the_engine():
     code = (
         "import sys\n"
@@ -522,7 +585,7 @@ def test_help_comes_without_loading_the_engine():
     assert process.returncode == 0, process.stderr
     *text, loaded = process.stdout.splitlines()
     assert loaded == "[]"
-    for name in ("chat", "convert", "inspect"):
+    for name in ("chat", "compress", "convert", "inspect"):
         assert any(line.split()[:1] == [name] for line in text)
 
 
@@ -539,6 +602,19 @@ def start_piped(model, *args):
         text=True,
         bufsize=0,
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_an_interrupt_while_the_model_is_loaded_is_not_lost(smollm2):
+    process = start_piped(smollm2, "--max-tokens", "200", "--prompt", COUNT)
+    maps, end = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
+    while str(smollm2) not in maps.read_text():
+        assert process.poll() is None
+        assert time.monotonic() < end
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGINT, "which a shell shows as 130"
+    assert stdout == stderr == ""
 
 
 def test_an_interrupt_stops_the_answer_and_not_the_program(smollm2):

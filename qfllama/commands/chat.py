@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import sys
@@ -12,13 +13,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qfllama.config import QFilterError
+from qfllama.config import POLICIES, QFilterConfig, QFilterError
+from qfllama.text import printable
 
 if TYPE_CHECKING:
     from qfllama import Llama
     from qfllama.conversation import Conversation, Turn
+    from qfllama.state import Prompt
 
 MIB = 2**20
+MAX_CTX = 2**30  # positions are 32-bit numbers
 
 HELP = """\
 /stats  what the cache holds
@@ -47,6 +51,20 @@ def interrupts() -> Iterator[Callable[[], bool]]:
     previous = signal.signal(signal.SIGINT, handle)
     try:
         yield lambda: bool(presses)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def dies_of_ctrl_c() -> Iterator[None]:
+    """While a model is loaded, Ctrl-C ends the process at once, as if Python weren't there.
+
+    A KeyboardInterrupt that comes while llama.cpp calls back to log something would be lost. A
+    shell reports 130, as elsewhere.
+    """
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGINT, previous)
 
@@ -124,7 +142,7 @@ def answer(conversation: Conversation, text: str, options: dict) -> None:
                 if not last:
                     erase_progress()
                 last = piece
-                click.echo(piece, nl=False)
+                click.echo(printable(piece) if sys.stdout.isatty() else piece, nl=False)
         except RuntimeError as error:
             raise QFilterError(
                 f"the engine failed ({error}); send the next message to have the conversation"
@@ -159,25 +177,28 @@ def show_stats(llm: Llama) -> None:
         note(f"{name:16} {value:,}" if isinstance(value, int) else f"{name:16} {value}")
 
 
-def chat(llm: Llama, system: str | None, document: str | None, options: dict) -> None:
-    """Turns and commands, line by line, until the input ends."""
-    from qfllama.conversation import Conversation
+def chat(start: Callable[[], Conversation], options: dict) -> int:
+    """Turns and commands, line by line, until the input ends.
 
+    `start` makes a new conversation. Returns the exit code: 1 if there were messages, all of them
+    failed and nobody was there to see it.
+    """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         with suppress(ImportError):  # line editing and history for input()
             import readline  # noqa: F401
         note("/help for commands")
-    conversation = Conversation(llm, system, document)
+    conversation = start()
+    answered = failed = 0
     while (line := read_line(interactive)) is not None:
         line = line.strip()
         if line == "/quit":
             break
         elif line == "/reset":
-            conversation = Conversation(llm, system, document)
+            conversation = start()
             note("[new conversation]")
         elif line == "/stats":
-            show_stats(llm)
+            show_stats(conversation.llm)
         elif line == "/help":
             note(HELP)
         elif re.fullmatch(r"/\w+", line):
@@ -185,8 +206,11 @@ def chat(llm: Llama, system: str | None, document: str | None, options: dict) ->
         elif line:
             try:
                 answer(conversation, line, options)
+                answered += 1
             except QFilterError as error:
-                click.echo(f"qfllama: {error}", err=True)
+                failed += 1
+                click.echo(f"qfllama: {printable(str(error))}", err=True)
+    return int(failed > 0 and answered == 0 and not interactive)
 
 
 def read_document(path: Path | None) -> str | None:
@@ -199,26 +223,59 @@ def read_document(path: Path | None) -> str | None:
         raise QFilterError(f"{path}: not a UTF-8 text: convert it to plain text first") from error
 
 
-def load(model: Path, full: bool, cache: dict, **kwargs) -> Llama:
-    """The model with a bounded cache, or the stock one if `full`; `cache` as QFilterConfig."""
-    import jinja2
-
-    from qfllama import Llama, QFilterConfig, metadata
-
+def bound(cache: dict, full: bool, saved: Prompt | None) -> QFilterConfig | None:
+    """The config from the options in `cache` (names of QFilterConfig); None for the full cache."""
     cache = {name: value for name, value in cache.items() if value is not None}
-    kwargs = {name: value for name, value in kwargs.items() if value is not None}
     if full and cache:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in cache)
         raise QFilterError(f"--full is the cache without bound: leave out {options}")
+    if full:
+        return None
+    if saved is None:
+        return QFilterConfig(**cache)
+    from qfllama.state import config_for
+
+    for name in ("policy", "sinks"):
+        made = saved.settings.get(name)
+        if cache.pop(name, made) != made:
+            raise QFilterError(f"the state was made with {name} {made}: leave out --{name}")
+    return config_for(saved, **cache)
+
+
+def open_model(model: Path, config: QFilterConfig | None, **kwargs) -> Llama:
+    """The model, in the stock cache if `config` is None; options that are None are left out.
+
+    Raises:
+        QFilterError: whatever is wrong with the file, the options or the memory of this machine.
+    """
+    import jinja2
+
+    from qfllama import Llama, metadata
+
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
     metadata.model_shape(model)  # has a clear word about a file that is no model
     try:
-        return Llama(str(model), qfilters=None if full else QFilterConfig(**cache), **kwargs)
+        return Llama(str(model), qfilters=config, flash_attn=True, **kwargs)
     except QFilterError:
         raise
+    except MemoryError as error:
+        raise QFilterError(
+            f"not enough memory for {kwargs.get('n_ctx', 0):,} positions: use a smaller --n-ctx"
+        ) from error
     except (ValueError, jinja2.TemplateError) as error:
         raise QFilterError(
             f"{model}: llama.cpp can't use this file ({error}); --verbose shows its log"
         ) from error
+
+
+class Finite(click.FloatRange):
+    """A number in a range; `nan` and `inf` are none."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 @click.command()
@@ -237,13 +294,13 @@ def load(model: Path, full: bool, cache: dict, **kwargs) -> Llama:
 )
 @click.option(
     "--policy",
-    type=click.Choice(["qfilters", "knorm", "streaming"]),
+    type=click.Choice(POLICIES),
     help="What decides which cells are kept.  [default: qfilters]",
 )
 @click.option("--full", is_flag=True, help="The stock cache of n_ctx cells, for comparison.")
 @click.option(
     "--n-ctx",
-    type=click.IntRange(0),
+    type=click.IntRange(0, MAX_CTX),
     default=0,
     help="Positions of a conversation.  [default: those the model was trained on]",
 )
@@ -260,18 +317,23 @@ def load(model: Path, full: bool, cache: dict, **kwargs) -> Llama:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A text that goes before the first message.",
 )
+@click.option(
+    "--state",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Go on from a document that `qfllama compress` has read.",
+)
 @click.option("--prompt", help="Answer this and exit.")
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True)
-@click.option(
-    "--temperature", type=click.FloatRange(0), default=0.2, show_default=True, help="0: greedy."
+@click.option("--temperature", type=Finite(0), default=0.2, show_default=True, help="0: greedy.")
+@click.option("--top-p", type=Finite(0, 1), default=0.95, show_default=True)
+@click.option(  # llama.cpp takes 2**32 - 1 for "another one each time"
+    "--seed", type=click.IntRange(0, 2**32 - 2), help="For the same answers again."
 )
-@click.option("--top-p", type=click.FloatRange(0, 1), default=0.95, show_default=True)
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="For the same answers again.")
 @click.option("--verbose", is_flag=True, help="Show the engine's log.")
 def command(
     model, max_length, window_length, sinks, interval, policy, full, n_ctx, n_gpu_layers,
-    n_threads, type_k, type_v, system, document, prompt, max_tokens, temperature, top_p, seed,
-    verbose,
+    n_threads, type_k, type_v, system, document, state, prompt, max_tokens, temperature, top_p,
+    seed, verbose,
 ):  # fmt: skip
     """Chat with MODEL, a GGUF file made by `qfllama convert`.
 
@@ -281,22 +343,35 @@ def command(
     """
     for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):  # None: closed
         stream.reconfigure(encoding="utf-8", errors="replace")
+    if state is not None and (full or system is not None or document is not None):
+        raise click.UsageError(
+            "--state has a bounded cache, its own system prompt and document; leave out --full, "
+            "--system and --file"
+        )
     text = read_document(document)
-    llm = load(
-        model, full,
-        {"max_length": max_length, "window_length": window_length, "sinks": sinks,
-         "interval": interval, "policy": policy},
-        n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=n_threads, n_threads_batch=n_threads,
-        type_k=type_k, type_v=type_v, flash_attn=True, verbose=verbose,
-    )  # fmt: skip
+    with dies_of_ctrl_c():
+        from qfllama.conversation import Conversation
+        from qfllama.state import read_prompt
+
+        saved = read_prompt(state, header_only=True) if state is not None else None
+        if saved is not None:
+            type_k = type_k or saved.settings.get("type_k")
+            type_v = type_v or saved.settings.get("type_v")
+        config = bound(
+            {"max_length": max_length, "window_length": window_length, "sinks": sinks,
+             "interval": interval, "policy": policy},
+            full, saved,
+        )  # fmt: skip
+        llm = open_model(
+            model, config, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=n_threads,
+            n_threads_batch=n_threads, type_k=type_k, type_v=type_v, verbose=verbose,
+        )  # fmt: skip
     if seed is not None:
         llm.set_seed(seed)
     options = {"max_tokens": max_tokens, "temp": temperature, "top_p": top_p}
     if prompt is None:
-        return chat(llm, system, text, options)
-    from qfllama.conversation import Conversation
-
-    conversation = Conversation(llm, system, text)
+        return chat(lambda: Conversation(llm, system, text, state), options)
+    conversation = Conversation(llm, system, text, state)
     answer(conversation, prompt, options)
     if conversation.turn.ended == "interrupted":
         raise KeyboardInterrupt

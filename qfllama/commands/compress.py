@@ -1,0 +1,186 @@
+"""`qfllama compress`: read a document once, keep the best of it in a file that chats start from."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qfllama.commands.chat import (
+    MIB,
+    dies_of_ctrl_c,
+    erase_progress,
+    open_model,
+    read_document,
+    show_progress,
+)
+from qfllama.config import POLICIES, QFilterConfig, QFilterError
+
+if TYPE_CHECKING:
+    from qfllama import Llama
+
+
+def document_tokens(model: Path, system: str | None, document: str) -> list[int]:
+    """What the model reads up to the end of the document, in its chat template."""
+    from qfllama.conversation import Conversation
+
+    if not document.strip():
+        raise QFilterError("the document is empty: give one with text in it")
+    with no_log():  # a context without a model behind it warns about its length
+        tokenizer = open_model(model, None, vocab_only=True, verbose=False)
+    try:
+        return Conversation(tokenizer, system, document).document_tokens()
+    finally:
+        tokenizer.close()
+
+
+@contextmanager
+def no_log() -> Iterator[None]:
+    """Nothing from llama.cpp's log, not even warnings."""
+    import llama_cpp
+    from llama_cpp._logger import llama_log_callback
+
+    silent = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silent, None)
+    try:
+        yield
+    finally:
+        llama_cpp.llama_log_set(llama_log_callback, None)
+
+
+def cache_config(
+    n_tokens: int, ratio: float | None, max_length: int | None, window: int, sinks: int, policy: str
+) -> tuple[QFilterConfig, int]:
+    """A cache that holds `n_tokens` at full size, and the cells that shall be left of them.
+
+    Raises:
+        QFilterError: sinks and window don't fit into what shall be left.
+    """
+    from qfllama.state import cells_wanted
+
+    wanted = min(n_tokens, cells_wanted(n_tokens, ratio, max_length))
+    if wanted < sinks + max(1, window):
+        raise QFilterError(
+            f"{wanted} of {n_tokens:,} cells can't hold {sinks} sinks and a window of {window}: "
+            "keep more with --ratio or --max-length, or use a smaller --window-length"
+        )
+    interval = 512  # nothing is evicted while the document is read: the size of a batch
+    length = max(n_tokens, sinks + max(1, window) + interval)
+    return QFilterConfig(length, window, sinks, interval, policy), wanted
+
+
+def read(llm: Llama, tokens: list[int]) -> float:
+    """Read the document, with its progress on a terminal; the seconds that it took."""
+    start = time.perf_counter()
+    try:
+        for done in range(0, len(tokens), llm.n_batch):
+            show_progress(done, len(tokens))
+            llm.eval(tokens[done : done + llm.n_batch])
+    except RuntimeError as error:
+        raise QFilterError(f"the engine failed ({error}); --verbose shows its log") from error
+    finally:
+        erase_progress()
+    return time.perf_counter() - start
+
+
+@click.command("compress")
+@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--file",
+    "document",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The text to compress, UTF-8.",
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="OUT.qfstate",
+    help="The file to write.",
+)
+@click.option("--ratio", type=click.FloatRange(1), help="Keep 1 of so many cells.  [default: 8]")
+@click.option(
+    "--max-length", type=click.IntRange(1), help="Keep so many cells, in place of --ratio."
+)
+@click.option(
+    "--window-length",
+    type=click.IntRange(0),
+    default=64,
+    show_default=True,
+    help="Last positions of the document that are always kept.",
+)
+@click.option(
+    "--sinks",
+    type=click.IntRange(0),
+    default=QFilterConfig.sinks,
+    show_default=True,
+    help="First positions that are always kept.",
+)
+@click.option(
+    "--policy",
+    type=click.Choice(POLICIES),
+    default="qfilters",
+    show_default=True,
+    help="What decides which cells are kept.",
+)
+@click.option("--system", help="System prompt.")
+@click.option(
+    "--n-ctx",
+    type=click.IntRange(0),
+    default=0,
+    help="Positions of a conversation.  [default: those the model was trained on]",
+)
+@click.option(
+    "--n-gpu-layers", type=click.IntRange(-1), help="Layers on the GPU, -1: all.  [default: 0]"
+)
+@click.option("--threads", "n_threads", type=click.IntRange(1), help="CPU threads.")
+@click.option("--type-k", help="Type of the cached K: f16, q8_0, ...  [default: f16]")
+@click.option("--type-v", help="Type of the cached V.  [default: f16]")
+@click.option("--force", is_flag=True, help="Replace OUT.qfstate if it exists.")
+@click.option("--verbose", is_flag=True, help="Show the engine's log.")
+def command(
+    model, document, output, ratio, max_length, window_length, sinks, policy, system, n_ctx,
+    n_gpu_layers, n_threads, type_k, type_v, force, verbose,
+):  # fmt: skip
+    """Read a document with MODEL and write what is left of the cache to OUT.qfstate.
+
+    The document is read at full size, then compressed once. `qfllama chat MODEL --state
+    OUT.qfstate` goes on from there without reading it again.
+    """
+    if ratio is not None and max_length is not None:
+        raise click.UsageError("--ratio and --max-length exclude each other; give one of them")
+    if ratio is None and max_length is None:
+        ratio = 8.0
+    if ratio is not None and not math.isfinite(ratio):
+        raise click.UsageError(f"--ratio {ratio} is not a finite number; 8 keeps an eighth")
+    text = read_document(document)
+    with dies_of_ctrl_c():
+        from qfllama import metadata
+
+        metadata.check_target(model, output, force=force, whole=True)
+        tokens = document_tokens(model, system, text)
+        n_ctx = n_ctx or metadata.model_shape(model).n_ctx_train
+        if len(tokens) >= n_ctx:
+            raise QFilterError(
+                f"{document} takes {len(tokens):,} of {n_ctx:,} positions: shorten it, or use a "
+                "larger --n-ctx if the model can do with it"
+            )
+        config, wanted = cache_config(len(tokens), ratio, max_length, window_length, sinks, policy)
+        llm = open_model(
+            model, config, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=n_threads,
+            n_threads_batch=n_threads, type_k=type_k, type_v=type_v, verbose=verbose,
+        )  # fmt: skip
+    seconds = read(llm, tokens)
+    before, after = llm.compress(max_length=wanted)
+    n_bytes = llm.save_prompt(output, {"chat": {"system": system}})
+    click.echo(
+        f"{output}: {before:,} tokens in {after:,} cells, {n_bytes / MIB:.1f} MiB "
+        f"(read at {before / seconds:.0f} tok/s)"
+    )
