@@ -10,7 +10,8 @@ NATIVE := $(VENV)/.native
 INSTALLED := $(VENV)/.installed
 PATCHES := $(wildcard patches/*.patch patches/*.py patches/*.t* patches/series patches/src/* patches/include/*)
 
-.PHONY: help demo test lint native bench figures docs upgrade-check clean
+.PHONY: help demo test lint native bench figures docs upgrade-check clean \
+	fuzz sanitize test-rpc
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -21,14 +22,53 @@ demo: $(INSTALLED) $(FILTERED)  ## install, convert the test model, show what it
 test: $(INSTALLED) $(FILTERED)  ## the tests
 	$(BIN)/python -m pytest
 
-lint: $(INSTALLED)  ## ruff
+lint: $(INSTALLED)  ## ruff, and help texts in docs/ up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python docs/make_help.py --check
+
+docs: $(INSTALLED)  ## docs/help.md from the program's own help texts
+	$(BIN)/python docs/make_help.py
 
 native: $(INSTALLED)  ## build the patched llama.cpp again, only what changed
 	$(BIN)/pip install -q "scikit-build-core[pyproject]>=0.11" "patch-ng>=1.18" cmake ninja
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install -q --no-build-isolation --no-deps \
 		--force-reinstall -C build-dir="$(abspath build/native)" ./patches
+
+N    ?= 20000
+SEED ?= 0
+
+fuzz: $(INSTALLED)  ## N random operations against a model of the cache (N=20000 SEED=0)
+	PYTHONPATH=tests $(BIN)/python -m fuzz --operations $(N) --seed $(SEED)
+
+SANITIZE_TESTS ?= tests/test_engine_sequences.py tests/test_engine_cache_types.py tests/test_engine_families.py
+
+sanitize: build/sanitize/.built  ## engine tests and fuzz in a build with ASan and UBSan
+	PYTHONPATH=tests $(BIN)/python -m fuzz --only-models
+	$(SANITIZED) $(BIN)/python -m fuzz --operations 3000 --seed $(SEED)
+	$(SANITIZED) $(BIN)/python -m pytest -p no:cacheprovider $(SANITIZE_TESTS)
+
+test-rpc: build/rpc/.built  ## a llama.cpp RPC server on this machine as a second device
+	PYTHONPATH="$(abspath build/rpc/lib)" $(BIN)/python -m pytest tests/test_rpc.py
+
+# python itself is not instrumented: the runtimes come first, and what it leaks is its own
+SANITIZED = LD_PRELOAD="$$(for lib in asan ubsan stdc++; do gcc -print-file-name=lib$$lib.so; done | xargs)" \
+	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	PYTHONPATH="$(abspath build/sanitize/lib):$(abspath tests)"
+
+# other builds of llama.cpp, under build/NAME; their llama_cpp comes before that of $(VENV)
+build/sanitize/.built: export CMAKE_ARGS = -DGGML_OPENMP=OFF \
+	-DLLAMA_SANITIZE_ADDRESS=ON -DLLAMA_SANITIZE_UNDEFINED=ON \
+	-DGGML_SANITIZE_ADDRESS=ON -DGGML_SANITIZE_UNDEFINED=ON \
+	-DCMAKE_C_FLAGS_RELEASE='-O1 -g1' -DCMAKE_CXX_FLAGS_RELEASE='-O1 -g1'
+build/rpc/.built: export CMAKE_ARGS = -DGGML_RPC=ON
+
+build/%/.built: $(INSTALLED) $(PATCHES)
+	$(BIN)/pip install -q "scikit-build-core[pyproject]>=0.11" "patch-ng>=1.18" cmake ninja
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install -q --no-build-isolation --no-deps --upgrade \
+		--target "$(abspath build/$*/lib)" -C build-dir="$(abspath build/$*)" ./patches
+	touch $@
 
 bench: $(INSTALLED) $(FILTERED)  ## decode speed by position: table, JSON and figure in docs/
 	$(BIN)/python benchmarks/decode_speed.py $(FILTERED) --json docs/decode_speed.json --plot docs/decode_speed.png

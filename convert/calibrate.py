@@ -12,11 +12,11 @@ beforehand; for it a bounded, evenly thinned part of the queries is kept.
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from ..config import QFilterError
 
-VOTE_BYTES = 256 << 20
+MOMENT_BYTES = 96 << 20
+VOTE_BYTES = 16 << 20
 
 
 def sample_positions(lengths: list[int], num_samples: int, seed: int) -> list[np.ndarray]:
@@ -33,62 +33,93 @@ def sample_positions(lengths: list[int], num_samples: int, seed: int) -> list[np
 
 
 class QueryMoments:
-    """What is kept of the queries of every layer and query head.
+    """What is kept of the queries of every query head.
 
-    second: float64 [n_layer, n_head, d, d], sum of outer products
-    first: float64 [n_layer, n_head, d], sum
-    votes: float32 [n_layer, n_head, n_votes, d], every query while they fit into `vote_bytes`,
-        an evenly spread part of them otherwise
+    counts: layer -> number of queries taken in
+    first: layer -> float64 [n_head, d], their sum
+    second: layer -> [n_head, d, d], the sum of their outer products; float64, or float32 for a
+        model so large that this would take more than MOMENT_BYTES
+    votes: layer -> float16 [n_head, n_votes, d], every query (at unit length) while they fit into
+        `vote_bytes`, an evenly spread part of them otherwise
     """
 
-    def __init__(self, n_layer, n_head, head_dim, num_samples, vote_bytes=VOTE_BYTES):
-        fits = max(vote_bytes // (n_layer * n_head * head_dim * 4), 1)
+    def __init__(self, n_layer: int, num_samples: int, vote_bytes=VOTE_BYTES):
+        self.n_layer = n_layer
         self.num_samples = num_samples
-        self.n_votes = min(num_samples, fits)
-        self.counts = [0] * n_layer
-        self.first = torch.zeros(n_layer, n_head, head_dim, dtype=torch.float64)
-        self.second = torch.zeros(n_layer, n_head, head_dim, head_dim, dtype=torch.float64)
-        self.votes = torch.zeros(n_layer, n_head, self.n_votes, head_dim)
+        self.vote_bytes = vote_bytes
+        self.counts: dict[int, int] = {}
+        self.first: dict[int, np.ndarray] = {}
+        self.second: dict[int, np.ndarray] = {}
+        self.votes: dict[int, np.ndarray] = {}
 
-    def add(self, layer: int, queries: torch.Tensor) -> None:
+    def add(self, layer: int, queries: np.ndarray) -> None:
         """Take in the next queries [n_head, n_tokens, head_dim] of one layer."""
-        exact = queries.double()
+        if layer not in self.counts:
+            self._start(layer, *queries.shape[::2])
+        exact = queries.astype(np.float64)
         self.first[layer] += exact.sum(1)
-        self.second[layer] += exact.transpose(1, 2) @ exact
-        count = self.counts[layer] + torch.arange(queries.shape[1])
+        self.second[layer] += exact.transpose(0, 2, 1) @ exact
+        count = self.counts[layer] + np.arange(queries.shape[1])
         # query i of num_samples gets the slot that is reached between i and i + 1
-        slot = count * self.n_votes // self.num_samples
-        chosen = (count + 1) * self.n_votes // self.num_samples > slot
-        self.votes[layer][:, slot[chosen]] = queries[:, chosen].float()
+        n_votes = self.votes[layer].shape[1]
+        slot = count * n_votes // self.num_samples
+        chosen = (count + 1) * n_votes // self.num_samples > slot
+        chosen &= slot < n_votes  # a layer that others share its keys with sees more queries
+        voters = exact[:, chosen]
+        lengths = np.linalg.norm(voters, axis=-1, keepdims=True)
+        self.votes[layer][:, slot[chosen]] = voters / np.maximum(lengths, np.finfo(float).tiny)
         self.counts[layer] += queries.shape[1]
+
+    def _start(self, layer, n_head, head_dim):
+        per_query = self.n_layer * n_head * head_dim
+        n_votes = min(self.num_samples, max(self.vote_bytes // (2 * per_query), 1))
+        exact = 8 * per_query * head_dim <= MOMENT_BYTES
+        self.counts[layer] = 0
+        self.first[layer] = np.zeros((n_head, head_dim))
+        self.second[layer] = np.zeros(
+            (n_head, head_dim, head_dim), np.float64 if exact else np.float32
+        )
+        self.votes[layer] = np.zeros((n_head, n_votes, head_dim), np.float16)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.element_size() * t.nelement() for t in (self.first, self.second, self.votes))
+        arrays = (self.first, self.second, self.votes)
+        return sum(array.nbytes for of_layer in arrays for array in of_layer.values())
 
-    def directions(self) -> torch.Tensor:
-        """v1 of every query head, float64 [n_layer, n_head, head_dim], unit length, with the sign
+    def means(self) -> dict[int, np.ndarray]:
+        """layer -> the mean query [n_head, head_dim]."""
+        return {layer: total / self.counts[layer] for layer, total in self.first.items()}
+
+    def directions(self) -> dict[int, np.ndarray]:
+        """layer -> v1 of every query head, float64 [n_head, head_dim], unit length, with the sign
         on which most queries project positively (a draw goes to the mean query)."""
-        if min(self.counts) == 0:
-            raise QFilterError("some layers handed out no queries: this model is not supported")
-        if not torch.isfinite(self.second).all():
+        if not self.counts:
+            raise QFilterError("the model handed out no queries: it is not supported")
+        return {layer: self._directions(layer) for layer in sorted(self.counts)}
+
+    def _directions(self, layer):
+        if not np.isfinite(self.second[layer]).all():
             raise QFilterError(
                 "the model computes NaN or infinite queries: its weights are "
                 "damaged, download it again"
             )
-        # numpy: torch's threads wait for each other at every one of these small matrices
-        v1 = torch.from_numpy(np.linalg.eigh(self.second.numpy()).eigenvectors[..., -1])
-        n_votes = min(self.counts) * self.n_votes // self.num_samples
-        projections = torch.einsum("lhnd,lhd->lhn", self.votes[:, :, :n_votes], v1.float())
-        majority = torch.sign(projections).sum(-1).double()
-        on_mean = torch.einsum("lhd,lhd->lh", self.first, v1)
-        sign = torch.where(majority != 0, majority, on_mean).sign()
-        return v1 * torch.where(sign == 0, 1.0, sign)[..., None]
+        if not self.second[layer].any(axis=(1, 2)).all():
+            raise QFilterError(
+                f"all queries of a head in layer {layer} are zero: the weights are damaged, "
+                "download the model again"
+            )
+        v1 = np.linalg.eigh(self.second[layer].astype(np.float64)).eigenvectors[..., -1]
+        room = self.votes[layer].shape[1]
+        n_votes = min(self.counts[layer] * room // self.num_samples, room)
+        votes = self.votes[layer][:, :n_votes].astype(np.float64)
+        majority = np.sign(np.einsum("hnd,hd->hn", votes, v1)).sum(-1)
+        on_mean = np.einsum("hd,hd->h", self.first[layer], v1)
+        sign = np.sign(np.where(majority != 0, majority, on_mean))
+        return v1 * np.where(sign == 0, 1.0, sign)[:, None]
 
-    def filters(self, n_head_kv: int) -> np.ndarray:
-        """Filters float32 [n_layer, n_head_kv, head_dim] in the model's own head layout: the mean
-        of the directions of the query heads that share a KV head, not normalised again."""
-        directions = self.directions()
-        n_layer, n_head, head_dim = directions.shape
-        groups = directions.reshape(n_layer, n_head_kv, n_head // n_head_kv, head_dim)
-        return groups.mean(2).float().numpy()
+
+def group_mean(vectors: np.ndarray, n_head_kv: int) -> np.ndarray:
+    """Filters [n_head_kv, head_dim] of a layer: the mean of the vectors [n_head, head_dim] of the
+    query heads that share a KV head, not normalised again."""
+    n_head, head_dim = vectors.shape
+    return vectors.reshape(n_head_kv, n_head // n_head_kv, head_dim).mean(1)

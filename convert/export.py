@@ -77,11 +77,10 @@ def needs_quantizing(gguf, name: str) -> bool:
     """Whether the GGUF file has to be re-written to become of type `name`.
 
     QFilterError if it is quantized otherwise: quantizing twice loses more than it seems."""
-    header = gguf_header.scan(gguf)
-    wanted, current = quantization(name), header.get("general.file_type")
-    if current == wanted:
+    headers = [gguf_header.scan(part) for part in gguf_header.parts(gguf)]
+    if headers[0].get("general.file_type") == quantization(name):
         return False
-    if any(t.type not in FLOAT_TYPES for t in header.tensors):
+    if any(t.type not in FLOAT_TYPES for header in headers for t in header.tensors):
         raise QFilterError(
             f"{gguf} is quantized already; --quantize {name} needs a file in "
             f"{', '.join(FLOAT_TYPES.values())}, or leave --quantize out"
@@ -96,10 +95,10 @@ def quantize(src, dst, name: str, progress=None) -> None:
 
 
 _QUANTIZE = """
-import ctypes, sys, llama_cpp
+import ctypes, os, sys, llama_cpp
 params = llama_cpp.llama_model_quantize_default_params()
 params.ftype = int(sys.argv[3])
-src, dst = (argument.encode() for argument in sys.argv[1:3])
+src, dst = map(os.fsencode, sys.argv[1:3])
 sys.exit(llama_cpp.llama_model_quantize(src, dst, ctypes.byref(params)) and 1)
 """
 

@@ -1,11 +1,11 @@
 """Hugging Face's head layout and that of the rows of llama.cpp's K cache.
 
-Both rotate pairs of a head's numbers, but not the same pairs. transformers pairs i with
-i + head_dim/2 (halves). For architectures whose RoPE in ggml pairs 2i with 2i + 1 (interleaved;
-llama), upstream's converter re-orders the rows of the Q and K weights of every head, and cached
-keys come out in that order; for the others (NeoX-style RoPE) nothing is re-ordered. A filter must
-take the same way as the rows of the K weight, so the order is read off these rows and not off the
-name of the architecture.
+Both rotate pairs of a head's numbers, but not always the same pairs. transformers mostly pairs i
+with i + n_rot/2 (halves). For some architectures RoPE in ggml pairs 2i with 2i + 1 (interleaved;
+llama), upstream's converter re-orders the rows of the Q and K weights of every head for it, and
+cached keys come out in that order; for the others (NeoX-style RoPE) nothing is re-ordered. A filter
+must take the same way as the rows of the K weight, so the order is read off these rows and not off
+the name of the architecture.
 """
 
 from __future__ import annotations
@@ -23,53 +23,77 @@ def halves(head_dim: int) -> np.ndarray:
     return np.arange(head_dim)
 
 
-def interleaved(head_dim: int) -> np.ndarray:
-    """Indices that bring a head from halves to interleaved: 2i + j takes j * head_dim/2 + i."""
-    return np.arange(head_dim).reshape(2, head_dim // 2).T.ravel()
+def interleaved(head_dim: int, n_rot: int | None = None) -> np.ndarray:
+    """Indices that bring a head from halves to interleaved: 2i + j takes j * n_rot/2 + i. Numbers
+    that are not rotated, from n_rot (default: head_dim) on, stay where they are."""
+    n_rot = head_dim if n_rot is None else n_rot
+    pairs = np.arange(n_rot).reshape(2, n_rot // 2).T.ravel()
+    return np.concatenate([pairs, np.arange(n_rot, head_dim)])
 
 
-def head_order(gguf, model) -> np.ndarray:
-    """Indices [head_dim] with which a vector in the head layout of `model` (transformers) becomes
-    one in the layout of the K rows of the GGUF file `gguf`: cached = vector[..., indices].
+def head_orders(gguf, k_weights) -> dict[int, np.ndarray]:
+    """Layer -> indices [head_dim] with which a vector in the head layout of a transformers model
+    becomes one in the layout of the K rows of the GGUF file `gguf`: cached = vector[..., indices].
 
-    Compares the K weights of every layer in both; QFilterError where no known order makes them
-    equal, or layers differ."""
-    header = gguf_header.scan(gguf)
-    head_dim = model.layers[0].self_attn.head_dim
-    orders = {"halves": halves(head_dim)}
-    if head_dim % 2 == 0:
-        orders["interleaved"] = interleaved(head_dim)
-    found = set()
-    for layer, block in enumerate(model.layers):
-        theirs = k_rows(gguf, header, layer)
-        ours = block.self_attn.k_proj.weight.float().cpu().numpy()
-        found.add(_matching(gguf, layer, theirs, ours, orders))
-    if len(found) > 1:
+    k_weights: yields (layer, head_dim, what the model's K weight may be: a list of arrays
+        [n_head_kv*head_dim, n_embd], more than one where Q, K and V are fused: `k_candidates`)
+    QFilterError where no known order makes the weights equal, or where layers differ."""
+    weights = Weights(gguf)
+    found = {
+        layer: _matching(weights, layer, ours, head_dim) for layer, head_dim, ours in k_weights
+    }
+    if len({name for name, _ in found.values()}) > 1:
         raise QFilterError(
             f"the layers of {gguf} order the rows of their K weights differently; "
-            "this model is not supported"
+            "use `--backend llama`"
         )
-    return orders[found.pop()]
+    return {layer: order for layer, (_, order) in found.items()}
 
 
-def _matching(gguf, layer, theirs, ours, orders):
-    """Name of the order that turns the K rows `ours` into `theirs`, both [n_head_kv*head_dim, n]"""
-    if theirs.shape != ours.shape:
+def _orders(head_dim, n_rot):
+    """Name -> indices of every order that is known for a head of which n_rot numbers are rotated"""
+    orders = {"as it is": halves(head_dim)}
+    for name, rotated in ("whole", head_dim), ("rotated part", n_rot):
+        if rotated and rotated % 2 == 0 and rotated <= head_dim:
+            orders[f"interleaved {name}"] = interleaved(head_dim, rotated)
+            # models that interleave themselves, for architectures that don't in ggml
+            orders[f"halved {name}"] = np.argsort(interleaved(head_dim, rotated))
+    return orders
+
+
+def _matching(weights, layer, candidates, head_dim):
+    """(name, indices) of the order that turns one of the `candidates` into the K rows of a GGUF."""
+    theirs = weights.k_rows(layer, len(candidates[0]))
+    fitting = [ours for ours in candidates if ours.shape == theirs.shape]
+    if not fitting:
         raise QFilterError(
-            f"layer {layer} of {gguf} has K weights of shape {theirs.shape}, "
-            f"the checkpoint {ours.shape}; give files of the same model"
+            f"layer {layer} of {weights.path} has K weights of shape {theirs.shape}, "
+            f"the checkpoint {candidates[0].shape}; give files of the same model"
         )
-    head_dim = len(next(iter(orders.values())))
-    heads = ours.reshape(-1, head_dim, ours.shape[1])
-    cosines = {name: cosine(theirs, heads[:, order]) for name, order in orders.items()}
+    orders = _orders(head_dim, weights.n_rot)
+    cosines = {
+        (i, name): cosine(theirs, ours.reshape(-1, head_dim, ours.shape[1])[:, order])
+        for i, ours in enumerate(fitting)
+        for name, order in orders.items()
+    }
     best = max(cosines, key=cosines.get)
     if not cosines[best] > SAME:
         raise QFilterError(
-            f"the K weights of layer {layer} of {gguf} match the checkpoint's in no "
-            f"known order (best cosine {cosines[best]:.3f}); this model is not "
-            "supported"
+            f"the K weights of layer {layer} of {weights.path} match the checkpoint's in no "
+            f"known order (best cosine {cosines[best]:.3f}); use `--backend llama`"
         )
-    return best
+    return best[1], orders[best[1]]
+
+
+def k_candidates(fused: np.ndarray, n_head: int, n_head_kv: int, head_dim: int):
+    """The K rows of a fused weight [(n_head + 2*n_head_kv)*head_dim, n_embd], as models store them:
+    all of Q, then K, then V; or for every KV head its queries, its key and its value."""
+    rows, group = n_head_kv * head_dim, n_head // n_head_kv
+    by_head = fused.reshape(n_head_kv, group + 2, head_dim, -1)
+    return [
+        fused[n_head * head_dim : n_head * head_dim + rows],
+        by_head[:, group].reshape(rows, -1),
+    ]
 
 
 def cosine(a, b) -> float:
@@ -78,17 +102,37 @@ def cosine(a, b) -> float:
     return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), np.finfo(float).tiny))
 
 
-def k_rows(gguf, header, layer: int) -> np.ndarray:
-    """K weight of a layer of a GGUF file, expanded to float32 [n_head_kv*head_dim, n_embd]."""
-    from gguf import GGMLQuantizationType, dequantize
+class Weights:
+    """The K weights in a GGUF file, whole or in parts."""
 
-    name = f"blk.{layer}.attn_k.weight"
-    info = next((t for t in header.tensors if t.name == name), None)
-    if info is None:
-        raise QFilterError(f"{gguf} has no tensor {name}; this model is not supported")
-    kind, rows = GGMLQuantizationType(info.type), info.shape[1]
-    data = np.fromfile(
-        gguf, np.uint8, gguf_header.tensor_bytes(info), offset=header.data + info.offset
-    ).reshape(rows, -1)
-    plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
-    return dequantize(data.view(plain[kind]) if kind in plain else data, kind)
+    def __init__(self, path):
+        self.path = path
+        headers = [(part, gguf_header.scan(part)) for part in gguf_header.parts(path)]
+        first = headers[0][1]
+        self.n_rot = first.get(f"{first.get('general.architecture')}.rope.dimension_count")
+        self.tensors = {
+            info.name: (part, header.data + info.offset, info)
+            for part, header in headers
+            for info in header.tensors
+        }
+
+    def k_rows(self, layer: int, n_rows: int) -> np.ndarray:
+        """K weight of a layer, expanded to float32 [n_head_kv*head_dim, n_embd]. n_rows: how many
+        rows it has, needed only where it is stored with Q and V (in this order, V as large as K)"""
+        for name in ("attn_k", "attn_qkv"):
+            if f"blk.{layer}.{name}.weight" in self.tensors:
+                rows = self._read(f"blk.{layer}.{name}.weight")
+                return rows if name == "attn_k" else rows[-2 * n_rows : -n_rows]
+        raise QFilterError(
+            f"{self.path} has no tensor blk.{layer}.attn_k.weight; use `--backend llama`"
+        )
+
+    def _read(self, name):
+        from gguf import GGMLQuantizationType, dequantize
+
+        path, start, info = self.tensors[name]
+        kind = GGMLQuantizationType(info.type)
+        data = np.fromfile(path, np.uint8, gguf_header.tensor_bytes(info), offset=start)
+        data = data.reshape(info.shape[1], -1)
+        plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
+        return dequantize(data.view(plain[kind]) if kind in plain else data, kind)

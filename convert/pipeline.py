@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from .. import __version__, metadata
-from . import export, layout, source, text
+from .. import __version__, metadata, report
+from ..config import QFilterError
+from . import calibrate, export, fit, native_model, published, source, text
+
+BACKENDS = ("torch", "llama")
+HELD_OUT = 5
+"""One of so many sequences is held out to measure the fit on."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How filters are calibrated. Texts: files, else a dataset NAME[:config], else built in."""
+    """How filters are calibrated.
+
+    Texts: files, else a dataset NAME[:config], else built in. column: of the dataset, or the field
+    of a .jsonl file. strict: refuse to make do with less text than asked for.
+    backend: what runs the model, one of BACKENDS; by default torch for a checkpoint and llama for
+    a GGUF. n_gpu_layers: as llama.cpp's, of the backend llama; negative: all"""
 
     max_seq_len: int = 2048
     num_sequences: int = 20
@@ -23,13 +35,18 @@ class Calibration:
     seed: int = 0
     text_files: tuple[str, ...] = ()
     dataset: str | None = None
+    split: str | None = None
+    column: str | None = None
+    strict: bool = False
+    backend: str | None = None
+    n_gpu_layers: int = -1
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion did."""
+    """What a conversion did. outputs: one file, or the parts of a split model."""
 
-    output: Path
+    outputs: list[Path]
     n_bytes: int
     filters: metadata.Filters
     seconds: float
@@ -40,6 +57,7 @@ def convert(
     out,
     calibration=Calibration(),
     *,
+    filters: str | None = None,
     quantize: str | None = None,
     outtype: str = "auto",
     force=False,
@@ -49,97 +67,206 @@ def convert(
     """Calibrate filters for the model SRC (GGUF file, checkpoint folder, hub id) and write the GGUF
     file OUT with them. OUT appears complete or not at all; SRC is never changed.
 
+    filters: published filters (folder, file or hub id) to be taken instead of calibrating
     quantize: llama.cpp's name of a quantization for OUT, or None to leave the weights as they are
     outtype: type of the GGUF that upstream's converter makes of a checkpoint
     force: replace OUT, and filters that SRC has already
     note: called with lines for the user; bars: show progress bars on stderr
     Raises QFilterError for anything that a user can put right."""
     started = time.monotonic()
-    out = Path(out)
-    path = _check(src, out, quantize, force)
+    out, note = Path(out), note or (lambda line: None)
+    path, backend, texts = _check(src, out, calibration, filters, quantize, outtype, force)
     progress = _Bars(bars)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        gguf = path
+        full = path
         if path.is_dir():
-            gguf = Path(folder) / "model.gguf"
+            full = Path(folder) / "model.gguf"
             with progress.bytes("llama.cpp's converter") as at:
-                export.checkpoint_to_gguf(path, gguf, outtype, at)
-            source.check_gguf(gguf)
-        filters = _calibrated(path, gguf, calibration, note or (lambda line: None), progress)
-        if quantize and export.needs_quantizing(gguf, quantize):
-            full, gguf = gguf, Path(folder) / "quantized.gguf"
+                export.checkpoint_to_gguf(path, full, outtype, at)
+            source.check_gguf(full)
+            _layers(full)
+        found = published.load(filters, full, note) if filters is not None else None
+        gguf = full
+        if quantize and export.needs_quantizing(full, quantize):
+            gguf = Path(folder) / "quantized.gguf"
             with progress.bytes(f"quantizing to {quantize}") as at:
                 export.quantize(full, gguf, quantize, at)
+        if found is None:
+            # torch compares weights, so it gets the unquantized ones; llama runs what users will
+            model = _Model(path, full if backend == "torch" else gguf, backend, calibration)
+            found = _calibrated(model, calibration, texts, note, progress)
         with progress.bytes(f"writing {out.name}") as at:
-            metadata.write(gguf, out, filters, force=force, progress=at)
-    return Summary(out, out.stat().st_size, filters, time.monotonic() - started)
+            outputs = metadata.write(gguf, out, found, force=force, progress=at)
+    n_bytes = sum(file.stat().st_size for file in outputs)
+    return Summary(outputs, n_bytes, found, time.monotonic() - started)
 
 
-def _check(src, out, quantize, force):
-    """Everything that can be refused before work starts. Returns the resolved source."""
-    source.check_packages()
-    metadata.check_target(src, out, force=force)
+def _check(src, out, calibration, filters, quantize, outtype, force):
+    """Everything that can be refused before work starts. Returns the source as a path, the backend
+    and the texts."""
+    if not Path(src).is_file():
+        metadata.check_target(src, out, force=force)  # before a download
     path = source.resolve(src)
-    if quantize:
+    backend = calibration.backend or ("torch" if path.is_dir() else "llama")
+    if path.is_dir() or (backend == "torch" and filters is None):
+        source.check_packages()
+    if filters is not None:
+        published.check_packages()
+    if quantize is not None:
         export.quantization(quantize)
-    copies = 1
+    if outtype == "q8_0" and quantize is not None:
+        raise QFilterError("--quantize needs full precision: leave out --outtype q8_0")
+    if outtype != "auto" and not path.is_dir():
+        raise QFilterError("--outtype is for checkpoints: use --quantize TYPE for a GGUF")
     if path.is_dir():
         export.converter_path()
-        copies = 2
+        whole = True
     else:
         metadata.check_source(path, force=force)
-        if quantize and export.needs_quantizing(path, quantize):
-            copies = 2
-    metadata.check_space(out.parent, copies * source.n_bytes(path))
-    return path
-
-
-def _calibrated(path, gguf, calibration, note, progress):
-    """Filters for the model at `path`, in the layout of the GGUF file made of it."""
-    from . import calibrate, capture_torch  # torch takes seconds to load: after all checks
-
-    shape = metadata.model_shape(gguf)
-    max_seq_len = calibration.max_seq_len
-    if 0 < shape.n_ctx_train < max_seq_len:
-        max_seq_len = shape.n_ctx_train
-        note(f"the model was trained for {max_seq_len:,} positions: using sequences of that length")
-    texts = _texts(calibration)
-    sequences = text.sequences(gguf, texts, calibration.num_sequences, max_seq_len)
-    lengths = [len(tokens) for tokens in sequences]
-    wanted = calibration.num_sequences * max_seq_len
-    if sum(lengths) < wanted:
-        note(
-            f"the text has {sum(lengths):,} tokens, fewer than the {wanted:,} asked for: "
-            "using what there is"
+        whole = quantize is not None and export.needs_quantizing(path, quantize)
+        metadata.check_target(path, out, force=force, whole=whole)
+        _layers(path)
+    texts = []
+    if filters is None:
+        texts = text.sources(
+            calibration.text_files, calibration.dataset, calibration.split, calibration.column
         )
-    positions = calibrate.sample_positions(lengths, calibration.num_samples, calibration.seed)
+    metadata.check_space(out.parent, (2 if whole else 1) * source.n_bytes(path))
+    return path, backend, texts
 
-    load = capture_torch.load_checkpoint if path.is_dir() else capture_torch.load_gguf
-    model = load(path)
-    with progress("reading calibration text", sum(lengths), " tokens") as bar:
-        moments = capture_torch.collect(model, sequences, positions, bar.update)
-    weight = moments.filters(model.config.num_key_value_heads)
-    weight = weight[..., layout.head_order(gguf, model)]
-    del model
-    with progress("hashing the model", source.n_bytes(path), "B") as bar:
-        sha256 = source.digest(path, bar.update)
+
+@dataclass(frozen=True)
+class _Model:
+    """A model to calibrate: where it lies, the GGUF file that gets the filters, and what runs it."""
+
+    path: Path
+    gguf: Path
+    backend: str
+    calibration: Calibration
+
+    def opened(self, n_ctx):
+        """The model, ready to read sequences of up to n_ctx tokens; see capture_llama.LlamaModel"""
+        if self.backend == "llama":
+            from .capture_llama import LlamaModel
+
+            return closing(LlamaModel(self.gguf, n_ctx, self.calibration.n_gpu_layers))
+        from .capture_torch import TorchModel  # torch takes seconds to load: after all checks
+
+        return closing(TorchModel(self.path, self.gguf))
+
+
+def _calibrated(model, calibration, texts, note, progress):
+    """Filters for a model, with their provenance and how well they fit."""
+    sequences = _sequences(model.gguf, calibration, texts, note)
+    lengths = [len(tokens) for tokens in sequences]
+    layers = _layers(model.gguf)
+    n_held_out = held_out(len(sequences))
+    with (
+        progress("reading calibration text", sum(lengths), " tokens") as bar,
+        model.opened(max(lengths)) as running,
+    ):
+        weight, quality, n_samples = _read(running, layers, sequences, calibration, bar.update)
+        layers = sorted(weight)
+    head_dim = next(iter(weight.values())).shape[-1]
+    if n_samples < head_dim:
+        note(
+            f"warning: only {n_samples} queries per head, fewer than a head's {head_dim} "
+            "dimensions: the filters are hardly determined; use more --num-samples or text"
+        )
+    with progress("hashing the model", source.n_bytes(model.path), "B") as bar:
+        sha256 = source.digest(model.path, bar.update)
     provenance = {
         "text": ", ".join(t.name for t in texts),
         "sequences": len(sequences),
+        "held_out": n_held_out,
         "tokens": sum(lengths),
-        "samples": moments.counts[0],
+        "samples": n_samples,
         "seed": calibration.seed,
-        "route": "torch",
+        "route": model.backend,
         "model_sha256": sha256,
         "tool": f"qfllama {__version__}",
     }
-    return metadata.Filters(weight, list(range(shape.n_layer)), provenance)
+    filters = metadata.Filters(
+        np.stack([weight[layer] for layer in layers]).astype(np.float32),
+        layers,
+        provenance,
+        quality,
+    )
+    if not quality:
+        note("one sequence only: nothing is held out to measure how well the filters fit")
+    elif report.fit(filters).verdict == "poor":
+        note("warning: " + report.fit(filters).summary)
+    return filters
 
 
-def _texts(calibration):
-    if calibration.text_files:
-        return [text.file(path) for path in calibration.text_files]
-    return [text.dataset(calibration.dataset) if calibration.dataset else text.builtin()]
+def _sequences(gguf, calibration, texts, note):
+    """Calibration text as tokens; notes what there is less of than asked for."""
+    max_seq_len = calibration.max_seq_len
+    n_ctx_train = metadata.model_shape(gguf).n_ctx_train
+    if 0 < n_ctx_train < max_seq_len:
+        max_seq_len = n_ctx_train
+        note(f"the model was trained for {max_seq_len:,} positions: using sequences of that length")
+    sequences = text.sequences(
+        gguf, texts, calibration.num_sequences, max_seq_len, strict=calibration.strict
+    )
+    too_little = text.shortage(sequences, calibration.num_sequences, max_seq_len)
+    if too_little:
+        note(f"{too_little}: using what there is")
+    return sequences
+
+
+def held_out(n_sequences: int) -> int:
+    """How many of so many sequences are held out: a fifth, at least one of several."""
+    return 0 if n_sequences < 2 else max(n_sequences // HELD_OUT, 1)
+
+
+def _read(model, layers, sequences, calibration, progress):
+    """Run the model over all sequences. Returns the filters by layer, in the layout of cached keys,
+    the figures of their fit, and the number of queries they were calibrated on."""
+    # held out are the longest: the rank correlations need queries far behind their keys
+    n_first = len(sequences) - held_out(len(sequences))
+    sequences = sorted(sequences, key=len)
+    first, last = sequences[:n_first], sequences[n_first:]
+    positions = calibrate.sample_positions(
+        [len(tokens) for tokens in first], calibration.num_samples, calibration.seed
+    )
+    moments = calibrate.QueryMoments(len(layers), sum(map(len, positions)))
+    wanted = set(layers)
+    n_head_kv = {}
+    for tokens, chosen in zip(first, positions, strict=True):
+
+        def take(call, chosen=chosen):
+            if call.layer in wanted:
+                n_head_kv[call.layer] = call.n_head_kv
+                at = chosen[(chosen >= call.start) & (chosen < call.start + call.n_tokens)]
+                if len(at):
+                    moments.add(call.layer, call.queries(at - call.start))
+
+        model.read(tokens, take)
+        progress(len(tokens))
+    directions = moments.directions()
+    filters = {
+        layer: calibrate.group_mean(v1, n_head_kv[layer]) for layer, v1 in directions.items()
+    }
+    meter = fit.Fit(directions, moments.means(), filters)
+    for tokens in last:
+        model.read(tokens, meter.add)
+        meter.end_sequence()
+        progress(len(tokens))
+    return model.to_cached(filters), meter.figures() if last else {}, sum(map(len, positions))
+
+
+def _layers(gguf):
+    """The layers of the model that get filters; QFilterError if they differ in shape."""
+    layers = native_model.evicting_layers(gguf)
+    heads = np.ravel(metadata.model_shape(gguf).n_head_kv)
+    found = sorted({int(heads[layer]) for layer in layers if len(heads) > 1})
+    if len(found) > 1:
+        raise QFilterError(
+            f"the layers of {gguf} have {' or '.join(map(str, found))} KV heads; filters need the "
+            "same number in all, give another model"
+        )
+    return layers
 
 
 class _Bars:

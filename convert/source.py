@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+
 from .. import gguf_header, metadata
 from ..config import QFilterError
-from .text import one_line
+from . import export
+from .text import one_line, reason
 
-MODEL_TYPES = ("llama", "mistral")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+WHY_NOT = {
+    "mla": "multi-head latent attention (MLA) caches no keys per head",
+    "sparse": "its sparse attention keeps an index of the cache that nothing may be missing from",
+    "recurrent": "it is recurrent and caches no keys",
+    "encoder": "an encoder reads its text at once and has no cache that grows",
+    "diffusion": "a diffusion model reads its text at once and has no cache that grows",
+    "bias": "its attention (ALiBi) needs the distance to every key, which differs per head once "
+    "some are dropped",
+    "projector": "it has no language model in it",
+    "draft": "it only drafts for another model",
+    "audio": "it makes sound and not text",
+}
+"""Kinds of models whose cache cannot be bounded."""
+
+GGUF_KINDS = {
+    **dict.fromkeys(("deepseek4", "minimax-m3"), "sparse"),
+    **dict.fromkeys(("mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"), "recurrent"),
+    **dict.fromkeys(("bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert"), "encoder"),
+    **dict.fromkeys(("jina-bert-v2", "jina-bert-v3", "eurobert", "gemma-embedding"), "encoder"),
+    **dict.fromkeys(("t5", "t5encoder"), "encoder"),
+    **dict.fromkeys(("dream", "llada", "llada-moe", "rnd1"), "diffusion"),
+    **dict.fromkeys(("bloom", "refact"), "bias"),
+    **dict.fromkeys(("eagle3", "dflash", "gemma4-assistant"), "draft"),
+    **dict.fromkeys(("wavtokenizer-dec", "qwen3tts", "pockettts"), "audio"),
+}
+"""general.architecture of a GGUF -> key of WHY_NOT. Others are found by their other keys."""
+
+CHECKPOINT_KINDS = {
+    **dict.fromkeys(("mamba", "rwkv"), "recurrent"),
+    **dict.fromkeys(("bert", "t5"), "encoder"),
+    **dict.fromkeys(("dream", "llada"), "diffusion"),
+    **dict.fromkeys(("bloom", "mpt", "refact"), "bias"),
+    **dict.fromkeys(("wavtokenizer", "qwen3tts", "pockettts"), "audio"),
+}
+"""Module of upstream's converter -> key of WHY_NOT."""
 
 
 def check_packages() -> None:
@@ -28,7 +67,8 @@ def check_packages() -> None:
 
 def resolve(src) -> Path:
     """The GGUF file or checkpoint folder that SRC means, checked to be of a kind that can be
-    converted. A hub id (user/name) is downloaded into huggingface_hub's cache first."""
+    converted. A hub id (user/name) is downloaded into huggingface_hub's cache first, its weights
+    only after a look at its config.json."""
     path = Path(src)
     if not path.exists():
         if path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(src)):
@@ -36,58 +76,82 @@ def resolve(src) -> Path:
                 f"{src} does not exist; give a GGUF file, a checkpoint folder or a "
                 "hub id (user/name)"
             )
-        path = _download(str(src))
+        _check_config(_download(str(src), ["config.json"]))
+        path = _download(str(src), HUB_FILES)
     if path.is_dir():
         _check_checkpoint(path)
-    else:
-        check_gguf(path)
-    return path
+        return path
+    check_gguf(path)
+    return gguf_header.scan_first(path)[0]
 
 
 def check_gguf(path) -> None:
-    """QFilterError unless `path` is one whole GGUF file of a dense llama model with tokenizer."""
-    header = gguf_header.scan(path)
-    arch = metadata.model_shape(path).architecture
-    if arch != "llama":
+    """QFilterError unless `path` is a whole GGUF file, or a part of one in parts, of a decoder with
+    keys per head and a tokenizer."""
+    first, header = gguf_header.scan_first(path)
+    arch = str(header.get("general.architecture"))
+    kind = str(header.get("general.type", "model"))
+    if arch == "clip" or kind in ("mmproj", "projector"):
+        raise _refusal(path, "multimodal projector", "projector")
+    if kind != "model":
         raise QFilterError(
-            f"{path} is a {arch} model; only models of the Llama architecture can be converted yet"
+            f"{path} is no model but of the type {gguf_header.escaped(kind)}; give the GGUF of a model"
         )
-    if header.get("llama.expert_count", 0):
-        raise QFilterError(
-            f"{path} is a mixture of experts, which cannot be converted yet; "
-            "give a dense Llama model"
-        )
+    if why := _why_not_gguf(arch, header):
+        raise _refusal(path, f"{arch} model", why)
+    metadata.model_shape(first)
     if header.get("tokenizer.ggml.model", "no_vocab") == "no_vocab":
         raise QFilterError(f"{path} has no tokenizer; give a GGUF that has one")
-    if header.get("split.count", 1) > 1:
-        raise QFilterError(
-            f"{path} is one part of {header.get('split.count')}; join them first "
-            "with `llama-gguf-split --merge`"
-        )
+    gguf_header.parts(path)
 
 
-def _download(name):
+def _why_not_gguf(arch, header):
+    """A key of WHY_NOT for models of the architecture `arch` with these keys, or None."""
+    if arch in GGUF_KINDS:
+        return GGUF_KINDS[arch]
+    if np.any(header.get(f"{arch}.attention.kv_lora_rank", 0)):
+        return "mla"
+    if np.any(header.get(f"{arch}.attention.indexer.top_k", 0)):
+        return "sparse"
+    if not np.all(header.get(f"{arch}.attention.causal", True)):
+        return "encoder"
+    if np.any(header.get(f"{arch}.attention.max_alibi_bias", 0)):
+        return "bias"
+    if arch == "baichuan" and header.get("baichuan.block_count") == 40:  # 13B; 7B has RoPE
+        return "bias"
+    return None
+
+
+def _refusal(path, what, why):
+    return QFilterError(
+        f"{path} is a {gguf_header.escaped(what)}: {WHY_NOT[why]}; give a decoder that caches keys per head"
+    )
+
+
+def _download(name, files):
+    """Folder with those files of the hub's repository `name` that match one of the patterns."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns="*/*"))
     except Exception as error:  # noqa: BLE001 - the hub, the network or the disk
-        cause = error
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__
-        why = one_line(error)
-        if cause is not error and one_line(cause) not in why:
-            why += f" ({one_line(cause)})"
         raise QFilterError(
             f"{name} is no file or folder here and cannot be downloaded from the "
-            f"Hugging Face hub: {why}"
+            f"Hugging Face hub: {reason(error)}; check the name and the network"
         ) from None
 
 
 def _check_checkpoint(folder):
-    """QFilterError unless the folder has a complete checkpoint of the Llama architecture."""
+    """QFilterError unless the folder has a complete checkpoint of a model that can be converted."""
+    _check_config(folder)
+    weight_files(folder)
+
+
+def _check_config(folder):
+    """QFilterError unless the config.json in `folder` is of a decoder with keys per head whose
+    architecture upstream's converter knows."""
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except OSError:
@@ -99,13 +163,64 @@ def _check_checkpoint(folder):
         raise QFilterError(
             f"{folder / 'config.json'} is damaged: {one_line(error)}; download it again"
         ) from None
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in MODEL_TYPES:
+    if not isinstance(config, dict):
+        raise QFilterError(f"{folder / 'config.json'} is damaged: no object; download it again")
+    name = _architecture(folder, config)
+    known = text_models()
+    if known and name not in known:
         raise QFilterError(
-            f"{folder} is a {kind} model; only models of the Llama architecture "
-            f"({', '.join(MODEL_TYPES)}) can be converted yet"
+            f"{folder} is a {gguf_header.escaped(name)} model, which llama.cpp's converter does not know; give a model "
+            "of another architecture"
         )
-    weight_files(folder)
+    if why := _why_not_checkpoint(name, known.get(name), config):
+        raise _refusal(folder, f"{name} model", why)
+
+
+def _architecture(folder, config):
+    """The architecture that upstream's converter goes by: that of the text model inside, if any."""
+    for names in (_text_config(config).get("architectures"), config.get("architectures")):
+        if isinstance(names, list) and names and isinstance(names[0], str):
+            return names[0]
+    raise QFilterError(
+        f"{folder / 'config.json'} names no architecture "
+        f"(model_type: {gguf_header.escaped(config.get('model_type'))}); "
+        "download it again"
+    )
+
+
+def _text_config(config):
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else {}
+
+
+def _why_not_checkpoint(name, module, config):
+    """A key of WHY_NOT for a checkpoint of the architecture `name`, or None. module: of upstream's
+    converter. What slips through here, `check_gguf` sees once the checkpoint is converted."""
+    config = config | _text_config(config)
+    if module in CHECKPOINT_KINDS:
+        return CHECKPOINT_KINDS[module]
+    if config.get("is_encoder_decoder") is True or config.get("is_causal") is False:
+        return "encoder"
+    if config.get("kv_lora_rank"):
+        return "mla"
+    if config.get("alibi") is True or config.get("position_embedding_type") == "alibi":
+        return "bias"
+    if re.search("Draft|Eagle|Speculator|DSpark", name):
+        return "draft"
+    return None
+
+
+def text_models() -> dict[str, str]:
+    """Architectures (as config.json names them) of the text models that upstream's converter knows,
+    and its module for each; empty where this version of it keeps no such table. It is read and not
+    imported, as that takes torch and seconds."""
+    table = export.converter_path().parent / "conversion" / "__init__.py"
+    if not table.is_file():
+        return {}
+    for node in ast.parse(table.read_text("utf-8")).body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "TEXT_MODEL_MAP":
+            return ast.literal_eval(node.value)
+    return {}
 
 
 def weight_files(folder) -> list[Path]:
@@ -116,12 +231,12 @@ def weight_files(folder) -> list[Path]:
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+                missing = [name for name in names if not (folder / name).is_file()]
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise QFilterError(f"{index} is damaged; download the checkpoint again") from None
-            missing = [name for name in names if not (folder / name).is_file()]
             if missing:
                 raise QFilterError(
-                    f"{folder} lacks {missing[0]} ({len(missing)} of {len(names)} "
+                    f"{folder} lacks {gguf_header.escaped(missing[0])} ({len(missing)} of {len(names)} "
                     "weight files); download the checkpoint again"
                 )
             return [folder / name for name in names]
@@ -131,10 +246,10 @@ def weight_files(folder) -> list[Path]:
 
 
 def digest(path, progress=None) -> str:
-    """SHA-256 of a GGUF file, or of the weight files of a checkpoint folder, one after another.
-    progress: called with the number of bytes read, per piece."""
-    path, sha = Path(path), hashlib.sha256()
-    for file in weight_files(path) if path.is_dir() else [path]:
+    """SHA-256 of a model: of its GGUF file or the weight files of a checkpoint folder; where there
+    are several, one after another. progress: called with the number of bytes read, per piece."""
+    sha = hashlib.sha256()
+    for file in _files(path):
         with open(file, "rb") as data:
             while piece := data.read(16 << 20):
                 sha.update(piece)
@@ -145,5 +260,8 @@ def digest(path, progress=None) -> str:
 
 def n_bytes(path) -> int:
     """Size in bytes of what `digest` reads."""
-    path = Path(path)
-    return sum(file.stat().st_size for file in (weight_files(path) if path.is_dir() else [path]))
+    return sum(file.stat().st_size for file in _files(path))
+
+
+def _files(path):
+    return weight_files(path) if Path(path).is_dir() else gguf_header.parts(path)

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 from ..config import QFilterError
+from ..gguf_header import escaped
 
 MIN_TOKENS = 256
 PIECE = 1 << 20
-GGML_LOG_LEVEL_ERROR = 4  # ggml.h; not among the names of llama-cpp-python
+JSONL = (".jsonl", ".ndjson")
+DATA_FILES = {  # what `datasets` calls the reader of a file
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".txt": "text",
+    ".arrow": "arrow",
+}
+SAVED_TO_DISK = ("state.json", "dataset_dict.json")  # what datasets' save_to_disk leaves
 
 
 @dataclass
@@ -22,6 +34,11 @@ class Source:
 
     name: str
     pieces: Iterator[str]
+
+    def close(self) -> None:
+        """Let go of the file or dataset before its end."""
+        if hasattr(self.pieces, "close"):
+            self.pieces.close()
 
 
 def builtin() -> Source:
@@ -47,72 +64,250 @@ def _is_prose(paragraph):
     )
 
 
-def file(path) -> Source:
-    """A text file in UTF-8."""
+def sources(text_files=(), dataset=None, split=None, column=None) -> list[Source]:
+    """The texts to calibrate on: files, else a dataset NAME[:config], else the built-in text.
+
+    split, column: see `file` and `from_dataset`. Everything is opened here, so that what can't be
+    read is refused before a model is loaded.
+    Raises QFilterError for a missing or damaged file, dataset, split or column."""
+    if split and not dataset:
+        raise QFilterError("--split is for datasets; give --dataset NAME with it")
+    if column and not dataset and not any(_is_jsonl(path) for path in text_files):
+        raise QFilterError(
+            "--column is for datasets and .jsonl files; give --dataset NAME or --text FILE.jsonl"
+        )
+    if text_files:
+        return [file(path, column) for path in text_files]
+    return [from_dataset(dataset, split, column) if dataset else builtin()]
+
+
+def file(path, column=None) -> Source:
+    """A text file in UTF-8: plain text, or .jsonl with an object in every line, of which `column`
+    is used (default: `text`, else the only field that is text)."""
     path = Path(path)
     if not path.is_file():
-        raise QFilterError(f"no text file {path}; check --text")
+        what = "is not a regular file" if path.exists() else "does not exist"
+        raise QFilterError(f"no text file {path}: it {what}; check --text")
+    if _is_jsonl(path):
+        first = next(_json_objects(path), None)
+        if first is None:
+            raise QFilterError(f"{path} is empty; give a file with text")
+        number, row = first
+        column = _text_column(row, column, f"{path}, line {number}")
+        return Source(f"{path.name} ({column})", _read_jsonl(path, column))
+    if next(_read_pieces(path), None) is None:
+        raise QFilterError(f"{path} is empty; give a file with text")
     return Source(path.name, _read_pieces(path))
 
 
+def _is_jsonl(path):
+    return Path(path).suffix.lower() in JSONL
+
+
 def _read_pieces(path):
+    with _opened(path) as text:
+        while piece := text.read(PIECE):
+            yield piece
+
+
+@contextmanager
+def _opened(path):
+    """A text file in UTF-8, with or without a byte order mark; QFilterError if it is no such."""
     try:
-        with open(path, encoding="utf-8") as text:
-            while piece := text.read(PIECE):
-                yield piece
+        with open(path, encoding="utf-8-sig") as text:
+            yield text
     except UnicodeDecodeError:
         raise QFilterError(f"{path} is not UTF-8 text; give a plain text file") from None
     except OSError as error:
-        raise QFilterError(f"cannot read {path}: {error.strerror}") from None
+        raise QFilterError(f"cannot read {path}: {error.strerror}; check --text") from None
 
 
-def dataset(spec: str) -> Source:
-    """The column `text` (or the first column of text) of NAME[:config]'s split `train`, streamed
-    through the `datasets` package."""
+def _json_objects(path):
+    """(line number from 1, object) of every line of a .jsonl file that is not blank."""
+    with _opened(path) as text:
+        for number, line in enumerate(text, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.strip())
+            except (ValueError, RecursionError) as error:
+                why = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
+                raise QFilterError(
+                    f"{path}, line {number} is not JSON: {why}; correct or remove the line"
+                ) from None
+            if not isinstance(row, dict):
+                raise QFilterError(
+                    f"{path}, line {number} is not a JSON object; give one object per line"
+                )
+            yield number, row
+
+
+def _read_jsonl(path, column):
+    for number, row in _json_objects(path):
+        if column not in row:
+            raise QFilterError(
+                f"{path}, line {number} has no field {column}; it has {_names(row)}: "
+                "correct the line or choose another field with --column"
+            )
+        yield from _row_text(row[column], column, f"{path}, line {number}")
+
+
+def _row_text(value, column, where):
+    """The text of one row as a piece, nothing where it is null."""
+    if value is not None and not isinstance(value, str):
+        raise QFilterError(
+            f"{where}: {column} is {type(value).__name__}, not text; choose another with --column"
+        )
+    if value:
+        yield value + "\n\n"
+
+
+def _text_column(row, column, where):
+    """The column to read: the one that is asked for, else `text`, else the only one with text."""
+    if column is not None:
+        if column not in row:
+            raise QFilterError(
+                f"{where} has no column {column}; it has {_names(row)}: choose one with --column"
+            )
+        list(_row_text(row[column], column, where))
+        return column
+    texts = [name for name, value in row.items() if isinstance(value, str)]
+    if "text" in texts:
+        return "text"
+    if len(texts) != 1:
+        which = f"several columns with text: {_names(texts)}" if texts else "no column with text"
+        raise QFilterError(f"{where} has {which}; choose one with --column, or give another text")
+    return texts[0]
+
+
+def _names(names):
+    """Names for a message, the first ten."""
+    names = [escaped(name, 40) for name in names]
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+def from_dataset(spec: str, split=None, column=None) -> Source:
+    """One column of one split of the dataset `spec`, streamed through the `datasets` package.
+
+    spec: NAME[:config] on the Hugging Face hub, or a folder or file here that `datasets` can read
+    split: default `train`, else the only one there is
+    column: default `text`, else the only one that is text"""
     try:
-        from datasets import load_dataset
-        from huggingface_hub.utils import logging
+        import datasets
     except ImportError:
         raise QFilterError(
             "--dataset needs the package datasets; install it with "
             "`pip install 'qfllama[dataset]'`, or give --text FILE"
         ) from None
-    logging.set_verbosity_error()
-    name, _, config = spec.partition(":")
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    with _dataset_errors(f"cannot load the dataset {spec}"):
+        splits = _load_dataset(datasets, spec)
+    split = _choose_split(spec, list(splits), split)
+    with _dataset_errors(f"cannot load the dataset {spec}"):
+        first = next(iter(splits[split].take(1)), None)
+    if first is None:
+        raise QFilterError(f"the split {split} of {spec} is empty; give another one")
+    column = _text_column(first, column, f"the dataset {spec}")
+    return Source(f"{spec} ({split}, {column})", _read_rows(splits[split], spec, column))
+
+
+def _load_dataset(datasets, spec):
+    """Split -> rows, streamed."""
+    path = Path(spec)
+    if path.is_file():
+        kind = DATA_FILES.get(path.suffix.lower())
+        if kind is None:
+            raise QFilterError(
+                f"{path} is no data file; --dataset takes {', '.join(DATA_FILES)} files, "
+                "folders of them and names on the Hugging Face hub"
+            )
+        return datasets.load_dataset(kind, data_files=str(path), streaming=True)
+    if path.is_dir() and any((path / name).is_file() for name in SAVED_TO_DISK):
+        saved = datasets.load_from_disk(str(path))
+        saved = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+        return {name: rows.to_iterable_dataset() for name, rows in saved.items()}
+    name, _, config = (spec, "", "") if path.is_dir() else spec.partition(":")
+    if not path.is_dir():
+        _check_on_hub(name)
+    return datasets.load_dataset(name, config or None, streaming=True)
+
+
+def _check_on_hub(name):
+    """QFilterError, with the cause and at once, if the hub has no such dataset or can't be reached:
+    `datasets` tries for half a minute and doesn't say why."""
+    from huggingface_hub import HfApi, constants, utils
+
+    utils.logging.set_verbosity_error()
+    if constants.HF_HUB_OFFLINE:
+        return  # it may be in the cache
     try:
-        rows = iter(load_dataset(name, config or None, split="train", streaming=True))
-        first = next(rows)
-    except StopIteration:
-        raise QFilterError(f"the dataset {spec} is empty; give another one") from None
-    except Exception as error:  # noqa: BLE001 - the hub, the network or the data set
-        raise QFilterError(f"cannot load the dataset {spec}: {one_line(error)}") from None
-    columns = [key for key, value in first.items() if isinstance(value, str)]
-    if not columns:
-        raise QFilterError(f"the dataset {spec} has no column of text; give another one")
-    column = "text" if "text" in columns else columns[0]
+        HfApi().dataset_info(name, timeout=20)
+    except Exception as error:  # noqa: BLE001 - the hub or the network
+        raise QFilterError(
+            f"{name} is no file or folder here and no dataset that the Hugging Face hub hands out: "
+            f"{reason(error)}; check --dataset"
+        ) from None
 
-    def pieces():
-        yield first[column] + "\n\n"
-        for row in rows:
-            yield row[column] + "\n\n"
 
-    return Source(f"{spec} ({column})", pieces())
+def _choose_split(spec, splits, split):
+    if split is None and ("train" in splits or len(splits) == 1):
+        return "train" if "train" in splits else splits[0]
+    if split not in splits:
+        wanted = f"no split {split}" if split else "no split train"
+        raise QFilterError(
+            f"the dataset {spec} has {wanted}; it has {_names(splits)}: choose one with --split"
+        )
+    return split
+
+
+def _read_rows(rows, spec, column):
+    with _dataset_errors(f"cannot read the dataset {spec}"):
+        for number, row in enumerate(rows, 1):
+            yield from _row_text(row.get(column), column, f"{spec}, row {number}")
+
+
+@contextmanager
+def _dataset_errors(what):
+    """Whatever the hub, the network or the files raise, as a QFilterError in one line."""
+    try:
+        yield
+    except QFilterError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of many packages
+        raise QFilterError(f"{what}: {reason(error)}; check --dataset") from None
+
+
+def reason(error: BaseException) -> str:
+    """An exception's message and, where that says something else, the one that caused it."""
+    cause = error
+    while cause.__cause__ or cause.__context__:
+        cause = cause.__cause__ or cause.__context__
+    why, root = one_line(error), one_line(cause)
+    return why if root in why else f"{why} ({root})"
 
 
 def one_line(error: BaseException) -> str:
     """The start of an exception's message as one line, or its type where it has none."""
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return message if len(message) <= 300 else message[:300] + " ..."
 
 
-def sequences(gguf, sources: list[Source], num_sequences: int, max_seq_len: int) -> list[list[int]]:
+def sequences(
+    gguf, sources: list[Source], num_sequences: int, max_seq_len: int, *, strict=False
+) -> list[list[int]]:
     """Token sequences of at most max_seq_len, in turns from the sources, with the tokenizer that
     llama.cpp will use on the GGUF file `gguf` (and its BOS token where the model wants one).
 
-    Fewer and shorter sequences than asked for where there is too little text; QFilterError when
-    there are less than MIN_TOKENS tokens in all."""
+    Fewer and shorter sequences than asked for where there is too little text (`shortage` words
+    that); QFilterError then if `strict`, and always when there are less than MIN_TOKENS tokens."""
     with _tokenizer(gguf) as (tokenize, bos):
         size = max_seq_len - len(bos)
+        if size < 1:
+            raise QFilterError(
+                f"sequences of {max_seq_len} tokens are too short to calibrate on; use a longer "
+                "--max-seq-len, or another model if it was trained for so few"
+            )
         chunks = [_chunks(tokenize, source, size, num_sequences) for source in sources]
     in_turns = [chunk for turn in zip_longest(*chunks) for chunk in turn if chunk]
     # a source's last, shorter chunk only where there are not enough full ones
@@ -124,16 +319,34 @@ def sequences(gguf, sources: list[Source], num_sequences: int, max_seq_len: int)
             f"the text has only {n_tokens} tokens, calibration needs at least "
             f"{MIN_TOKENS}; give more with --text FILE"
         )
-    return [bos + chunk for chunk in chosen]
+    chosen = [bos + chunk for chunk in chosen]
+    too_little = shortage(chosen, num_sequences, max_seq_len)
+    if strict and too_little:
+        raise QFilterError(f"{too_little}; give more text, or leave out --strict")
+    return chosen
+
+
+def shortage(chosen: list[list[int]], num_sequences: int, max_seq_len: int) -> str | None:
+    """What to tell a user whose text gave fewer tokens than asked for; None if it did not."""
+    n_tokens, wanted = sum(map(len, chosen)), num_sequences * max_seq_len
+    if n_tokens >= wanted:
+        return None
+    if n_tokens < max_seq_len:
+        return (
+            f"the text has {n_tokens:,} tokens, less than one sequence of {max_seq_len:,} and "
+            f"fewer than the {wanted:,} asked for"
+        )
+    return f"the text has {n_tokens:,} tokens, fewer than the {wanted:,} asked for"
 
 
 def _chunks(tokenize, source, size, count):
     """Up to `count` chunks of `size` tokens from the start of a source, the last may be shorter."""
     tokens = []
-    for piece in source.pieces:
-        tokens += tokenize(piece)
-        if len(tokens) >= size * count:
-            break
+    with closing(source):
+        for piece in source.pieces:
+            tokens += tokenize(piece)
+            if len(tokens) >= size * count:
+                break
     return [tokens[i : i + size] for i in range(0, min(len(tokens), size * count), size)]
 
 
@@ -143,13 +356,9 @@ def _tokenizer(gguf):
     tokens, and the list of ids that starts a sequence."""
     import llama_cpp
 
-    params = llama_cpp.llama_model_default_params()
-    params.vocab_only = True
-    with _log_of_llama_cpp() as lines:
-        model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), params)
-    if not model:
-        raise QFilterError(f"llama.cpp cannot load {gguf}: {lines[0] if lines else 'no reason'}")
-    try:
+    from . import native_model
+
+    with native_model.loaded(gguf, vocab_only=True) as model:
         vocab = llama_cpp.llama_model_get_vocab(model)
 
         def tokenize(text):
@@ -161,25 +370,3 @@ def _tokenizer(gguf):
 
         wants_bos = llama_cpp.llama_vocab_get_add_bos(vocab)
         yield tokenize, [llama_cpp.llama_vocab_bos(vocab)] if wants_bos else []
-    finally:
-        llama_cpp.llama_model_free(model)
-
-
-@contextmanager
-def _log_of_llama_cpp():
-    """Within the block, llama.cpp's errors go to the list this gives, and no log to stderr."""
-    import llama_cpp
-    from llama_cpp._logger import llama_log_callback
-
-    lines = []
-
-    @llama_cpp.llama_log_callback
-    def collect(level, message, _):
-        if level == GGML_LOG_LEVEL_ERROR:
-            lines.append(" ".join(message.decode("utf-8", "replace").split()))
-
-    llama_cpp.llama_log_set(collect, None)
-    try:
-        yield lines
-    finally:
-        llama_cpp.llama_log_set(llama_log_callback, None)

@@ -8,6 +8,9 @@ in the time it takes to walk over its vocabulary.
 from __future__ import annotations
 
 import mmap
+import os
+import re
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +35,9 @@ SCALARS = {
     12: "d",
 }
 DEFAULT_ALIGNMENT = 32
+MAX_ALIGNMENT = 1 << 20  # far above any in use; a damaged one would mean gigabytes of padding
+MIN_FIELD, MIN_TENSOR, MIN_STRING = 13, 24, 8  # bytes that each takes at least in a header
+PART_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ def scan(path) -> Header:
     Raises QFilterError when the file can't be read, is no GGUF, or ends before its tensors do."""
     path = Path(path)
     try:
+        _check_regular(path)
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise QFilterError(f"{path}: not a GGUF file; give a .gguf model")
@@ -119,12 +126,23 @@ def scan(path) -> Header:
         ) from None
 
 
+def _check_regular(path):
+    """QFilterError for a folder, pipe or device: opening a pipe would wait for its writer."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise QFilterError(f"{path} is a folder; give a .gguf model")
+    if not stat.S_ISREG(mode):
+        raise QFilterError(f"{path} is not a regular file; give a .gguf model")
+
+
 def _parse(path, buf) -> Header:
     (version,) = struct.unpack_from("<I", buf, 4)
     if version not in (2, 3):
         what = "is big-endian" if version & 0xFFFF == 0 else f"has GGUF version {version}"
         raise QFilterError(f"{path} {what}; convert it to GGUF version 3, little endian")
     n_tensors, n_fields = struct.unpack_from("<QQ", buf, 8)
+    if n_tensors * MIN_TENSOR + n_fields * MIN_FIELD > len(buf):
+        raise struct.error("more keys and tensors than the file has room for")
     fields, pos = {}, 24
     for _ in range(n_fields):
         start = pos
@@ -140,9 +158,14 @@ def _parse(path, buf) -> Header:
     alignment = DEFAULT_ALIGNMENT
     if field := fields.get("general.alignment"):
         (alignment,) = struct.unpack_from("<I", buf, field.value)
-        if field.type != U32 or alignment == 0 or alignment & (alignment - 1):
+        if (
+            field.type != U32
+            or alignment == 0
+            or alignment & (alignment - 1)
+            or (alignment > MAX_ALIGNMENT)
+        ):
             raise QFilterError(
-                f"{path}: general.alignment is not a power of two; "
+                f"{path}: general.alignment is not a power of two up to {MAX_ALIGNMENT:,}; "
                 "the file is damaged, download or copy it again"
             )
     data = pos + -pos % alignment
@@ -169,12 +192,14 @@ def _skip_value(path, buf, kind, pos):
         if item in SCALARS:
             end += count * struct.calcsize("<" + SCALARS[item])
         elif item == STRING:
+            if count * MIN_STRING > len(buf) - end:
+                raise struct.error("more strings than the file has room for")
             for _ in range(count):
                 end += 8 + struct.unpack_from("<Q", buf, end)[0]
         else:
-            raise QFilterError(f"{path}: array of unknown type {item}; the file is damaged")
+            raise QFilterError(f"{path}: array of unknown type {item}; download or copy it again")
     else:
-        raise QFilterError(f"{path}: key of unknown type {kind}; the file is damaged")
+        raise QFilterError(f"{path}: key of unknown type {kind}; download or copy it again")
     if end > len(buf):
         raise struct.error("value runs past the end")
     return end
@@ -207,3 +232,96 @@ def _check_complete(path, header, file_size):
             f"{path} is truncated: {file_size:,} of at least "
             f"{header.data + end:,} bytes; download or copy it again"
         )
+
+
+def escaped(text, limit: int = 300) -> str:
+    """`text` without characters that a terminal would obey: control and direction characters,
+    line ends and undecodable bytes are shown as escapes. At most `limit` characters."""
+    text = str(text)
+    text = text if len(text) <= limit else text[:limit] + "..."
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in text
+    )
+
+
+def scan_first(path) -> tuple[Path, Header]:
+    """The file that holds the keys of the model which the file at `path` belongs to, and its
+    header: `path` itself, or the first part where it is a later part of a split model."""
+    path = Path(path)
+    header = scan(path)
+    number, count = _place(path, header)
+    if number == 0:
+        return path, header
+    first = _part_paths(path, number, count)[0]
+    if not first.exists():
+        raise QFilterError(
+            f"{first} is missing, the first of the {count} parts of the model; "
+            "put all parts into one folder"
+        )
+    return first, scan(first)
+
+
+def parts(path) -> list[Path]:
+    """All files of the model that the GGUF file at `path` belongs to, in order: [path] for a whole
+    file, else every part of the split model, whichever of them was given.
+
+    Raises QFilterError when a part is missing, truncated or of another model."""
+    path = Path(path)
+    header = scan(path)
+    number, count = _place(path, header)
+    if count == 1:
+        return [path]
+    paths = _part_paths(path, number, count)
+    missing = [part for part in paths if not part.exists()]
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise QFilterError(
+            f"{missing[0]}{others} of the {count} parts of the model is missing; "
+            "put all parts into one folder"
+        )
+    headers = [header if part == path else scan(part) for part in paths]
+    for i, (part, header) in enumerate(zip(paths, headers, strict=True)):
+        if _place(part, header) != (i, count):
+            raise QFilterError(
+                f"{part} is not part {i + 1} of {count}, as its name says; download the parts again"
+            )
+    names = [tensor.name for header in headers for tensor in header.tensors]
+    expected = headers[0].get("split.tensors.count", len(names))
+    if len(set(names)) != len(names) or len(names) != expected:
+        raise QFilterError(
+            f"{paths[0]} and its other parts have {len(set(names))} tensors, the model has "
+            f"{expected}; download the parts again"
+        )
+    return paths
+
+
+def part_paths(path, count: int) -> list[Path]:
+    """What the parts of a model of `count` parts are called that shall be named `path`: llama.cpp
+    finds them only as NAME-00001-of-00003.gguf, ... [path] itself for one part."""
+    path = Path(path)
+    if count == 1:
+        return [path]
+    named = PART_NAME.fullmatch(path.name)
+    prefix = named["prefix"] if named else path.name.removesuffix(".gguf")
+    return [path.with_name(f"{prefix}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
+
+
+def _place(path, header):
+    """(number from 0, count) of a file among the parts of its model; (0, 1) for a whole one."""
+    count, number = header.get("split.count", 1), header.get("split.no", 0)
+    if not all(type(value) is int for value in (count, number)) or not 0 <= number < max(count, 1):
+        raise QFilterError(f"{path}: split.no or split.count is damaged; download it again")
+    return number, max(count, 1)
+
+
+def _part_paths(path, number, count):
+    """The parts beside `path`, which is number `number` of them. QFilterError if it is not named
+    so that llama.cpp would find the others."""
+    paths = part_paths(path, count)
+    if paths[number] != path:
+        raise QFilterError(
+            f"{path} is part {number + 1} of {count} of a model, but is not called "
+            f"NAME-{number + 1:05d}-of-{count:05d}.gguf; rename it so, like all parts"
+        )
+    return paths

@@ -4,8 +4,19 @@
     qfilters.layer_count, .head_count_kv, .head_dim  u32  shape of the weights
     qfilters.layers                                i32[]  model layers that have a filter
     qfilters.weight                                f32[]  row-major [layer][kv_head][head_dim]
-    qfilters.calibration.*                         str, int  where the filters come from
-    qfilters.quality.*                             f32[]  fit figures, per layer or layer and head
+    qfilters.calibration.*                         str, int  where the filters come from:
+        text, route (torch, llama or published), model_sha256, tool         str
+        sequences, held_out (sequences among them that only the quality was measured on),
+        tokens, samples (queries per head), seed                            int
+    qfilters.quality.*                             f32[]  how well the filters fit, row-major
+                                                   [layer][kv_head], NaN where undefined:
+        energy          0..1   share of the energy of held-out queries that lies on v1, mean over
+                               the query heads of the KV head
+        mean_cosine     0..1   mean |cosine| of held-out queries to the mean query
+        spearman        -1..1  rank correlation between k.filter and the mean attention logit that
+                               held-out queries at least 64 positions later give each key
+        spearman_knorm  -1..1  the same for minus the norm of the key
+        any other name         kept and shown; [layer][kv_head] or [layer]
 
 They are key-value pairs and never tensors: stock llama.cpp ignores keys it doesn't know and
 refuses tensors it doesn't know.
@@ -13,11 +24,12 @@ refuses tensors it doesn't know.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import struct
 import tempfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,12 +37,34 @@ import numpy as np
 
 from . import gguf_header
 from .config import QFilterError
-from .gguf_header import ARRAY, F32, I32, I64, STRING, U32
+from .gguf_header import ARRAY, F32, I32, I64, STRING, U32, escaped
 
 VERSION = 1
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS, llama-hparams.h
+MAX_NAME = 230  # bytes of a file's name, of which most systems allow 255; temporary files add some
 PREFIX = "qfilters."
 COPY_CHUNK = 16 << 20
 AGAIN = "run `qfllama convert` again"
+ROUTES = ("torch", "llama", "published")
+PROVENANCE = {
+    "text": str,
+    "route": str,
+    "model_sha256": str,
+    "tool": str,
+    "sequences": int,
+    "held_out": int,
+    "tokens": int,
+    "samples": int,
+    "seed": int,
+}
+QUALITY = {
+    "energy": (0.0, 1.0),
+    "mean_cosine": (0.0, 1.0),
+    "spearman": (-1.0, 1.0),
+    "spearman_knorm": (-1.0, 1.0),
+}
+"""The figures of this schema: least and largest value."""
+ROUNDING = 1e-3
 
 
 @dataclass
@@ -41,7 +75,8 @@ class Filters:
         query heads of a KV head and not normalised again; large projection = keep
     layers: the model layers these belong to, ascending, one per row of `weight`
     calibration: provenance, text or whole numbers (qfilters.calibration.*)
-    quality: float32 [n_layer] or [n_layer, n_head_kv] fit figures (qfilters.quality.*)
+    quality: float32 fit figures (qfilters.quality.*): those in QUALITY [n_layer_with_filter,
+        n_head_kv], others also [n_layer_with_filter] or of any size
     """
 
     weight: np.ndarray
@@ -64,12 +99,18 @@ class ModelShape:
 
 
 def model_shape(path) -> ModelShape:
-    """Shape of the model in the GGUF file at `path`. QFilterError if it is no language model."""
-    return _shape_of(path, gguf_header.scan(path))
+    """Shape of the model in the GGUF file at `path`, which may be any part of a split model.
+    QFilterError if it is no language model."""
+    return _shape_of(*gguf_header.scan_first(path))
 
 
 def _shape_of(path, header):
     arch = header.get("general.architecture")
+    if not isinstance(arch, str) or not arch.isprintable():
+        raise QFilterError(
+            f"{path} has no general.architecture: not a language model; "
+            "give the GGUF of a text model"
+        )
 
     def need(key, default=None):
         value = header.get(f"{arch}.{key}", default)
@@ -88,29 +129,39 @@ def _shape_of(path, header):
             raise QFilterError(f"{path}: {arch}.{key} is a list; download the file again")
         return int(value)
 
-    def per_layer(value):
-        values = sorted(set(np.ravel(value).tolist()))
-        return values[0] if len(values) == 1 else np.ravel(value).tolist()
+    n_layer = one("block_count")
+    if not 0 < n_layer <= MAX_LAYERS:
+        raise QFilterError(f"{path} says that it has {n_layer} layers; download the file again")
+
+    def per_layer(value, key="attention.head_count"):
+        values = np.ravel(value).tolist()
+        if np.ndim(value) != 0 and len(values) < n_layer:
+            raise QFilterError(
+                f"{path}: {arch}.{key} has {len(values)} numbers for {n_layer} layers; "
+                "download the file again"
+            )
+        return values[0] if len(set(values)) == 1 else values
 
     n_head = per_layer(need("attention.head_count"))
     n_head_max = n_head if isinstance(n_head, int) else max(n_head)
     return ModelShape(
         architecture=arch,
         name=str(header.get("general.name", Path(path).stem)),
-        n_layer=one("block_count"),
+        n_layer=n_layer,
         n_head=n_head,
-        n_head_kv=per_layer(need("attention.head_count_kv", n_head)),
+        n_head_kv=per_layer(need("attention.head_count_kv", n_head), "attention.head_count_kv"),
         head_dim=one("attention.key_length", one("embedding_length") // max(n_head_max, 1)),
         n_ctx_train=one("context_length", 0),
     )
 
 
 def read(path) -> Filters | None:
-    """Filters stored in the GGUF file at `path`, None if there are none.
+    """Filters stored in the GGUF file at `path` (for a split model, of which `path` may be any
+    part: in its first part), None if there are none.
 
     Raises QFilterError for a file that is no GGUF, is truncated, or whose filters are newer than
     this program, incomplete, of an impossible shape, or not finite or zero."""
-    header = gguf_header.scan(path)
+    path, header = gguf_header.scan_first(path)
     keys = [key for key in header.fields if key.startswith(PREFIX)]
     if not keys:
         return None
@@ -134,9 +185,7 @@ def read(path) -> Filters | None:
     for key in keys:
         group, _, name = key.removeprefix(PREFIX).partition(".")
         if group == "calibration":
-            filters.calibration[name] = value = header.get(key)
-            if not isinstance(value, (str, int)):
-                raise QFilterError(f"{path}: {key} is neither text nor a whole number; {AGAIN}")
+            filters.calibration[name] = header.get(key)
         elif group == "quality":
             values = _typed(path, header, key.removeprefix(PREFIX), (ARRAY, F32))
             per_head = values.size == shape[0] * shape[1]
@@ -148,7 +197,7 @@ def read(path) -> Filters | None:
 def _typed(path, header, key, kind):
     if header.type_of(PREFIX + key) != kind:
         state = "has the wrong type" if PREFIX + key in header.fields else "is missing"
-        raise QFilterError(f"{path}: {PREFIX}{key} {state}; {AGAIN}")
+        raise QFilterError(f"{path}: {PREFIX}{escaped(key)} {state}; {AGAIN}")
     return header.get(PREFIX + key)
 
 
@@ -163,7 +212,7 @@ def _check_sound(where, filters):
     if len(layers) != weight.shape[0] or layers != sorted(set(layers)) or layers[0] < 0:
         raise QFilterError(
             f"{where}: filters for {weight.shape[0]} layers, but qfilters.layers "
-            f"lists {layers}; {AGAIN}"
+            f"lists {escaped(layers)}; {AGAIN}"
         )
     if not np.isfinite(weight).all():
         raise QFilterError(f"{where}: filters contain NaN or infinite numbers; {AGAIN}")
@@ -172,6 +221,34 @@ def _check_sound(where, filters):
         layer, head = zero[0]
         raise QFilterError(
             f"{where}: the filter of layer {layers[layer]}, KV head {head} is all zero; {AGAIN}"
+        )
+    for name, value in filters.calibration.items():
+        kinds = PROVENANCE.get(name, (str, int))
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            what = "text" if kinds is str else "a whole number"
+            what = "text or a whole number" if kinds == (str, int) else what
+            raise QFilterError(
+                f"{where}: qfilters.calibration.{escaped(name)} is not {what}; {AGAIN}"
+            )
+    for name, values in filters.quality.items():
+        _check_figures(where, name, np.asarray(values), weight.shape[:2])
+
+
+def _check_figures(where, name, values, shape):
+    """QFilterError unless quality figures of a known name are [n_layer, n_head_kv] and in range."""
+    if name not in QUALITY:
+        return
+    if values.shape != shape:
+        raise QFilterError(
+            f"{where}: qfilters.quality.{name} has {values.size} numbers for {shape[0]} layers x "
+            f"{shape[1]} KV heads; {AGAIN}"
+        )
+    least, largest = QUALITY[name]
+    if not (
+        np.isnan(values) | ((values >= least - ROUNDING) & (values <= largest + ROUNDING))
+    ).all():
+        raise QFilterError(
+            f"{where}: qfilters.quality.{name} is not between {least:g} and {largest:g}; {AGAIN}"
         )
 
 
@@ -197,11 +274,24 @@ def check_fits(
         )
 
 
-def check_target(src, dst, *, force=False) -> None:
-    """QFilterError unless DST may be written: another file than SRC, in a folder that exists,
-    and not there yet (or `force`)."""
-    src, dst = Path(src), Path(dst)
-    if dst.exists() and src.exists() and os.path.samefile(src, dst):
+def targets(src, dst, *, whole=False) -> list[Path]:
+    """The files that `write(src, dst)` makes: [DST], or as many parts as the GGUF file SRC has,
+    NAME-00001-of-00003.gguf, ... in DST's folder. `whole`: SRC will be made one file before."""
+    if whole or not Path(src).is_file():
+        return [Path(dst)]
+    return gguf_header.part_paths(dst, len(gguf_header.parts(src)))
+
+
+def check_target(src, dst, *, force=False, whole=False) -> None:
+    """QFilterError unless every file that `write(src, dst)` makes (see `targets`) may be written:
+    not a part of SRC, in a folder that exists, and not there yet (or `force`)."""
+    sources = gguf_header.parts(src) if Path(src).is_file() else []
+    for target in gguf_header.part_paths(dst, 1 if whole else max(len(sources), 1)):
+        _check_file(sources, target, force)
+
+
+def _check_file(sources, dst, force):
+    if dst.exists() and any(os.path.samefile(src, dst) for src in sources):
         raise QFilterError(
             f"{dst} is the input itself, which is never changed; give another output file"
         )
@@ -211,6 +301,8 @@ def check_target(src, dst, *, force=False) -> None:
         raise QFilterError(f"{dst} is a device or a pipe; give an output file")
     if dst.exists() and not force:
         raise QFilterError(f"{dst} exists; replace it with --force or give another output file")
+    if len(os.fsencode(dst.name)) > MAX_NAME:
+        raise QFilterError("the name of the output file is too long; give a shorter one")
     if not dst.parent.is_dir():
         raise QFilterError(f"the folder {dst.parent} does not exist; create it first")
     if not os.access(dst.parent, os.W_OK):
@@ -219,7 +311,8 @@ def check_target(src, dst, *, force=False) -> None:
 
 def check_source(src, *, force=False) -> None:
     """QFilterError if the GGUF file at SRC has filters already and they may not be replaced."""
-    if not force and any(key.startswith(PREFIX) for key in gguf_header.scan(src).fields):
+    _, header = gguf_header.scan_first(src)
+    if not force and any(key.startswith(PREFIX) for key in header.fields):
         raise QFilterError(f"{src} already has filters; replace them with --force")
 
 
@@ -233,40 +326,72 @@ def check_space(folder, n_bytes: int) -> None:
         )
 
 
-def write(src, dst, filters: Filters, *, force=False, progress=None) -> None:
-    """Copy the GGUF file SRC to DST with `filters` in its metadata.
+def write(src, dst, filters: Filters, *, force=False, progress=None) -> list[Path]:
+    """Copy the GGUF file SRC to DST with `filters` in its metadata. Of a split model (SRC is any of
+    its parts) the first part gets the filters, the others are copied as they are. Returns the files
+    written (see `targets`).
 
     Everything else stays as it is: all other keys, the tensor infos and the tensor data are copied
-    byte for byte, whatever the tensor types. DST appears complete or not at all.
+    byte for byte, whatever the tensor types. The output appears complete or not at all.
 
     force: replace filters that SRC already has, and replace DST if it exists
     progress: called as progress(bytes_written, bytes_in_all)
     Raises QFilterError for filters that are not sound or don't fit SRC, no room, SRC == DST."""
-    src, dst = Path(src), Path(dst)
+    dst = Path(dst)
     check_target(src, dst, force=force)
     check_source(src, force=force)
-    header = gguf_header.scan(src)
-    shape = _shape_of(src, header)
-    _check_sound(src, filters)
+    sources = gguf_header.parts(src)
+    outputs = gguf_header.part_paths(dst, len(sources))
+    header = gguf_header.scan(sources[0])
+    shape = _shape_of(sources[0], header)
+    _check_sound(sources[0], filters)
     check_fits(filters, n_layer=shape.n_layer, n_head_kv=shape.n_head_kv, head_dim=shape.head_dim)
 
     head = _new_header(header, _pack(filters))
-    total = len(head) + src.stat().st_size - header.data
+    sizes = [part.stat().st_size for part in sources]
+    total = len(head) + max(sizes[0] - header.data, 0) + sum(sizes[1:])
     check_space(dst.parent, total)
+    contents = zip(sources, [header.data, *[0] * len(sources[1:])], strict=True)
+    done = len(head)
     try:
-        with _replacing(dst) as out, open(src, "rb") as data:
-            out.write(head)
-            data.seek(header.data)
-            done = len(head)
-            while chunk := data.read(COPY_CHUNK):
-                out.write(chunk)
-                done += len(chunk)
-                if progress:
-                    progress(done, total)
+        with replacing(outputs) as files:
+            files[0].write(head)
+            for out, (source, start) in zip(files, contents, strict=True):
+                for n_bytes in _copied(source, start, out):
+                    done += n_bytes
+                    if progress:
+                        progress(done, total)
     except OSError as error:
         raise QFilterError(
             f"cannot write {dst}: {error.strerror}; make room or give another output file"
         ) from None
+    return outputs
+
+
+def _copied(path, start, out):
+    """Append the bytes of the file at `path` from `start` on to the open file `out`; yields the
+    size of every piece. By the kernel where it can, without a detour through this program."""
+    out.flush()
+    with open(path, "rb", buffering=0) as data:
+        data.seek(start)
+        while n_bytes := _copy_in_kernel(data, out):
+            yield n_bytes
+        while chunk := data.read(COPY_CHUNK):
+            out.write(chunk)
+            yield len(chunk)
+
+
+def _copy_in_kernel(data, out):
+    """Bytes copied from one open file to another, at most COPY_CHUNK; 0 at the end, or where the
+    system or the file systems can't."""
+    if not hasattr(os, "copy_file_range"):
+        return 0
+    try:
+        return os.copy_file_range(data.fileno(), out.fileno(), COPY_CHUNK)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        return 0
 
 
 def _new_header(header, pairs):
@@ -307,7 +432,7 @@ def _pack(filters):
 
 
 def _pair(key, kind, value):
-    name = (PREFIX + key).encode()
+    name = (PREFIX + key).encode("utf-8", "surrogateescape")
     head = struct.pack("<Q", len(name)) + name
     if kind == STRING:
         text = value.encode("utf-8", "surrogateescape")
@@ -318,16 +443,53 @@ def _pair(key, kind, value):
 
 
 @contextmanager
-def _replacing(dst):
-    """A binary file beside DST that becomes DST when the block ends, and vanishes if it fails."""
-    handle, temporary = tempfile.mkstemp(dir=dst.parent, prefix=f".{dst.name}.", suffix=".part")
+def replacing(targets: list[Path]):
+    """Binary files beside the `targets` that become them when the block ends, all or none of them:
+    if it fails, they vanish and what was there before stays."""
+    temporary = []
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
+        with ExitStack() as files:
+            opened = []
+            for target in targets:
+                handle, name = tempfile.mkstemp(
+                    dir=target.parent, prefix=f".{target.name}.", suffix=".part"
+                )
+                temporary.append(Path(name))
+                opened.append(files.enter_context(os.fdopen(handle, "wb")))
+            yield opened
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, dst)
+        for path in temporary:
+            path.chmod(0o666 & ~umask)
+        _rename_all(temporary, targets)
     except BaseException:
-        os.unlink(temporary)
+        for path in temporary:
+            path.unlink(missing_ok=True)
         raise
+
+
+def _rename_all(temporary, targets):
+    """Rename files to `targets`. The first target, without which the others are not loaded, comes
+    last; until then the files that are replaced wait under another name, to be put back if a
+    rename fails. A single file is replaced in one step."""
+    old, new = [], []
+    try:
+        if len(targets) > 1:
+            for path, target in zip(temporary, targets, strict=True):
+                if target.exists():
+                    old.append((path.with_suffix(".old"), target))
+                    os.replace(target, path.with_suffix(".old"))
+        for path, target in reversed(list(zip(temporary, targets, strict=True))):
+            new.append((path, target))
+            os.replace(path, target)
+    except BaseException:
+        for path, target in new:
+            if len(targets) > 1 and not path.exists():
+                target.unlink(missing_ok=True)
+        for path, target in old:
+            with suppress(FileNotFoundError):
+                os.replace(path, target)
+        raise
+    for path, _ in old:
+        with suppress(OSError):
+            path.unlink()

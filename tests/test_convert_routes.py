@@ -1,5 +1,6 @@
 """Filters from whole models: against a full SVD, between the two routes, and in llama.cpp's layout."""
 
+import dataclasses
 import struct
 
 import gguf
@@ -16,7 +17,10 @@ from qfllama.config import QFilterError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = Calibration(max_seq_len=256, num_sequences=4, num_samples=600, seed=3)
+SMALL = Calibration(
+    max_seq_len=256, num_sequences=5, num_samples=600, seed=3, backend="torch"
+)  # the last sequence is held out
+N_READ = 4
 SHAPES = {
     "grouped": {"n_head": 6, "n_head_kv": 2, "head_dim": 16},
     "wide heads": {"n_head": 4, "n_head_kv": 4, "head_dim": 32},
@@ -137,13 +141,23 @@ def torch_keys(model, tokens):
     return np.stack([layer.keys[0].transpose(0, 1).numpy() for layer in cache.layers])
 
 
-def test_filters_of_the_real_model_equal_the_full_svd_of_the_same_queries(smollm2, tmp_path):
-    calibration = Calibration(max_seq_len=256, num_sequences=2, num_samples=400, seed=1)
-    pipeline.convert(smollm2, tmp_path / "out.gguf", calibration)
-    filters = metadata.read(tmp_path / "out.gguf")
+def test_filters_of_the_real_model_equal_the_full_svd_of_the_same_queries_by_both_routes(
+    smollm2, tmp_path
+):
+    calibration = Calibration(
+        max_seq_len=256, num_sequences=3, num_samples=400, seed=1, backend="torch"
+    )
+    filters = pipeline.convert(smollm2, tmp_path / "out.gguf", calibration).filters
+    calibration = dataclasses.replace(calibration, backend="llama")
+    by_llama = pipeline.convert(smollm2, tmp_path / "llama.gguf", calibration).filters
+    worst = cosines(filters.weight, by_llama.weight).min()
+    print(f"both routes: worst head's cosine {worst:.6f}")
+    assert worst > 0.999
+    for name in filters.quality:
+        np.testing.assert_allclose(filters.quality[name], by_llama.quality[name], atol=0.03)
 
     model = capture_torch.load_gguf(smollm2)
-    sequences = text.sequences(smollm2, [text.builtin()], 2, 256)
+    sequences = text.sequences(smollm2, [text.builtin()], 3, 256)[:2]
     positions = sample_positions([256, 256], 400, seed=1)
     queries = rotated_queries(model, sequences, positions, smollm2)
     assert queries.shape == (30, 9, 400, 64)
@@ -169,8 +183,8 @@ def test_both_routes_give_the_same_filters_in_the_same_layout(tiny, tmp_path):
 def test_filters_of_a_tiny_model_equal_the_full_svd_of_the_same_queries(tiny):
     checkpoint, path, summary = tiny
     model = capture_torch.load_checkpoint(checkpoint)
-    sequences = text.sequences(path, [text.builtin()], 4, 256)
-    positions = sample_positions([256] * 4, 600, seed=3)
+    sequences = text.sequences(path, [text.builtin()], 5, 256)[:N_READ]
+    positions = sample_positions([256] * N_READ, 600, seed=3)
     queries = rotated_queries(model, sequences, positions, path)
     expected = full_svd_filters(queries, model.config.num_key_value_heads)
     head = layout.interleaved(model.config.head_dim)
@@ -182,7 +196,7 @@ def test_cached_keys_of_llama_cpp_are_torch_keys_in_the_order_found(tiny):
     """This fails if the head permutation is left out, or is wrong."""
     checkpoint, path, _ = tiny
     model = capture_torch.load_checkpoint(checkpoint)
-    order = layout.head_order(path, model)
+    order = capture_torch.head_orders(path, model)[0]
     tokens = text.sequences(path, [text.builtin()], 1, 256)[0]
     theirs, ours = cached_keys(path, tokens), torch_keys(model, tokens)
     assert cosines(ours[..., order], theirs).min() > 0.999
@@ -193,10 +207,10 @@ def test_filters_score_cached_keys_as_they_score_the_models_own_keys(tiny):
     """The scores that eviction ranks by, k·filter, are those of an unpermuted calculation."""
     checkpoint, path, summary = tiny
     model = capture_torch.load_checkpoint(checkpoint)
-    tokens = text.sequences(path, [text.builtin()], 4, 256)
-    positions = sample_positions([256] * 4, 600, seed=3)
-    moments = capture_torch.collect(model, tokens, positions)
-    unpermuted = moments.filters(model.config.num_key_value_heads)
+    tokens = text.sequences(path, [text.builtin()], 5, 256)[:N_READ]
+    positions = sample_positions([256] * N_READ, 600, seed=3)
+    queries = rotated_queries(model, tokens, positions, path)
+    unpermuted = full_svd_filters(queries, model.config.num_key_value_heads)
     expected = np.einsum("lthd,lhd->lth", torch_keys(model, tokens[0]), unpermuted)
     scores = np.einsum("lthd,lhd->lth", cached_keys(path, tokens[0]), summary.filters.weight)
     np.testing.assert_allclose(scores, expected, atol=0.02 * expected.std())
@@ -209,13 +223,17 @@ def test_weights_in_halves_order_are_recognised_as_such(tiny, tmp_path):
     checkpoint, path, _ = tiny
     model = capture_torch.load_checkpoint(checkpoint)
     head_dim = model.config.head_dim
-    assert layout.head_order(path, model).tolist() == layout.interleaved(head_dim).tolist()
+    assert (
+        capture_torch.head_orders(path, model)[0].tolist() == layout.interleaved(head_dim).tolist()
+    )
     with_k_weights(
         path,
         tmp_path / "halves.gguf",
         lambda layer: model.layers[layer].self_attn.k_proj.weight.numpy(),
     )
-    assert layout.head_order(tmp_path / "halves.gguf", model).tolist() == list(range(head_dim))
+    assert capture_torch.head_orders(tmp_path / "halves.gguf", model)[1].tolist() == list(
+        range(head_dim)
+    )
 
 
 def test_weights_in_no_known_order_are_refused(tiny, tmp_path):
@@ -224,7 +242,7 @@ def test_weights_in_no_known_order_are_refused(tiny, tmp_path):
     weights = [block.self_attn.k_proj.weight.numpy() for block in model.layers]
     with_k_weights(path, tmp_path / "other.gguf", lambda layer: weights[layer][::-1])
     with pytest.raises(QFilterError, match="no known order"):
-        layout.head_order(tmp_path / "other.gguf", model)
+        capture_torch.head_orders(tmp_path / "other.gguf", model)
     interleaved = [layout.interleaved(model.config.head_dim), slice(None), slice(None)]
     n_head_kv = model.config.num_key_value_heads
     with_k_weights(
@@ -233,7 +251,7 @@ def test_weights_in_no_known_order_are_refused(tiny, tmp_path):
         lambda layer: weights[layer].reshape(n_head_kv, -1, 96)[:, interleaved[layer]],
     )
     with pytest.raises(QFilterError, match="differently"):
-        layout.head_order(tmp_path / "mixed.gguf", model)
+        capture_torch.head_orders(tmp_path / "mixed.gguf", model)
 
 
 def with_k_weights(src, dst, rows):

@@ -2,17 +2,21 @@
 
 import hashlib
 import os
+import random
 import re
 import shutil
+import signal
+import struct
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
-from qfllama import metadata
+from qfllama import gguf_header, metadata
 from qfllama.config import QFilterError
 from qfllama.metadata import Filters
 
@@ -305,6 +309,179 @@ def test_damaged_headers_never_end_in_a_traceback(tmp_path):
     assert not any("\n" in line for line in refusals)
 
 
+def mutant(data, n_header, fields, draw):
+    """`data` with a header (its first n_header bytes) damaged in one of several ways.
+
+    fields: byte offsets at which the value of a key starts; an array's begins with its item type
+    """
+    data, at = bytearray(data), draw.randrange(4, n_header)
+    way = draw.choice(["flip", "flip", "cut", "huge", "nested", "insert", "drop"])
+    if way == "flip":
+        for _ in range(draw.randint(1, 4)):
+            data[draw.randrange(4, n_header)] ^= 1 << draw.randrange(8)
+    elif way == "cut":
+        del data[at:]
+    elif way == "huge":
+        number = draw.choice([2**64 - 1, 2**63, 2**63 - 1, 2**40, 2**32, 2**31, 2**20, 0])
+        at = draw.choice([8, 16, draw.choice(fields), draw.choice(fields) + 4, at])
+        data[at : at + 8] = struct.pack("<Q", number)
+    elif way == "nested":
+        at = draw.choice(fields)
+        data[at - 4 : at + 4] = struct.pack("<II", 9, draw.choice([9, 9, 8, 13, 2**31]))
+    elif way == "insert":
+        data[at:at] = draw.randbytes(draw.randint(1, 16))
+    else:
+        del data[at : at + draw.randint(1, 16)]
+    return bytes(data)
+
+
+def fuzz(path, n=5000, mib=200):
+    """Reads `n` damaged copies of the GGUF file at `path` and writes filters into every tenth, with
+    `mib` MiB of memory more than there is now and 2 s for each; returns how many were refused.
+    Anything but a QFilterError gets out."""
+    import resource
+
+    path = Path(path)
+    data, header = path.read_bytes(), gguf_header.scan(path)
+    fields = [field.value for field in header.fields.values()]
+    draw, damaged, out = (
+        random.Random(0),
+        path.with_name("damaged.gguf"),
+        path.with_name("out.gguf"),
+    )
+    page, used = resource.getpagesize(), int(Path("/proc/self/statm").read_text().split()[0])
+    limit = used * page + (mib << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    def hangs(*_):
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, hangs)
+    refused, file = 0, open(damaged, "wb", buffering=0)  # noqa: SIM115 - emptying it 5,000 times is slow
+    for i in range(n):
+        file.seek(0)
+        file.truncate(file.write(mutant(data, header.data, fields, draw)))
+        signal.setitimer(signal.ITIMER_REAL, 2)
+        try:
+            metadata.model_shape(damaged)
+            metadata.read(damaged)
+            if i % 10 == 0:
+                metadata.write(damaged, out, some_filters(), force=True)
+        except QFilterError as error:
+            assert "\n" not in str(error), error
+            refused += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return refused
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measures its memory in /proc")
+def test_5000_damaged_headers_are_refused_or_read_without_hanging_or_filling_memory(tmp_path):
+    path = write_gguf(tmp_path / "f.gguf", filter_keys(), alignment=64)
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, test_metadata as t; print(t.fuzz(sys.argv[1]))", path],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 2000 < int(done.stdout) < 4900  # most damage is seen, some of it hits nothing
+
+
+def test_huge_alignments_counts_and_nested_arrays_are_refused(tmp_path):
+    data = write_gguf(tmp_path / "f.gguf", alignment=64).read_bytes()
+    fields = gguf_header.scan(tmp_path / "f.gguf").fields
+    bools, alignment = fields["some.bools"].value, fields["general.alignment"].value
+    path = tmp_path / "damaged.gguf"
+    for at, value, words in [
+        (8, struct.pack("<Q", 2**60), "truncated or damaged"),
+        (16, struct.pack("<Q", 2**60), "truncated or damaged"),
+        (bools, struct.pack("<I", 9), "array of unknown type 9"),
+        (bools, struct.pack("<IQ", 8, 2**60), "truncated or damaged"),
+        (bools - 4, struct.pack("<I", 99), "key of unknown type 99"),
+        (alignment, struct.pack("<I", 2**31), "general.alignment"),
+        (alignment, struct.pack("<I", 48), "general.alignment"),
+    ]:
+        path.write_bytes(data[:at] + value + data[at + len(value) :])
+        with pytest.raises(QFilterError, match=words):
+            metadata.read(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no FIFOs there")
+def test_pipes_devices_and_folders_are_refused_without_waiting_for_them(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for path, words in [
+        (tmp_path / "pipe.gguf", "not a regular file"),
+        ("/dev/zero", "not a regular file"),
+        (tmp_path, "is a folder"),
+    ]:
+        with pytest.raises(QFilterError, match=words):
+            metadata.read(path)
+
+
+def test_head_counts_for_too_few_layers_are_refused(tmp_path):
+    def add(writer):
+        writer.add_uint32("other.block_count", 3)
+        writer.add_uint32("other.embedding_length", 32)
+        writer.add_array("other.attention.head_count", [4, 4, 2])
+        writer.add_array("other.attention.head_count_kv", [2, 1])
+
+    data = write_gguf(tmp_path / "f.gguf", add).read_bytes()
+    (tmp_path / "f.gguf").write_bytes(data.replace(b"llama", b"other", 1))
+    with pytest.raises(QFilterError, match="head_count_kv has 2 numbers for 3 layers"):
+        metadata.model_shape(tmp_path / "f.gguf")
+
+
+def figures(value, n=N_LAYER * N_HEAD_KV):
+    return ("array", [float(value)] * n)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"quality.energy": figures(1.2)}, "energy is not between 0 and 1"),
+        ({"quality.mean_cosine": figures(-0.1)}, "mean_cosine is not between 0 and 1"),
+        ({"quality.spearman": figures(-1.1)}, "spearman is not between -1 and 1"),
+        ({"quality.spearman": figures("inf")}, "spearman is not between -1 and 1"),
+        ({"quality.spearman_knorm": figures(0.5, N_LAYER)}, "3 numbers for 3 layers x 2 KV heads"),
+        ({"quality.spearman": ("array", [1, 2])}, "quality.spearman has the wrong type"),
+        ({"quality.other": ("string", "good")}, "quality.other has the wrong type"),
+        ({"calibration.held_out": ("string", "4")}, "held_out is not a whole number"),
+        ({"calibration.route": ("uint32", 4)}, "route is not text"),
+        ({"calibration.other": ("float32", 0.5)}, "other is not text or a whole number"),
+        ({"calibration.other": ("bool", True)}, "other is not text or a whole number"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_figures_and_provenance_against_the_schema_are_refused(tmp_path, keys, message):
+    path = write_gguf(tmp_path / "f.gguf", filter_keys(**keys))
+    with pytest.raises(QFilterError, match=message):
+        metadata.read(path)
+
+
+def test_undefined_figures_and_those_of_unknown_names_are_kept(tmp_path):
+    keys = {
+        "quality.spearman": figures("nan"),
+        "quality.later": figures(7, 5),
+        "quality.per_layer": figures(7, N_LAYER),
+        "calibration.later": ("string", "x"),
+    }
+    filters = metadata.read(write_gguf(tmp_path / "f.gguf", filter_keys(**keys)))
+    assert np.isnan(filters.quality["spearman"]).all()
+    assert filters.quality["spearman"].shape == (N_LAYER, N_HEAD_KV)
+    assert filters.quality["later"].tolist() == [7] * 5
+    assert filters.quality["per_layer"].tolist() == [7] * N_LAYER
+    assert filters.calibration == {"later": "x"}
+
+
+def test_wrong_figures_are_not_written(model, tmp_path):
+    filters = some_filters()
+    filters.quality["spearman"] = np.zeros((N_LAYER, N_HEAD_KV + 1), np.float32)
+    with pytest.raises(QFilterError, match="spearman has 9 numbers"):
+        metadata.write(model, tmp_path / "dst.gguf", filters)
+    assert not (tmp_path / "dst.gguf").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"GGU", b"PK\x03\x04 something else", b"GGUF"])
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "f.gguf"
@@ -333,6 +510,31 @@ def test_an_existing_output_is_replaced_only_with_force(model, tmp_path):
     assert dst.read_bytes() == b"precious"
     metadata.write(model, dst, some_filters(), force=True)
     assert metadata.read(dst) is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_folder_that_may_not_be_written_to_is_refused_at_once(model, tmp_path):
+    folder = tmp_path / "read_only"
+    folder.mkdir(mode=0o555)
+    tmp_path.chmod(0o755)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:  # root may write anywhere: somebody else tries
+        os.chdir(tmp_path)
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        try:
+            metadata.check_target("model.gguf", "read_only/dst.gguf")
+            os.write(write, b"accepted")
+        except BaseException as error:
+            os.write(write, f"{type(error).__name__} {error}".encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(write)
+    with open(read) as answer:
+        line = "QFilterError the folder read_only is not writable; give another output file"
+        assert answer.read() == line
+    folder.chmod(0o755)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

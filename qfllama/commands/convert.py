@@ -8,6 +8,9 @@ import sys
 
 import click
 
+from .. import report
+from ..gguf_header import escaped
+
 
 @click.command("convert")
 @click.argument("src")
@@ -18,6 +21,25 @@ import click
     type=click.Path(),
     metavar="OUT.gguf",
     help="The GGUF file to write.",
+)
+@click.option(
+    "--filters",
+    metavar="REPO_OR_PATH",
+    help="Take published filters (folder, .safetensors file or hub id, such as "
+    "nthngdy/Llama-3.1-8B_qfilt) instead of calibrating.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["torch", "llama"]),
+    help="What runs the model during calibration.  [default: llama for a GGUF, torch for a "
+    "checkpoint]",
+)
+@click.option(
+    "--n-gpu-layers",
+    default=-1,
+    type=click.IntRange(-1, 2**31 - 1),
+    metavar="N",
+    help="Layers on the GPU with --backend llama.  [default: all]",
 )
 @click.option(
     "--max-seq-len",
@@ -46,13 +68,24 @@ import click
     multiple=True,
     type=click.Path(),
     metavar="FILE",
-    help="Calibration text, UTF-8; may be given several times.  [default: English that "
-    "Python carries]",
+    help="Calibration text, UTF-8 (.jsonl: one object per line); may be given several times.  "
+    "[default: English that Python carries]",
 )
 @click.option(
     "--dataset",
     metavar="NAME[:config]",
-    help="Calibration text from a dataset on the Hugging Face hub, streamed.",
+    help="Calibration text from a dataset on the Hugging Face hub, or in a folder, streamed.",
+)
+@click.option("--split", metavar="NAME", help="Split of the dataset.  [default: train]")
+@click.option(
+    "--column",
+    metavar="NAME",
+    help="Column of the dataset, or field of a .jsonl file, with the text.  [default: text]",
+)
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Fail if there is less text than --num-sequences x --max-seq-len.",
 )
 @click.option(
     "--seed",
@@ -72,15 +105,18 @@ import click
 @click.option(
     "--force", is_flag=True, help="Replace OUT.gguf if it exists, and filters that SRC has already."
 )
-def command(src, output, quantize, outtype, force, **calibration):
+def command(src, output, filters, quantize, outtype, force, **calibration):
     """Calibrate Q-filters for the model SRC and write OUT.gguf with them.
 
     SRC is a GGUF file, a Hugging Face checkpoint folder, or the name of a model on the Hugging Face
     hub (user/name). It is never changed. Every llama.cpp can run OUT.gguf."""
     if calibration["text_files"] and calibration["dataset"]:
         raise click.UsageError("--text and --dataset exclude each other; give one of them")
+    if filters is not None:
+        _refuse_calibration(calibration)
     for name in ("SIGTERM", "SIGHUP"):  # leave nothing behind; Windows has no SIGHUP
-        if number := getattr(signal, name, None):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     bars = sys.stderr.isatty()
     if not bars:
@@ -91,20 +127,39 @@ def command(src, output, quantize, outtype, force, **calibration):
         src,
         output,
         pipeline.Calibration(**calibration),
+        filters=filters,
         quantize=quantize,
         outtype=outtype,
         force=force,
         note=lambda line: click.echo(line, err=True),
         bars=bars,
     )
-    n_layer, n_head_kv, head_dim = summary.filters.weight.shape
-    made = summary.filters.calibration
+    _print(summary)
+
+
+def _refuse_calibration(calibration):
+    context = click.get_current_context()
+    for name in calibration:
+        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            option = next(p.opts[0] for p in context.command.params if p.name == name)
+            raise click.UsageError(f"--filters takes the place of calibration; leave out {option}")
+
+
+def _print(summary):
+    filters, made = summary.filters, summary.filters.calibration
+    n_layer, n_head_kv, head_dim = filters.weight.shape
+    for part in summary.outputs[1:]:
+        click.echo(escaped(part))
     click.echo(
-        f"{summary.output}: {summary.n_bytes / 2**20:,.1f} MiB, filters for {n_layer} "
-        f"layers x {n_head_kv} KV heads x {head_dim}"
+        f"{escaped(summary.outputs[0])}: {summary.n_bytes / 2**20:,.1f} MiB, filters "
+        f"for {n_layer} layers x {n_head_kv} KV heads x {head_dim}"
     )
+    if made["route"] == "published":
+        click.echo(escaped(made["text"]))
+        return
     click.echo(
         f"calibrated on {made['samples']:,} queries per head out of {made['tokens']:,} "
-        f"tokens ({made['sequences']} sequences of {made['text']}) "
+        f"tokens ({made['sequences']} sequences of {escaped(made['text'])}) "
         f"in {summary.seconds:.0f} s"
     )
+    click.echo(report.fit(filters).summary)

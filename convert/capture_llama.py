@@ -1,0 +1,153 @@
+"""Queries and keys from llama.cpp while it runs a GGUF file, as they enter attention.
+
+llama.cpp hands every node of a computed graph to a callback (cb_eval). With Flash Attention on,
+the attention of every architecture is one node, whose inputs are the final queries (after norm,
+bias, RoPE) and the rows of the K cache: nothing has to be known of the architecture.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import llama_cpp
+import numpy as np
+
+from .. import native
+from ..config import QFilterError
+from . import native_model
+
+N_BATCH = 256
+
+
+class Attention:
+    """One call of attention; its arrays are made when asked for.
+
+    layer: the model layer whose keys are attended; start: position of the first query
+    n_head_kv: KV heads of the layer
+    """
+
+    def __init__(self, tensor, attn, start):
+        self._tensor, self._attn = tensor, attn
+        self.layer, self.start, self.n_tokens = attn.il, start, attn.n_tokens
+        self.n_head_kv = attn.n_head_kv
+
+    def queries(self, at=None) -> np.ndarray:
+        """float32 [n_head, n, head_dim], of all tokens of the call or those with indices `at`."""
+        attn = self._attn
+        queries = self._get(False, (attn.n_head, attn.n_tokens, attn.head_dim))
+        return queries if at is None else queries[:, at]
+
+    def keys(self) -> np.ndarray:
+        """float32 [n_head_kv, start + n_tokens, head_dim], as stored in the cache."""
+        attn = self._attn
+        keys = self._get(True, (attn.n_head_kv, attn.n_kv, attn.head_dim))
+        return keys[:, : self.start + self.n_tokens]
+
+    def _get(self, is_k, shape):
+        out = np.empty(shape, np.float32)
+        native.attn_get(self._tensor, is_k, out.ctypes.data)
+        return out
+
+
+class LlamaModel:
+    """A GGUF file that llama.cpp runs, on the GPU where there is one.
+
+    n_ctx: longest sequence it will read; n_gpu_layers: as llama.cpp's, negative: all"""
+
+    route = "llama"
+
+    def __init__(self, gguf, n_ctx: int, n_gpu_layers=-1):
+        self._error = None
+        self._stopped = False
+        with ExitStack() as stack:
+            # the thread that computes is never interrupted: Ctrl-C reaches the one that waits
+            self._thread = stack.enter_context(ThreadPoolExecutor(1))
+            stack.enter_context(native_model.log_of_llama_cpp())
+            model = stack.enter_context(native_model.loaded(gguf, n_gpu_layers=n_gpu_layers))
+            self._ctx = self._context(gguf, model, n_ctx)
+            stack.callback(llama_cpp.llama_free, self._ctx)
+            self._batch = llama_cpp.llama_batch_init(N_BATCH, 0, 1)
+            stack.callback(llama_cpp.llama_batch_free, self._batch)
+            self._open = stack.pop_all()
+
+    def _context(self, gguf, model, n_ctx):
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = params.n_ubatch = N_BATCH
+        params.n_seq_max = 1
+        params.n_threads = params.n_threads_batch = n_threads()
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.no_perf = True
+        self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
+        params.cb_eval = self._callback
+        with native_model.log_of_llama_cpp() as lines:
+            ctx = native_model.waited(
+                lambda: llama_cpp.llama_init_from_model(model, params), undo=llama_cpp.llama_free
+            )
+        if not ctx:
+            why = lines[0] if lines else "no reason given"
+            raise QFilterError(f"llama.cpp cannot run {gguf}: {why}; try `--backend torch`")
+        return ctx
+
+    def to_cached(self, vectors: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Vectors in the layout of this route's queries -> of rows of the K cache: the same."""
+        return vectors
+
+    def read(self, tokens: list[int], observe) -> None:
+        """Run one sequence from an empty cache; observe(Attention) at every attention layer."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._ctx), False)
+        for start in range(0, len(tokens), N_BATCH):
+            self._observe, self._start = observe, start
+            work = self._thread.submit(self._decode, tokens[start : start + N_BATCH], start)
+            try:
+                work.result()
+            except BaseException:
+                self._stopped = True
+                native_model.finish(work)
+                raise
+
+    def _decode(self, tokens, start):
+        batch, n = self._batch, len(tokens)
+        batch.n_tokens = n
+        ids = np.asarray(tokens, np.int32)
+        ctypes.memmove(batch.token, ids.ctypes.data, ids.nbytes)
+        for i in range(n):
+            batch.pos[i] = start + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = False
+        result = llama_cpp.llama_decode(self._ctx, batch)
+        if self._error is not None:
+            raise self._error
+        if result != 0 and not self._stopped:
+            raise QFilterError(
+                f"llama.cpp cannot read the calibration text (error {result}): is there enough "
+                "memory? try a smaller --max-seq-len"
+            )
+
+    def _on_node(self, tensor, ask, _):
+        """cb_eval. ask: is this node of interest? afterwards: it is computed; False: stop."""
+        try:
+            attn = native.Attn()
+            if self._stopped or not native.attn_of(tensor, ctypes.byref(attn)):
+                return False
+            if not ask:
+                self._observe(Attention(tensor, attn, self._start))
+            return True
+        except BaseException as error:  # noqa: BLE001 - raised again by _decode
+            self._error, self._stopped = error, True
+            return False
+
+    def close(self) -> None:
+        self._open.close()
+
+
+def n_threads() -> int:
+    """Threads to compute with: OMP_NUM_THREADS, or one for every core this process may use."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -1,0 +1,104 @@
+"""Models as llama.cpp sees them: loading with errors in one line, and what eviction can touch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+
+import llama_cpp
+from llama_cpp._logger import llama_log_callback
+
+from .. import native
+from ..config import QFilterError
+
+GGML_LOG_LEVEL_ERROR = 4  # ggml.h; not among the names of llama-cpp-python
+
+_logs = [llama_log_callback]
+"""Where llama.cpp's log went before: blocks of log_of_llama_cpp() nest."""
+
+
+@contextmanager
+def loaded(path, **params):
+    """A llama_model of the GGUF file at `path`. params: fields of llama_model_params.
+
+    QFilterError with llama.cpp's own words if it cannot load the file."""
+    model_params = llama_cpp.llama_model_default_params()
+    for name, value in params.items():
+        assert hasattr(model_params, name)
+        setattr(model_params, name, value)
+    with log_of_llama_cpp() as lines:
+        model = waited(
+            lambda: llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params),
+            undo=llama_cpp.llama_model_free,
+        )
+    if not model:
+        why = lines[0] if lines else "no reason given"
+        raise QFilterError(f"llama.cpp cannot load {path}: {why}; give another file")
+    try:
+        yield model
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+def waited(work, undo=None):
+    """work() in another thread, which is waited for; undo(its result) if that is interrupted.
+
+    Whatever logs or calls back has to run this way: a KeyboardInterrupt that is raised within a
+    Python callback of llama.cpp is lost. Only the main thread is interrupted."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        try:
+            return future.result()
+        except BaseException:
+            finish(future)
+            if undo is not None and future.exception() is None and future.result():
+                undo(future.result())
+            raise
+
+
+def finish(future) -> None:
+    """Wait until the work behind a future has ended, however often Ctrl-C is pressed: what it
+    works on is freed next."""
+    while not future.done():
+        with suppress(BaseException):
+            wait([future])
+
+
+def evicting_layers(path) -> list[int]:
+    """The layers of the GGUF model whose cached keys can be evicted, and that have filters: not
+    those that are windowed, recurrent, or attend the keys of another layer. Reads metadata only.
+
+    QFilterError, naming the reason, if the model is of a kind whose cache can't be bounded."""
+    with loaded(path, no_alloc=True, load_mode=llama_cpp.LLAMA_LOAD_MODE_NONE) as model:
+        why = ctypes.create_string_buffer(256)
+        if not native.model_supported(model, why, len(why)):
+            raise QFilterError(f"{path}: {why.value.decode()}; give another model")
+        n_layer = llama_cpp.llama_model_n_layer(model)
+        layers = [layer for layer in range(n_layer) if native.layer_evicts(model, layer)]
+    if not layers:
+        raise QFilterError(
+            f"{path} has no attention layer over its whole context: its cache does not grow, "
+            "so there is nothing to evict; run it as it is"
+        )
+    return layers
+
+
+@contextmanager
+def log_of_llama_cpp():
+    """Within the block, llama.cpp's errors go to the list this gives, and no log to stderr."""
+    lines = []
+
+    @llama_cpp.llama_log_callback
+    def collect(level, message, _):
+        if level == GGML_LOG_LEVEL_ERROR:
+            lines.append(" ".join(message.decode("utf-8", "replace").split()))
+
+    _logs.append(collect)
+    try:
+        llama_cpp.llama_log_set(collect, None)
+        yield lines
+    finally:
+        _logs.remove(collect)
+        llama_cpp.llama_log_set(_logs[-1], None)
