@@ -1,9 +1,10 @@
 """A long session in a bounded cache: does memory stay flat, and the cost of an eviction?
 
-Decodes N tokens one at a time and prints resident memory as it goes, with its slope over the
-second half.
+A session as people have it: of every 100 tokens 80 are read in one batch and 20 are decoded one at
+a time (`--decoded`). Prints resident memory as it goes, with its slope over the second half, and
+the cost of an eviction over the same stretch.
 
-    python benchmarks/soak.py models/smollm2-qfilters.gguf --tokens 100000 --json docs/soak.json
+    python benchmarks/soak.py models/smollm2-qfilters.gguf --tokens 200000 --json docs/soak.json
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
-from decode_speed import decode, evicting_seconds, text_tokens
+from decode_speed import decode, evicting_seconds, read_up_to, text_tokens
 from machine import provenance
 
 from qfllama import Llama, QFilterConfig
@@ -25,10 +27,21 @@ def resident_kib() -> int:
     return int(status.split("VmRSS:")[1].split()[0])
 
 
+def go_on(llm: Llama, tokens: list[int], n: int, decoded: int) -> float:
+    """Read and decode the next n tokens, a multiple of 100; seconds."""
+    seconds = 0.0
+    for _ in range(0, n, 100):
+        start = time.perf_counter()
+        read_up_to(llm, tokens, llm.n_tokens + 100 - decoded)
+        seconds += time.perf_counter() - start + decode(llm, tokens, decoded)
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--decoded", type=int, default=20, help="of every 100 tokens")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
@@ -44,12 +57,12 @@ def main() -> None:
         verbose=False,
     )
     tokens = text_tokens(llm, args.tokens)
-    step = max(1, args.tokens // 20)
+    step = max(100, args.tokens // 2000 * 100)
     rows = []
     before = llm.qfilter_stats()
     print(f"{'tokens':>8}  {'RSS MiB':>8}  {'tok/s':>6}  {'evictions':>9}  {'ms/eviction':>11}")
-    for _ in range(0, args.tokens, step):
-        seconds = decode(llm, tokens, step)
+    while llm.n_tokens + step <= args.tokens:
+        seconds = go_on(llm, tokens, step, args.decoded)
         stats = llm.qfilter_stats()
         evictions = stats["evictions"] - before["evictions"]
         cost = evicting_seconds(stats) - evicting_seconds(before)
