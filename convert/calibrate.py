@@ -4,6 +4,9 @@ The recipe is that of Q-Filters (arXiv 2503.02812): collect queries after RoPE, 
 singular vector v1 of every query head's query matrix, turn it so that most queries project
 positively on it, and average over the query heads that share a KV head.
 
+The second order (qfilters2) takes more from the same sums: mean and covariance of the queries tell
+the logarithm of the mean of exp(logit) that a key gets from queries that are normally distributed.
+
 v1 of a matrix Q is the top eigenvector of Q^T Q, so Q need not be kept: the sum of outer products
 does, [n_layer, n_head, d, d] whatever the number of queries. Only the vote on the sign needs v1
 beforehand; for it a bounded, evenly thinned part of the queries is kept.
@@ -90,6 +93,21 @@ class QueryMoments:
         """layer -> the mean query [n_head, head_dim]."""
         return {layer: total / self.counts[layer] for layer, total in self.first.items()}
 
+    def second_order(self, rank: int, scale: dict[int, float]) -> dict[int, np.ndarray]:
+        """layer -> float64 [n_head, 1 + rank, head_dim]: of every query head the mean query and
+        the first `rank` principal directions of its covariance, scaled to rows r with
+
+            log E[exp(scale * q.k)] = k.r[0] + sum_j (k.r[j])^2    for normally distributed q
+
+        up to the directions left out. scale: layer -> factor of q.k in front of the softmax."""
+        means = self.means()
+        return {
+            layer: _log_mean_exp_rows(
+                mean, self.second[layer] / self.counts[layer], rank, scale[layer]
+            )
+            for layer, mean in means.items()
+        }
+
     def directions(self) -> dict[int, np.ndarray]:
         """layer -> v1 of every query head, float64 [n_head, head_dim], unit length, with the sign
         on which most queries project positively (a draw goes to the mean query)."""
@@ -116,6 +134,16 @@ class QueryMoments:
         on_mean = np.einsum("hd,hd->h", self.first[layer], v1)
         sign = np.sign(np.where(majority != 0, majority, on_mean))
         return v1 * np.where(sign == 0, 1.0, sign)[:, None]
+
+
+def _log_mean_exp_rows(mean, square, rank, scale):
+    """mean: [n_head, d], square: mean outer products [n_head, d, d]; see `second_order`"""
+    covariance = square - mean[:, :, None] * mean[:, None, :]
+    values, vectors = np.linalg.eigh(covariance.astype(np.float64))  # ascending
+    rank = min(rank, mean.shape[1])
+    lengths = scale * np.sqrt(np.maximum(values[:, : -rank - 1 : -1], 0) / 2)
+    rows = vectors[:, :, : -rank - 1 : -1] * lengths[:, None, :]
+    return np.concatenate([scale * mean[:, None], rows.transpose(0, 2, 1)], axis=1)
 
 
 def group_mean(vectors: np.ndarray, n_head_kv: int) -> np.ndarray:

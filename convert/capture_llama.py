@@ -26,13 +26,13 @@ class Attention:
     """One call of attention; its arrays are made when asked for.
 
     layer: the model layer whose keys are attended; start: position of the first query
-    n_head_kv: KV heads of the layer
+    n_head_kv: KV heads of the layer; scale: factor of q.k in front of the softmax
     """
 
     def __init__(self, tensor, attn, start):
         self._tensor, self._attn = tensor, attn
         self.layer, self.start, self.n_tokens = attn.il, start, attn.n_tokens
-        self.n_head_kv = attn.n_head_kv
+        self.n_head_kv, self.scale = attn.n_head_kv, attn.kq_scale
 
     def queries(self, at=None) -> np.ndarray:
         """float32 [n_head, n, head_dim], of all tokens of the call or those with indices `at`."""

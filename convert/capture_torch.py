@@ -25,11 +25,12 @@ class Attention:
     """One attention call. Arrays are made only when asked for, during `observe`.
 
     layer: the model layer whose keys are attended; start: position of the first query
-    n_tokens: queries per head"""
+    n_tokens: queries per head; scale: factor of q.k in front of the softmax"""
 
     layer: int
     start: int
     n_tokens: int
+    scale: float
     _query: torch.Tensor  # [1, n_head, n_tokens, head_dim]
     _key: torch.Tensor  # [1, n_head_kv, n_keys, head_dim]
 
@@ -72,11 +73,12 @@ class TorchModel:
         call of that one."""
         calls = 0
 
-        def take(layer, query, key):
+        def take(layer, query, key, scale):
             nonlocal calls
             calls += 1
             layer = self._donors.get(layer, layer)
-            observe(Attention(layer, key.shape[2] - query.shape[2], query.shape[2], query, key))
+            n_tokens = query.shape[2]
+            observe(Attention(layer, key.shape[2] - n_tokens, n_tokens, scale, query, key))
 
         ids = torch.tensor([tokens], device=self.model.device)
         with torch.inference_mode(), _observed(self.model, take):
@@ -242,8 +244,8 @@ def _array(weight):
 
 @contextmanager
 def _observed(model, observer):
-    """Within the block, every attention call of `model` first does observer(layer, query, key),
-    [n_batch, n_head or n_head_kv, n_tokens, head_dim], after norms and RoPE.
+    """Within the block, every attention call of `model` first does observer(layer, query, key,
+    scale), [n_batch, n_head or n_head_kv, n_tokens, head_dim], after norms and RoPE.
 
     Works for every model that goes through transformers' attention interface."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -253,7 +255,9 @@ def _observed(model, observer):
     eager = _needs_eager(model)
 
     def attention(module, query, key, value, *args, **kwargs):
-        observer(module.layer_idx, query, key)
+        scale = kwargs.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        observer(module.layer_idx, query, key, float(scale))
         forward = sdpa_attention_forward
         if eager:
             forward = sys.modules[type(module).__module__].eager_attention_forward

@@ -27,7 +27,8 @@ class Calibration:
     Texts: files, else a dataset NAME[:config], else built in. column: of the dataset, or the field
     of a .jsonl file. strict: refuse to make do with less text than asked for.
     backend: what runs the model, one of BACKENDS; by default torch for a checkpoint and llama for
-    a GGUF. n_gpu_layers: as llama.cpp's, of the backend llama; negative: all"""
+    a GGUF. n_gpu_layers: as llama.cpp's, of the backend llama; negative: all
+    rank: of the second-order filters, 0 for none"""
 
     max_seq_len: int = 2048
     num_sequences: int = 20
@@ -40,6 +41,7 @@ class Calibration:
     strict: bool = False
     backend: str | None = None
     n_gpu_layers: int = -1
+    rank: int = 16
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ def _calibrated(model, calibration, texts, note, progress):
         progress("reading calibration text", sum(lengths), " tokens") as bar,
         model.opened(max(lengths)) as running,
     ):
-        weight, quality, n_samples = _read(running, layers, sequences, calibration, bar.update)
+        found = _read(running, layers, sequences, calibration, bar.update)
+        weight, moments, quality, n_samples = found
         layers = sorted(weight)
     head_dim = next(iter(weight.values())).shape[-1]
     if n_samples < head_dim:
@@ -191,12 +194,23 @@ def _calibrated(model, calibration, texts, note, progress):
         layers,
         provenance,
         quality,
+        _stacked(moments, layers, note),
     )
     if not quality:
         note("one sequence only: nothing is held out to measure how well the filters fit")
     elif report.fit(filters).verdict == "poor":
         note("warning: " + report.fit(filters).summary)
     return filters
+
+
+def _stacked(moments, layers, note):
+    """float16 [n_layer, n_head, 1 + rank, head_dim]; None without moments."""
+    if not moments:
+        return None
+    if len({rows.shape for rows in moments.values()}) > 1:
+        note("warning: layers differ in query heads: there will be no filters for qfilters2")
+        return None
+    return np.stack([moments[layer] for layer in layers]).astype(np.float16)
 
 
 def _sequences(gguf, calibration, texts, note):
@@ -221,8 +235,8 @@ def held_out(n_sequences: int) -> int:
 
 
 def _read(model, layers, sequences, calibration, progress):
-    """Run the model over all sequences. Returns the filters by layer, in the layout of cached keys,
-    the figures of their fit, and the number of queries they were calibrated on."""
+    """Run the model over all sequences. Returns the filters and the moments by layer, in the layout
+    of cached keys, the figures of their fit, and the number of queries they were calibrated on."""
     # held out are the longest: the rank correlations need queries far behind their keys
     n_first = len(sequences) - held_out(len(sequences))
     sequences = sorted(sequences, key=len)
@@ -232,12 +246,12 @@ def _read(model, layers, sequences, calibration, progress):
     )
     moments = calibrate.QueryMoments(len(layers), sum(map(len, positions)))
     wanted = set(layers)
-    n_head_kv = {}
+    n_head_kv, scale = {}, {}
     for tokens, chosen in zip(first, positions, strict=True):
 
         def take(call, chosen=chosen):
             if call.layer in wanted:
-                n_head_kv[call.layer] = call.n_head_kv
+                n_head_kv[call.layer], scale[call.layer] = call.n_head_kv, call.scale
                 at = chosen[(chosen >= call.start) & (chosen < call.start + call.n_tokens)]
                 if len(at):
                     moments.add(call.layer, call.queries(at - call.start))
@@ -248,12 +262,16 @@ def _read(model, layers, sequences, calibration, progress):
     filters = {
         layer: calibrate.group_mean(v1, n_head_kv[layer]) for layer, v1 in directions.items()
     }
-    meter = fit.Fit(directions, moments.means(), filters)
+    means = moments.means()
+    second = moments.second_order(calibration.rank, scale) if calibration.rank > 0 else {}
+    meter = fit.Fit(directions, means, filters)
     for tokens in last:
         model.read(tokens, meter.add)
         meter.end_sequence()
         progress(len(tokens))
-    return model.to_cached(filters), meter.figures() if last else {}, sum(map(len, positions))
+    quality = meter.figures() if last else {}
+    n_samples = sum(map(len, positions))
+    return model.to_cached(filters), model.to_cached(second), quality, n_samples
 
 
 def _layers(gguf):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-POLICIES = ("qfilters", "knorm", "streaming", "keydiff", "random")
+POLICIES = ("qfilters", "knorm", "streaming", "keydiff", "random", "qfilters2")
 """How a cached key is scored, in the order of `enum llama_qfilter_policy`."""
+CALIBRATED = ("qfilters", "qfilters2")
+"""Policies that need what `qfllama convert` puts into the file."""
 
 MIN_INTERVAL, MAX_INTERVAL = 64, 512
 MAX_LENGTH = 1 << 30
@@ -33,7 +35,7 @@ class QFilterConfig:
         sinks: first positions, always kept.
         interval: cells freed by one eviction, and with it the largest batch;
             default `max_length // 4`, at least 64 and at most 512.
-        policy: one of `POLICIES`; only `qfilters` needs filters in the file.
+        policy: one of `POLICIES`; those in `CALIBRATED` need filters in the file.
         seed: of the policy `random`, at least 0.
 
     Raises:

@@ -20,11 +20,11 @@ import numpy as np
 from .config import QFilterError
 
 STRING, ARRAY = 8, 9
-U32, I32, F32, I64 = 4, 5, 6, 11
+U16, U32, I32, F32, I64 = 2, 4, 5, 6, 11
 SCALARS = {
     0: "B",
     1: "b",
-    2: "H",
+    U16: "H",
     3: "h",
     U32: "I",
     I32: "i",

@@ -17,7 +17,7 @@ from gguf.constants import GGMLQuantizationType
 from llama_cpp import LlamaState
 
 from qfllama import gguf_header, metadata, native, state
-from qfllama.config import POLICIES, QFilterConfig, QFilterError
+from qfllama.config import CALIBRATED, POLICIES, QFilterConfig, QFilterError
 
 CACHE_TYPES = {
     name: int(GGMLQuantizationType[name.upper()])
@@ -58,27 +58,32 @@ class BoundedContext(internals.LlamaContext):
 
     flags = 0
 
-    def __init__(self, *, model, params, verbose, config: QFilterConfig, weight: dict):
+    def __init__(
+        self,
+        *,
+        model,
+        params,
+        verbose,
+        config: QFilterConfig,
+        weight: dict,
+        moments: dict | None = None,
+    ):
         """
         Args:
             weight: model layer id -> float32 [n_head_kv, head_dim]; may be empty.
+            moments: model layer id -> float32 [n_head, 1 + rank, head_dim]; may be empty.
 
         Raises:
             ValueError: llama.cpp refused (its log says why).
         """
         self._config = config
-        self._weight = weight
+        self._weight, self._moments = weight, moments or {}
         super().__init__(model=model, params=params, verbose=verbose)
 
     def _init_from_model(self, model, cparams):
         """Called by upstream's constructor (patches/0002-*.patch)."""
         config = self._config
         n_layer = llama_cpp.llama_model_n_layer(model)
-        rows = [self._weight.get(il) for il in range(n_layer)]
-        float_p = ctypes.POINTER(ctypes.c_float)
-        filters = (float_p * n_layer)(
-            *(row.ctypes.data_as(float_p) if row is not None else float_p() for row in rows)
-        )
         params = native.default_params()
         params.n_cells = config.max_length
         params.n_keep = config.n_keep
@@ -88,8 +93,23 @@ class BoundedContext(internals.LlamaContext):
         params.flags = self.flags
         params.seed = config.seed
         params.n_filters = n_layer
-        params.filters = filters
+        params.filters = _pointers(self._weight, n_layer)
+        params.moments = _pointers(self._moments, n_layer)
+        if self._moments:
+            params.n_rank = next(iter(self._moments.values())).shape[1] - 1
         return native.init_from_model(model, cparams, ctypes.byref(params))
+
+
+def _pointers(arrays: dict, n_layer: int):
+    """A C array of one float pointer per layer; NULL where there is no array. The arrays (float32)
+    have to live as long as it is used."""
+    float_p = ctypes.POINTER(ctypes.c_float)
+    return (float_p * n_layer)(
+        *(
+            arrays[il].ctypes.data_as(float_p) if il in arrays else float_p()
+            for il in range(n_layer)
+        )
+    )
 
 
 class Llama(llama_cpp.Llama):
@@ -139,11 +159,16 @@ class Llama(llama_cpp.Llama):
             kwargs.setdefault("n_ubatch", kwargs["n_batch"])
         if not os.path.isfile(model_path):
             raise QFilterError(f"{model_path} is not a file: check the path")
-        self._filters = metadata.read(model_path) if config.policy == "qfilters" else None
-        if config.policy == "qfilters" and self._filters is None:
+        self._filters = metadata.read(model_path) if config.policy in CALIBRATED else None
+        if config.policy in CALIBRATED and self._filters is None:
             raise QFilterError(
                 f"{model_path} has no filters: make them with "
                 f"`qfllama convert {model_path} -o OUT.gguf`, or use another policy"
+            )
+        if config.policy == "qfilters2" and self._filters.moments is None:
+            raise QFilterError(
+                f"{model_path} has filters of the first order only: make new ones with "
+                f"`qfllama convert {model_path} -o OUT.gguf --force`, or use the policy qfilters"
             )
 
     def _make_context(self, *, model, params, verbose):
@@ -153,25 +178,19 @@ class Llama(llama_cpp.Llama):
         why = ctypes.create_string_buffer(512)
         if not native.supported(model.model, params, why, len(why)):
             raise QFilterError(f"qfilters can't be used: {why.value.decode()}")
-        weight = {}
+        weight = moments = {}
         if self._filters is not None:
-            shape = metadata.model_shape(self.model_path)
-            metadata.check_fits(
-                self._filters,
-                n_layer=shape.n_layer,
-                n_head_kv=shape.n_head_kv,
-                head_dim=shape.head_dim,
-            )
-            weight = {
-                il: np.ascontiguousarray(row, dtype=np.float32)
-                for il, row in zip(self._filters.layers, self._filters.weight, strict=True)
-            }
+            metadata.check_fits_model(self._filters, metadata.model_shape(self.model_path))
+            weight = self._filters.by_layer(self._filters.weight)
+            if self.qfilter_config.policy == "qfilters2":
+                moments = self._filters.by_layer(self._filters.moments)
         return BoundedContext(
             model=model,
             params=params,
             verbose=verbose,
             config=self.qfilter_config,
             weight=weight,
+            moments=moments,
         )
 
     def _need_bound(self) -> None:

@@ -1,9 +1,12 @@
 """The qfilters.* keys of a GGUF file: read, check, write. No other file knows these keys.
 
-    qfilters.version                               u32    1
+    qfilters.version                               u32    2 if there are moments, else 1
     qfilters.layer_count, .head_count_kv, .head_dim  u32  shape of the weights
     qfilters.layers                                i32[]  model layers that have a filter
     qfilters.weight                                f32[]  row-major [layer][kv_head][head_dim]
+    qfilters.head_count, qfilters.rank             u32    shape of the moments (version 2)
+    qfilters.moments                               u16[]  bits of float16, row-major
+                                                   [layer][head][1 + rank][head_dim]
     qfilters.calibration.*                         str, int  where the filters come from:
         text, route (torch, llama or published), model_sha256, tool         str
         sequences, held_out (sequences among them that only the quality was measured on),
@@ -37,9 +40,9 @@ import numpy as np
 
 from . import gguf_header
 from .config import QFilterError
-from .gguf_header import ARRAY, F32, I32, I64, STRING, U32, escaped
+from .gguf_header import ARRAY, F32, I32, I64, STRING, U16, U32, escaped
 
-VERSION = 1
+VERSION = 2
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS, llama-hparams.h
 MAX_NAME = 230  # bytes of a file's name, of which most systems allow 255; temporary files add some
 PREFIX = "qfilters."
@@ -77,12 +80,33 @@ class Filters:
     calibration: provenance, text or whole numbers (qfilters.calibration.*)
     quality: float32 fit figures (qfilters.quality.*): those in QUALITY [n_layer_with_filter,
         n_head_kv], others also [n_layer_with_filter] or of any size
+    moments: float16 [n_layer_with_filter, n_head, 1 + rank, head_dim], for every query head the
+        rows r with log E[exp(logit of key k)] = k.r[0] + sum_j (k.r[j])^2 over its queries; None:
+        the filters are of the first order only
     """
 
     weight: np.ndarray
     layers: list[int]
     calibration: dict[str, str | int] = field(default_factory=dict)
     quality: dict[str, np.ndarray] = field(default_factory=dict)
+    moments: np.ndarray | None = None
+
+    @property
+    def rank(self) -> int:
+        """Directions per query head in the moments, 0 without moments."""
+        return 0 if self.moments is None else self.moments.shape[2] - 1
+
+    @property
+    def version(self) -> int:
+        """Of the schema that these filters are written in."""
+        return 1 if self.moments is None else 2
+
+    def by_layer(self, rows: np.ndarray) -> dict[int, np.ndarray]:
+        """Model layer -> float32 row of `weight` or `moments`."""
+        return {
+            layer: np.ascontiguousarray(row, dtype=np.float32)
+            for layer, row in zip(self.layers, rows, strict=True)
+        }
 
 
 @dataclass(frozen=True)
@@ -182,6 +206,8 @@ def read(path) -> Filters | None:
             f"{list(shape)}; {AGAIN}"
         )
     filters = Filters(weight.reshape(shape), layers.tolist())
+    if version > 1:
+        filters.moments = _read_moments(path, header, shape)
     for key in keys:
         group, _, name = key.removeprefix(PREFIX).partition(".")
         if group == "calibration":
@@ -192,6 +218,17 @@ def read(path) -> Filters | None:
             filters.quality[name] = values.reshape(shape[:2]) if per_head else values
     _check_sound(path, filters)
     return filters
+
+
+def _read_moments(path, header, shape):
+    n_head, rank = (_typed(path, header, key, U32) for key in ("head_count", "rank"))
+    bits = _typed(path, header, "moments", (ARRAY, U16))
+    shape = (shape[0], n_head, 1 + rank, shape[2])
+    if bits.size != np.prod(shape, dtype=object):
+        raise QFilterError(
+            f"{path}: qfilters.moments has {bits.size} numbers, its shape is {list(shape)}; {AGAIN}"
+        )
+    return bits.view(np.float16).reshape(shape)
 
 
 def _typed(path, header, key, kind):
@@ -222,6 +259,8 @@ def _check_sound(where, filters):
         raise QFilterError(
             f"{where}: the filter of layer {layers[layer]}, KV head {head} is all zero; {AGAIN}"
         )
+    if filters.moments is not None:
+        _check_moments(where, np.asarray(filters.moments), weight.shape)
     for name, value in filters.calibration.items():
         kinds = PROVENANCE.get(name, (str, int))
         if not isinstance(value, kinds) or isinstance(value, bool):
@@ -232,6 +271,25 @@ def _check_sound(where, filters):
             )
     for name, values in filters.quality.items():
         _check_figures(where, name, np.asarray(values), weight.shape[:2])
+
+
+def _check_moments(where, moments, shape):
+    """QFilterError unless moments are finite and [n_layer, n_head, 1 + rank, head_dim], n_head a
+    multiple of n_head_kv and the rank at least 1. shape: of the weights."""
+    n_layer, n_head_kv, head_dim = shape
+    if moments.ndim != 4 or moments.shape[0] != n_layer or moments.shape[3] != head_dim:
+        raise QFilterError(
+            f"{where}: moments of shape {list(moments.shape)}, expected [{n_layer}, heads, "
+            f"1 + rank, {head_dim}]; {AGAIN}"
+        )
+    n_head, rank = moments.shape[1], moments.shape[2] - 1
+    if n_head == 0 or n_head % n_head_kv != 0 or rank < 1:
+        raise QFilterError(
+            f"{where}: moments of rank {rank} for {n_head} query heads and {n_head_kv} KV heads "
+            f"make no sense; {AGAIN}"
+        )
+    if not np.isfinite(moments).all():
+        raise QFilterError(f"{where}: moments contain NaN or infinite numbers; {AGAIN}")
 
 
 def _check_figures(where, name, values, shape):
@@ -271,6 +329,20 @@ def check_fits(
             f"the filters do not fit the model: {n_filter} layers (up to layer "
             f"{filters.layers[-1]}) x {heads} KV heads x {dim}, the model has {n_layer} layers x "
             f"{model_heads} KV heads x {head_dim}; {AGAIN} on this model"
+        )
+
+
+def check_fits_model(filters: Filters, shape: ModelShape) -> None:
+    """`check_fits` for a model whose header was read; its query heads count, too."""
+    check_fits(filters, n_layer=shape.n_layer, n_head_kv=shape.n_head_kv, head_dim=shape.head_dim)
+    if filters.moments is None:
+        return
+    n_head = filters.moments.shape[1]
+    heads = shape.n_head if isinstance(shape.n_head, list) else [shape.n_head] * shape.n_layer
+    if any(heads[layer] != n_head for layer in filters.layers):
+        raise QFilterError(
+            f"the filters do not fit the model: they are for {n_head} query heads, the model has "
+            f"{sorted({heads[layer] for layer in filters.layers})}; {AGAIN} on this model"
         )
 
 
@@ -345,7 +417,7 @@ def write(src, dst, filters: Filters, *, force=False, progress=None) -> list[Pat
     header = gguf_header.scan(sources[0])
     shape = _shape_of(sources[0], header)
     _check_sound(sources[0], filters)
-    check_fits(filters, n_layer=shape.n_layer, n_head_kv=shape.n_head_kv, head_dim=shape.head_dim)
+    check_fits_model(filters, shape)
 
     head = _new_header(header, _pack(filters))
     sizes = [part.stat().st_size for part in sources]
@@ -417,13 +489,20 @@ def _pack(filters):
     """The qfilters.* keys as packed GGUF key-value pairs."""
     n_layer, n_head_kv, head_dim = filters.weight.shape
     pairs = [
-        _pair("version", U32, VERSION),
+        _pair("version", U32, filters.version),
         _pair("layer_count", U32, n_layer),
         _pair("head_count_kv", U32, n_head_kv),
         _pair("head_dim", U32, head_dim),
         _pair("layers", (ARRAY, I32), np.asarray(filters.layers, "<i4")),
         _pair("weight", (ARRAY, F32), np.asarray(filters.weight, "<f4")),
     ]
+    if filters.moments is not None:
+        moments = np.ascontiguousarray(filters.moments, "<f2")
+        pairs += [
+            _pair("head_count", U32, moments.shape[1]),
+            _pair("rank", U32, filters.rank),
+            _pair("moments", (ARRAY, U16), moments.view("<u2").ravel()),
+        ]
     for name, value in filters.calibration.items():
         pairs.append(_pair(f"calibration.{name}", STRING if isinstance(value, str) else I64, value))
     for name, value in filters.quality.items():

@@ -43,6 +43,8 @@ class Params(ctypes.Structure):
         ("seed", c_uint32),
         ("n_filters", c_uint32),
         ("filters", POINTER(POINTER(c_float))),
+        ("n_rank", c_uint32),
+        ("moments", POINTER(POINTER(c_float))),
     ]
 
 
@@ -76,6 +78,7 @@ class Attn(ctypes.Structure):
         ("n_tokens", c_int32),
         ("n_head_kv", c_int32),
         ("n_kv", c_int32),
+        ("kq_scale", c_float),
     ]
 
 

@@ -91,6 +91,8 @@ def filters_identity(filters: metadata.Filters | None) -> str | None:
         return None
     digest = hashlib.sha256(json.dumps([int(layer) for layer in filters.layers]).encode())
     digest.update(np.ascontiguousarray(filters.weight, dtype="<f4").tobytes())
+    if filters.moments is not None:
+        digest.update(np.ascontiguousarray(filters.moments, dtype="<f2").tobytes())
     return digest.hexdigest()
 
 

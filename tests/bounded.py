@@ -33,6 +33,7 @@ class Bounded:
         type_k="f16",
         type_v="f16",
         weight=None,
+        moments=None,
         flags=0,
     ):
         params = llama_cpp.llama_context_default_params()
@@ -44,7 +45,12 @@ class Bounded:
         self.why_not = self.refusal(model, params)
         kind = type("Context", (BoundedContext,), {"flags": flags})
         self.context = kind(
-            model=model, params=params, verbose=False, config=config, weight=weight or {}
+            model=model,
+            params=params,
+            verbose=False,
+            config=config,
+            weight=weight or {},
+            moments=moments,
         )
         self.ctx = self.context.ctx
         self.memory = llama_cpp.llama_get_memory(self.ctx)

@@ -171,3 +171,40 @@ def test_sampled_positions_are_distinct_spread_and_the_same_for_the_same_seed():
 def test_all_positions_are_used_where_fewer_exist_than_asked_for():
     drawn = sample_positions([5, 3], 100, seed=0)
     assert [part.tolist() for part in drawn] == [[0, 1, 2, 3, 4], [0, 1, 2]]
+
+
+def test_second_order_rows_give_the_log_of_the_mean_exponential_of_gaussian_queries():
+    """Against the mean of exp(scale * q.k) over a million queries with the very covariance."""
+    random = np.random.default_rng(5)
+    n, dim, scale = 1_000_000, 6, 0.4
+    mixing = random.normal(size=(dim, dim))
+    queries = random.normal(size=(1, n, dim)) @ mixing + random.normal(size=dim)
+    moments = QueryMoments(1, n)
+    moments.add(0, queries.astype(np.float32))
+    rows = moments.second_order(dim, {0: scale})[0][0]
+    keys = random.normal(size=(20, dim)) / np.linalg.norm(mixing)
+    expected = np.log(np.exp(scale * queries[0] @ keys.T).mean(0))
+    found = keys @ rows[0] + ((keys @ rows[1:].T) ** 2).sum(-1)
+    np.testing.assert_allclose(found, expected, atol=5e-3)
+    assert np.abs((keys @ rows[1:].T) ** 2).sum(-1).max() > 0.05  # not the mean alone
+
+
+def test_second_order_rows_of_a_rank_are_the_first_of_those_of_a_higher_one():
+    moments = moments_of(some_queries())
+    scale = dict.fromkeys(range(N_LAYER), 0.25)
+    high, low = (moments.second_order(rank, scale) for rank in (HEAD_DIM, 3))
+    for layer in range(N_LAYER):
+        assert high[layer].shape == (N_HEAD, 1 + HEAD_DIM, HEAD_DIM)
+        np.testing.assert_array_equal(low[layer], high[layer][:, :4])
+        lengths = np.linalg.norm(high[layer][:, 1:], axis=-1)
+        assert (np.diff(lengths) <= 0).all()
+        queries = some_queries()[layer].astype(np.float64)
+        covariance = np.stack([np.cov(q.T, bias=True) for q in queries])
+        back = np.einsum("hri,hrj->hij", high[layer][:, 1:], high[layer][:, 1:])
+        np.testing.assert_allclose(back, 0.25**2 / 2 * covariance, atol=1e-6)
+        np.testing.assert_allclose(high[layer][:, 0], 0.25 * queries.mean(1), atol=1e-6)
+
+
+def test_a_rank_beyond_head_dim_gives_all_directions():
+    rows = moments_of(some_queries()).second_order(1000, dict.fromkeys(range(N_LAYER), 1.0))
+    assert rows[0].shape == (N_HEAD, 1 + HEAD_DIM, HEAD_DIM)

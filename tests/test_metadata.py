@@ -248,7 +248,7 @@ def weights_with(value):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (filter_keys(version=("uint32", 2)), "version 2.*upgrade"),
+        (filter_keys(version=("uint32", 3)), "version 3.*upgrade"),
         (filter_keys(leave_out=["weight"]), "weight is missing"),
         (filter_keys(leave_out=["version"]), "version is missing"),
         (filter_keys(version=("string", "1")), "version has the wrong type"),
@@ -290,6 +290,63 @@ def test_every_truncation_of_a_file_is_refused_and_nothing_else_is_raised(tmp_pa
             metadata.read(path)
     path.write_bytes(data[:end])
     assert metadata.read(path) is not None
+
+
+N_HEAD, RANK = 4, 2
+
+
+def moments_like(value=0.5, n_head=N_HEAD, rank=RANK):
+    return np.full((N_LAYER, n_head, 1 + rank, HEAD_DIM), value, np.float16)
+
+
+def test_second_order_filters_come_back_bit_by_bit_as_version_2(model, tmp_path):
+    filters = some_filters()
+    filters.moments = np.random.default_rng(3).normal(size=moments_like().shape).astype(np.float16)
+    metadata.write(model, tmp_path / "dst.gguf", filters)
+    fields = gguf.GGUFReader(tmp_path / "dst.gguf").fields
+    assert fields["qfilters.version"].contents() == 2
+    assert fields["qfilters.moments"].types == [
+        gguf.GGUFValueType.ARRAY,
+        gguf.GGUFValueType.UINT16,
+    ]
+    back = metadata.read(tmp_path / "dst.gguf")
+    np.testing.assert_array_equal(back.moments.view(np.uint16), filters.moments.view(np.uint16))
+    assert (back.version, back.rank) == (2, RANK)
+    assert (some_filters().version, some_filters().rank) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("moments", "message"),
+    [
+        (moments_like(np.nan), "moments contain NaN"),
+        (moments_like(n_head=3), "rank 2 for 3 query heads and 2 KV heads"),
+        (moments_like(n_head=2), r"for 2 query heads, the model has \[4\]"),
+        (moments_like(rank=0), "moments of rank 0"),
+        (moments_like()[:2], r"moments of shape \[2, 4, 3, 8\]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_unusable_moments_are_not_written(model, tmp_path, moments, message):
+    filters = some_filters()
+    filters.moments = moments
+    with pytest.raises(QFilterError, match=message):
+        metadata.write(model, tmp_path / "dst.gguf", filters)
+    assert not (tmp_path / "dst.gguf").exists()
+
+
+@pytest.mark.parametrize("change", [{"rank": ("uint32", 3)}, {"head_count": ("uint32", 5)}])
+def test_moments_of_another_size_than_they_say_are_refused(model, tmp_path, change):
+    filters = some_filters()
+    filters.moments = moments_like()
+    metadata.write(model, tmp_path / "dst.gguf", filters)
+    data = (tmp_path / "dst.gguf").read_bytes()
+    (key, (_, value)), old = next(iter(change.items())), {"rank": RANK, "head_count": N_HEAD}
+    name = b"qfilters." + key.encode() + struct.pack("<I", 4)
+    damaged = data.replace(name + struct.pack("<I", old[key]), name + struct.pack("<I", value))
+    assert damaged != data
+    (tmp_path / "dst.gguf").write_bytes(damaged)
+    with pytest.raises(QFilterError, match="its shape is"):
+        metadata.read(tmp_path / "dst.gguf")
 
 
 def test_damaged_headers_never_end_in_a_traceback(tmp_path):

@@ -6,6 +6,7 @@ import math
 import gguf
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from reference.cache import POLICIES, BoundedCache, Eviction, Head, select, store_q8_0
 from reference.compare import agreement, disagreements, logits_difference
@@ -61,9 +62,10 @@ def bounded_runs(model, tokens):
     """policy -> (run, cache), evictions at every few chunks of 400 tokens."""
     s = model.shape
     filters = random_filters(s.n_layer, s.n_head_kv, s.head_dim)
+    moments = tiny_models.some_moments(s.n_layer, s.n_head, s.head_dim)
     runs = {}
     for policy in POLICIES:
-        cache = RecordingCache(**BOUND, policy=policy, filters=filters)
+        cache = RecordingCache(**BOUND, policy=policy, filters=filters, moments=moments)
         runs[policy] = run(model, tokens, split(len(tokens), SIZES), cache), cache
     return runs
 
@@ -172,11 +174,29 @@ def test_a_run_keeps_sinks_window_and_the_best_of_the_rest(model, bounded_runs, 
                 mean = torch.nn.functional.normalize(held, dim=-1).mean(0)
                 alike = torch.nn.functional.cosine_similarity(keys, mean[None], dim=-1)
                 assert alike[inside].max() < alike[~inside].min() + 1e-5
+            elif policy == "qfilters2":
+                worth = expected_weight(cache, layer, head, before)[inside_of(before, middle)]
+                assert worth[inside].min() > worth[~inside].max() * (1 - 1e-4)
             elif policy == "random":
                 worth = np.array([random_score(0, layer, head, int(p)) for p in middle])
                 assert worth[inside].min() > worth[~inside].max()
             else:
                 assert middle[inside].min() > middle[~inside].max()
+
+
+def inside_of(positions, some):
+    return np.isin(positions, some)
+
+
+def expected_weight(cache, layer, head, positions):
+    """[n]: what softmax gives each key on average over the heads of the group, times |v|, in
+    torch."""
+    k, v = (rows[head][positions].double() for rows in cache.written[layer])
+    moments = torch.from_numpy(cache.moments[layer]).double()
+    n_rep = len(moments) // len(cache.k[layer])
+    products = torch.einsum("nd,hrd->hrn", k, moments[head * n_rep : (head + 1) * n_rep])
+    logits = products[:, 0] + products[:, 1:].square().sum(1)
+    return (logits.softmax(-1).mean(0) * v.norm(dim=-1)).numpy()
 
 
 def random_score(*words):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import numpy as np
 from qfllama.convert import export
 
 VOCAB = 384
@@ -257,3 +258,10 @@ from conversion.gemma import Gemma3Model, Gemma4Model
 TextModel._set_vocab_gpt2 = TextModel._set_vocab_sentencepiece
 Gemma4Model.set_vocab = Gemma3Model.set_vocab
 """
+
+
+def some_moments(n_layer, n_head, head_dim, rank=5, seed=4):
+    """Second-order filters for tests, float32 [n_layer, n_head, 1 + rank, head_dim]. Products with
+    keys of length around sqrt(head_dim) are around 1, so that no weight of a softmax is all."""
+    rows = np.random.default_rng(seed).normal(size=(n_layer, n_head, 1 + rank, head_dim))
+    return (rows / head_dim**0.5).astype(np.float32)

@@ -21,6 +21,7 @@ enum llama_qfilter_policy {
     LLAMA_QFILTER_POLICY_STREAMING = 2, // all equal: sinks and the newest stay
     LLAMA_QFILTER_POLICY_KEYDIFF   = 3, // minus the cosine of the key with the mean of its head's normalized keys
     LLAMA_QFILTER_POLICY_RANDOM    = 4, // a hash of seed, layer, head and position
+    LLAMA_QFILTER_POLICY_QFILTERS2 = 5, // the weight that attention is expected to give the key, times the length of its value
 };
 
 struct llama_qfilter_params {
@@ -38,6 +39,11 @@ struct llama_qfilter_params {
     // (after RoPE); NULL for layers without a filter. needed by LLAMA_QFILTER_POLICY_QFILTERS only, copied on init
     uint32_t              n_filters;
     const float * const * filters;
+
+    // the same for LLAMA_QFILTER_POLICY_QFILTERS2: [n_head][1 + n_rank][head_dim], for each query head the rows r with
+    // log E[exp(logit of k)] = <k, r[0]> + sum_j <k, r[j]>^2
+    uint32_t              n_rank;
+    const float * const * moments;
 };
 
 enum llama_qfilter_flag {
@@ -45,7 +51,7 @@ enum llama_qfilter_flag {
 };
 
 // for llama_state_seq_set_data_ext(), beside LLAMA_STATE_SEQ_FLAGS_*: the state may come from a context with another
-// n_cells, n_keep and n_window, if its cells fit; policy, filters and n_sink have to be the same
+// n_cells, n_keep and n_window, if its cells fit; policy, filters and n_sink have to be the same if it was ever evicted
 #define LLAMA_QFILTER_STATE_SEQ_FLAGS_RESIZE (1 << 16)
 
 struct llama_qfilter_stats {
@@ -124,6 +130,7 @@ struct llama_qfilter_attn {
     int32_t n_tokens;  // queries, in the order of the batch
     int32_t n_head_kv;
     int32_t n_kv;      // cells, of which the last may be empty
+    float   kq_scale;  // of <q, k> before the softmax
 };
 
 // false: not the attention of a single sequence over a KV cache

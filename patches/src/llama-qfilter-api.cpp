@@ -87,6 +87,8 @@ llama_qfilter_params llama_qfilter_default_params() {
         /*.seed        =*/ 0,
         /*.n_filters   =*/ 0,
         /*.filters     =*/ nullptr,
+        /*.n_rank      =*/ 0,
+        /*.moments     =*/ nullptr,
     };
 }
 

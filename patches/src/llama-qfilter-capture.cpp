@@ -45,6 +45,8 @@ bool llama_qfilter_attn_of(const ggml_tensor * t, llama_qfilter_attn * attn) {
     attn->n_head_kv = k->ne[2];
     attn->n_kv      = k->ne[1];
 
+    memcpy(&attn->kq_scale, t->op_params, sizeof(float));
+
     return true;
 }
 

@@ -17,12 +17,60 @@ static ggml_tensor * llama_qfilter_dot(ggml_context * ctx, ggml_tensor * k, ggml
 }
 
 // the paper's score (arXiv 2503.02812, section 3): <k, v1>, averaged over the query heads of a group
-static ggml_tensor * llama_qfilter_score_qfilters(ggml_context * ctx, ggml_tensor * k, ggml_tensor * f) {
-    return llama_qfilter_dot(ctx, k, f);
+static ggml_tensor * llama_qfilter_score_qfilters(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
+    GGML_UNUSED(v);
+
+    return llama_qfilter_dot(ctx, k, ggml_reshape_2d(ctx, f, f->ne[0], f->ne[3]));
+}
+
+// |v|
+//   v: [n_embd_head, n_head, n_rows], returns [n_rows, n_head]
+static ggml_tensor * llama_qfilter_norm(ggml_context * ctx, ggml_tensor * v) {
+    ggml_tensor * cur = ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, v))); // [1, n_head, n_rows]
+
+    cur = ggml_reshape_2d(ctx, cur, v->ne[1], v->ne[2]);
+
+    return ggml_cont(ctx, ggml_transpose(ctx, cur));
+}
+
+// second order: log E[exp(<q, k>)] for normally distributed q, for each query head; its softmax over the rows, mean over the
+// query heads of a group, times |v|: what the row is expected to add to the output
+//   f: per KV head, first the n_rep rows that are multiplied with k, then n_rank rows for each of the query heads, whose
+//      products are squared: not in the order of its dimensions, which only tell the numbers
+static ggml_tensor * llama_qfilter_score_qfilters2(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
+    const int64_t n_embd = f->ne[0];
+    const int64_t n_rep  = f->ne[1];
+    const int64_t n_rank = f->ne[2] - 1;
+    const int64_t n_head = f->ne[3];
+    const int64_t n_rows = k->ne[2];
+
+    // [n_embd, n_rows, n_head]
+    k = n_head == 1 ? ggml_reshape_3d(ctx, k, n_embd, n_rows, 1) : ggml_cont(ctx, ggml_permute(ctx, k, 0, 2, 1, 3));
+
+    ggml_tensor * f1 = ggml_view_3d(ctx, f, n_embd, n_rep, n_head, f->nb[1], f->nb[3], 0);
+    ggml_tensor * f2 = ggml_view_3d(ctx, f, n_embd, n_rank*n_rep, n_head, f->nb[1], f->nb[3], n_rep*f->nb[1]);
+
+    ggml_tensor * s1 = ggml_mul_mat(ctx, f1, k); // [n_rep, n_rows, n_head]
+    ggml_tensor * s2 = ggml_mul_mat(ctx, f2, k); // [n_rank*n_rep, n_rows, n_head]
+    ggml_prec_set_acc(s1, GGML_PREC_F32);
+    ggml_prec_set_acc(s2, GGML_PREC_F32);
+
+    s2 = ggml_reshape_4d(ctx, ggml_sqr(ctx, s2), n_rank, n_rep, n_rows, n_head);
+    s2 = ggml_reshape_3d(ctx, ggml_sum_rows(ctx, s2), n_rep, n_rows, n_head);
+
+    ggml_tensor * cur = ggml_add(ctx, s1, s2);
+
+    cur = ggml_cont(ctx, ggml_permute(ctx, cur, 1, 0, 2, 3));                    // [n_rows, n_rep, n_head]
+    cur = ggml_soft_max(ctx, cur);
+    cur = ggml_cont(ctx, ggml_permute(ctx, cur, 1, 0, 2, 3));                    // [n_rep, n_rows, n_head]
+    cur = ggml_reshape_2d(ctx, ggml_sum_rows(ctx, cur), n_rows, n_head);         // as good as the mean
+
+    return ggml_mul(ctx, cur, llama_qfilter_norm(ctx, v));
 }
 
 // keys with a small norm attract attention (arXiv 2406.11430): -|k|^2
-static ggml_tensor * llama_qfilter_score_knorm(ggml_context * ctx, ggml_tensor * k, ggml_tensor * f) {
+static ggml_tensor * llama_qfilter_score_knorm(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
+    GGML_UNUSED(v);
     GGML_UNUSED(f);
 
     const int64_t n_head = k->ne[1];
@@ -38,7 +86,8 @@ static ggml_tensor * llama_qfilter_score_knorm(ggml_context * ctx, ggml_tensor *
 
 // keys unlike the others stay (arXiv 2504.15364, section 3): minus the cosine of the key with the mean of the head's
 // normalized keys
-static ggml_tensor * llama_qfilter_score_keydiff(ggml_context * ctx, ggml_tensor * k, ggml_tensor * f) {
+static ggml_tensor * llama_qfilter_score_keydiff(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
+    GGML_UNUSED(v);
     GGML_UNUSED(f);
 
     const float eps = 1e-12f;
@@ -80,11 +129,12 @@ static float llama_qfilter_score_random(uint32_t seed, uint32_t il, uint32_t ih,
 }
 
 static const llama_qfilter_policy_info LLAMA_QFILTER_POLICIES[] = {
-    { LLAMA_QFILTER_POLICY_QFILTERS,  "qfilters",  true,  llama_qfilter_score_qfilters, nullptr                       },
-    { LLAMA_QFILTER_POLICY_KNORM,     "knorm",     false, llama_qfilter_score_knorm,    nullptr                       },
-    { LLAMA_QFILTER_POLICY_STREAMING, "streaming", false, nullptr,                      llama_qfilter_score_streaming },
-    { LLAMA_QFILTER_POLICY_KEYDIFF,   "keydiff",   false, llama_qfilter_score_keydiff,  nullptr                       },
-    { LLAMA_QFILTER_POLICY_RANDOM,    "random",    false, nullptr,                      llama_qfilter_score_random    },
+    { LLAMA_QFILTER_POLICY_QFILTERS,  "qfilters",  LLAMA_QFILTER_NEEDS_FILTERS, llama_qfilter_score_qfilters,  nullptr                       },
+    { LLAMA_QFILTER_POLICY_KNORM,     "knorm",     LLAMA_QFILTER_NEEDS_NOTHING, llama_qfilter_score_knorm,     nullptr                       },
+    { LLAMA_QFILTER_POLICY_STREAMING, "streaming", LLAMA_QFILTER_NEEDS_NOTHING, nullptr,                       llama_qfilter_score_streaming },
+    { LLAMA_QFILTER_POLICY_KEYDIFF,   "keydiff",   LLAMA_QFILTER_NEEDS_NOTHING, llama_qfilter_score_keydiff,   nullptr                       },
+    { LLAMA_QFILTER_POLICY_RANDOM,    "random",    LLAMA_QFILTER_NEEDS_NOTHING, nullptr,                       llama_qfilter_score_random    },
+    { LLAMA_QFILTER_POLICY_QFILTERS2, "qfilters2", LLAMA_QFILTER_NEEDS_MOMENTS, llama_qfilter_score_qfilters2, nullptr                       },
 };
 
 const llama_qfilter_policy_info & llama_qfilter_policy_get(int32_t policy) {

@@ -29,7 +29,7 @@ static const size_t LLAMA_QFILTER_MAX_COPIES = 3;
 static const uint32_t LLAMA_QFILTER_MAX_LAYERS = 8;
 
 // graph nodes and leaves per group of heads, at most
-static const size_t LLAMA_QFILTER_MAX_TENSORS = 24;
+static const size_t LLAMA_QFILTER_MAX_TENSORS = 40;
 
 //
 // llama_qfilter
@@ -122,7 +122,7 @@ llama_qfilter::llama_qfilter(llama_memory_i & mem, const llama_cparams & cparams
     recr(llama_qfilter_recr_of(&mem)),
     n_ctx_seq(cparams.n_ctx_seq),
     n_cells(std::min(params.n_cells, cparams.n_ctx_seq)), n_keep(params.n_keep), n_sink(params.n_sink), n_window(params.n_window),
-    flags(params.flags), seed(params.seed), policy(llama_qfilter_policy_get(params.policy)) {
+    flags(params.flags), seed(params.seed), policy(llama_qfilter_policy_get(params.policy)), n_rank(params.n_rank) {
 
     if (kv.v_trans) {
         throw std::runtime_error("qfilter: Flash Attention is off for this model: the V cache is stored transposed");
@@ -158,6 +158,20 @@ uint32_t llama_qfilter::head_dim(const ggml_tensor * t, int32_t ikv) const {
     return t->ne[0]/n_head_kv(ikv);
 }
 
+// query heads of a KV head
+uint32_t llama_qfilter::n_rep(int32_t ikv) const {
+    return kv.hparams.n_head(kv.layers[ikv].il)/n_head_kv(ikv);
+}
+
+uint32_t llama_qfilter::n_filter_rows(int32_t ikv) const {
+    switch (policy.needs) {
+        case LLAMA_QFILTER_NEEDS_NOTHING: return 0;
+        case LLAMA_QFILTER_NEEDS_FILTERS: return 1;
+        case LLAMA_QFILTER_NEEDS_MOMENTS: return n_rep(ikv)*(1 + n_rank);
+    }
+    GGML_ABORT("fatal error");
+}
+
 uint32_t llama_qfilter::n_keep_min() const {
     return n_sink + std::max(1u, n_window); // the newest position has to stay: batches go on from it
 }
@@ -177,7 +191,7 @@ uint32_t llama_qfilter::n_head_group(const worker & w, int32_t ikv) const {
 
     // an eviction shall not need more memory than K and V of two layers
     const size_t n_bytes      = 2*(layer.k->nb[1] + layer.v->nb[1]);
-    const size_t n_bytes_copy = LLAMA_QFILTER_MAX_COPIES*layer.k->ne[0]*sizeof(float);
+    const size_t n_bytes_copy = (LLAMA_QFILTER_MAX_COPIES*layer.k->ne[0] + n_head*n_filter_rows(ikv))*sizeof(float);
 
     return std::max<size_t>(1, std::min<size_t>(n_head, n_head*n_bytes/n_bytes_copy));
 }
@@ -204,8 +218,15 @@ void llama_qfilter::load_filters(const llama_qfilter_params & params) {
     if (policy.score_pos) {
         filters_hash = llama_qfilter_hash(filters_hash, &seed, sizeof(seed));
     }
-    if (!policy.needs_filters) {
+    if (policy.needs == LLAMA_QFILTER_NEEDS_NOTHING) {
         return;
+    }
+
+    const bool is_moments = policy.needs == LLAMA_QFILTER_NEEDS_MOMENTS;
+    const auto * srcs     = is_moments ? params.moments : params.filters;
+
+    if (is_moments && n_rank == 0) {
+        throw std::runtime_error(format("qfilter: policy %s needs moments of rank 1 at least", policy.name));
     }
 
     // llama.cpp rotates the keys of a quantized cache in blocks of n_rot, see llama_kv_cache::build_input_k_rot()
@@ -219,13 +240,15 @@ void llama_qfilter::load_filters(const llama_qfilter_params & params) {
 
     for (size_t ikv = 0; ikv < kv.layers.size(); ++ikv) {
         const uint32_t il = kv.layers[ikv].il;
-        const size_t   n  = kv.layers[ikv].k->ne[0];
 
-        if (n == 0) {
+        if (n_head_kv(ikv) == 0) {
             continue; // no attention in this layer
         }
 
-        const float * src = params.filters && il < params.n_filters ? params.filters[il] : nullptr;
+        const size_t n_embd_head = head_dim(kv.layers[ikv].k, ikv);
+        const size_t n           = n_head_kv(ikv)*n_filter_rows(ikv)*n_embd_head;
+
+        const float * src = srcs && il < params.n_filters ? srcs[il] : nullptr;
         if (!src) {
             throw std::runtime_error(format("qfilter: layer %u has no filter", il));
         }
@@ -243,15 +266,29 @@ void llama_qfilter::load_filters(const llama_qfilter_params & params) {
         auto & dst = filters[ikv];
         dst.assign(src, src + n);
 
+        if (is_moments) {
+            // the first rows of the query heads of a KV head together, see llama_qfilter_score_qfilters2()
+            for (size_t i = 0; i < n/n_embd_head; ++i) {
+                const size_t n_group = n_filter_rows(ikv);
+                const size_t ir = i % n_group/(1 + n_rank);
+                const size_t ij = i % (1 + n_rank);
+                const size_t to = ij == 0 ? ir : n_rep(ikv) + ir*n_rank + ij - 1;
+
+                memcpy(&dst[(i/n_group*n_group + to)*n_embd_head], src + i*n_embd_head, n_embd_head*sizeof(float));
+            }
+        }
+
         if (n_rot > 0) {
             const auto & rot = kv.attn_rot_hadamard.at(n_rot);
+
+            const std::vector<float> plain = dst;
 
             for (size_t i = 0; i < n; ++i) {
                 const size_t i0 = i/n_rot*n_rot;
 
                 float cur = 0.0f;
                 for (size_t j = 0; j < n_rot; ++j) {
-                    cur += rot[(i - i0)*n_rot + j]*src[i0 + j];
+                    cur += rot[(i - i0)*n_rot + j]*plain[i0 + j];
                 }
                 dst[i] = cur;
             }
@@ -367,11 +404,14 @@ static const ggml_tensor * llama_qfilter_unsupported_op(ggml_backend_t backend, 
 }
 
 void llama_qfilter::init_worker(worker & w) {
-    if (policy.needs_filters) {
+    if (policy.needs != LLAMA_QFILTER_NEEDS_NOTHING) {
         ggml_context_ptr ctx(ggml_init({ w.ikvs.size()*ggml_tensor_overhead(), nullptr, true }));
 
         for (const int32_t ikv : w.ikvs) {
-            filters_dev[ikv] = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, head_dim(kv.layers[ikv].k, ikv), n_head_kv(ikv));
+            const int64_t n_embd_head = head_dim(kv.layers[ikv].k, ikv);
+            const int64_t n_rep       = policy.needs == LLAMA_QFILTER_NEEDS_MOMENTS ? this->n_rep(ikv) : 1;
+
+            filters_dev[ikv] = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F32, n_embd_head, n_rep, n_filter_rows(ikv)/n_rep, n_head_kv(ikv));
         }
 
         auto * buft = ggml_backend_buffer_get_type(kv.layers[w.ikvs[0]].k->buffer);
@@ -659,12 +699,9 @@ void llama_qfilter::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_
     // a sequence is the same in a cache of another size, but n_sink: the table of true positions starts after the sinks
     const bool resize = seq_id != -1 && (flags & LLAMA_QFILTER_STATE_SEQ_FLAGS_RESIZE);
 
-    if (head[4] != n_sink || (!resize && (head[2] != n_cells || head[3] != n_keep || head[5] != n_window))) {
-        throw std::runtime_error(format("the state was saved with n_cells = %u, n_keep = %u, n_sink = %u, n_window = %u; this context has %u, %u, %u, %u",
-                    head[2], head[3], head[4], head[5], n_cells, n_keep, n_sink, n_window));
-    }
-    if (head[6] != (uint32_t) policy.policy || hash != filters_hash) {
-        throw std::runtime_error("the state was saved with another policy or other filters");
+    if (!resize && (head[2] != n_cells || head[3] != n_keep || head[5] != n_window)) {
+        throw std::runtime_error(format("the state was saved with n_cells = %u, n_keep = %u, n_window = %u; this context has %u, %u, %u",
+                    head[2], head[3], head[5], n_cells, n_keep, n_window));
     }
     if (head[7] != n_head_all || ns != (seq_id < 0 ? streams.size() : 1)) {
         throw std::runtime_error("the state was saved by another model or for another number of sequences");
@@ -689,6 +726,17 @@ void llama_qfilter::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_
         st.pos.resize((size_t) n_head_all*st.n);
         if (!st.pos.empty()) {
             io.read(st.pos.data(), st.pos.size()*sizeof(llama_pos));
+        }
+
+        // a sequence that lost nothing is the same whatever would have decided
+        if (resize && st.p1 == 0) {
+            continue;
+        }
+        if (head[4] != n_sink) {
+            throw std::runtime_error(format("the state was saved with n_sink = %u; this context has %u", head[4], n_sink));
+        }
+        if (head[6] != (uint32_t) policy.policy || hash != filters_hash) {
+            throw std::runtime_error("the state was saved with another policy or other filters");
         }
     }
 
@@ -744,23 +792,28 @@ ggml_cgraph * llama_qfilter::build_score_graph(
     for (size_t i = i0; i < std::min(i0 + w.n_layers, w.ikvs.size()); ++i) {
         const int32_t ikv = w.ikvs[i];
 
-        ggml_tensor * k = kv.layers[ikv].k_stream[is];
         ggml_tensor * f = filters_dev[ikv];
 
-        const int64_t n_embd_head = head_dim(k, ikv);
-        const int64_t n_head      = n_head_kv(ikv);
-        const int64_t n_group     = n_head_group(w, ikv);
+        const int64_t n_head  = n_head_kv(ikv);
+        const int64_t n_group = n_head_group(w, ikv);
 
         for (int64_t ih = 0; ih < n_head; ih += n_group) {
             const int64_t n = std::min(n_group, n_head - ih);
 
-            ggml_tensor * kg = ggml_view_2d(ctx, k, n*n_embd_head, k->ne[1], k->nb[1], ggml_row_size(k->type, ih*n_embd_head));
-            ggml_tensor * fg = f ? ggml_view_2d(ctx, f, n_embd_head, n, f->nb[1], ih*f->nb[1]) : nullptr;
-
             // always to F32: a product of two types would round the filters to the type of the cache
-            kg = ggml_reshape_3d(ctx, ggml_get_rows(ctx, kg, *idx), n_embd_head, n, n_rows);
+            const auto rows = [&](ggml_tensor * t) {
+                const int64_t n_embd_head = head_dim(t, ikv);
 
-            ggml_tensor * cur = policy.score(ctx, kg, fg);
+                t = ggml_view_2d(ctx, t, n*n_embd_head, t->ne[1], t->nb[1], ggml_row_size(t->type, ih*n_embd_head));
+
+                return ggml_reshape_3d(ctx, ggml_get_rows(ctx, t, *idx), n_embd_head, n, n_rows);
+            };
+
+            ggml_tensor * kg = rows(kv.layers[ikv].k_stream[is]);
+            ggml_tensor * vg = rows(kv.layers[ikv].v_stream[is]);
+            ggml_tensor * fg = f ? ggml_view_4d(ctx, f, f->ne[0], f->ne[1], f->ne[2], n, f->nb[1], f->nb[2], f->nb[3], ih*f->nb[3]) : nullptr;
+
+            ggml_tensor * cur = policy.score(ctx, kg, vg, fg);
 
             ggml_set_output(cur);
             ggml_build_forward_expand(gf, cur);

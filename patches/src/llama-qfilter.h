@@ -145,7 +145,9 @@ private:
 
     llama_context * lctx = nullptr;
 
-    std::vector<std::vector<float>> filters; // [n_layer_kv][n_head_kv*head_dim], rotated as the cached K
+    const uint32_t n_rank; // of moments
+
+    std::vector<std::vector<float>> filters; // [n_layer_kv][n_filter_rows*head_dim], rotated as the cached K
     uint64_t filters_hash = 0;               // of the filters as given, or of what else the scores depend on
 
     std::vector<ggml_tensor *> filters_dev;  // [n_layer_kv] on the layer's device
@@ -168,6 +170,8 @@ private:
     llama_qfilter_stats stats = {};
 
     uint32_t n_head_kv(int32_t ikv) const;
+    uint32_t n_rep(int32_t ikv) const;
+    uint32_t n_filter_rows(int32_t ikv) const; // of a KV head
     uint32_t n_head_group(const worker & w, int32_t ikv) const;
     uint32_t head_dim(const ggml_tensor * t, int32_t ikv) const;
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import contextmanager
 
 import click
 
 from .. import report
+from ..config import QFilterError
 from ..gguf_header import escaped
 
 
@@ -63,6 +65,14 @@ from ..gguf_header import escaped
     help="Queries per head, drawn from all sequences.",
 )
 @click.option(
+    "--rank",
+    default=16,
+    show_default=True,
+    type=click.IntRange(0, 256),
+    help="Principal directions per query head for the policy qfilters2; 0: filters of the first "
+    "order only.",
+)
+@click.option(
     "--text",
     "text_files",
     multiple=True,
@@ -114,27 +124,52 @@ def command(src, output, filters, quantize, outtype, force, **calibration):
         raise click.UsageError("--text and --dataset exclude each other; give one of them")
     if filters is not None:
         _refuse_calibration(calibration)
-    for name in ("SIGTERM", "SIGHUP"):  # leave nothing behind; Windows has no SIGHUP
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
     bars = sys.stderr.isatty()
     if not bars:
         os.environ.setdefault("TQDM_DISABLE", "1")
     from qfllama.convert import pipeline
 
-    summary = pipeline.convert(
-        src,
-        output,
-        pipeline.Calibration(**calibration),
-        filters=filters,
-        quantize=quantize,
-        outtype=outtype,
-        force=force,
-        note=lambda line: click.echo(line, err=True),
-        bars=bars,
-    )
+    if output.endswith(("/", os.sep)):  # a path object does without
+        raise QFilterError(f"{output} is the name of a folder; give an output file")
+    with _stopped_once():
+        summary = pipeline.convert(
+            src,
+            output,
+            pipeline.Calibration(**calibration),
+            filters=filters,
+            quantize=quantize,
+            outtype=outtype,
+            force=force,
+            note=lambda line: click.echo(line, err=True),
+            bars=bars,
+        )
     _print(summary)
+
+
+@contextmanager
+def _stopped_once():
+    """Within the block the first signal to stop ends it, and those that follow are ignored until
+    the process has ended: whoever presses Ctrl-C twice is not to interrupt the cleaning up, too."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: at for number, at in before.items() if at != signal.SIG_IGN}  # nohup
+
+    def stop(number, _):
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) == stop:
+                signal.signal(number, handler)
 
 
 def _refuse_calibration(calibration):

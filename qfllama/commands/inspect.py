@@ -64,6 +64,10 @@ def _lines(files, shape, filters, heads):
         return
     n_layer, n_head_kv, head_dim = filters.weight.shape
     yield f"filters: {n_layer} layers x {n_head_kv} KV heads x {head_dim}"
+    if filters.moments is not None:
+        n_head, rank = filters.moments.shape[1], filters.rank
+        size = filters.moments.nbytes / 2**20
+        yield f"second order: rank {rank} for {n_head} query heads, {size:.1f} MiB"
     for name, value in filters.calibration.items():
         yield f"  {escaped(name.replace('_', ' '), 40):14} {escaped(value)}"
     yield from report.other_figures(filters)
@@ -88,8 +92,9 @@ def _facts(files, shape, filters):
     fit = report.fit(filters)
     return facts | {
         "filters": {
-            "version": metadata.VERSION,
+            "version": filters.version,
             "shape": list(filters.weight.shape),
+            "rank": filters.rank,
             "layers": filters.layers,
             "calibration": filters.calibration,
             "quality": filters.quality,

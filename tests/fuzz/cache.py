@@ -15,6 +15,9 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
+N_REP = 2
+"""Query heads of a KV head."""
+
 
 class Mismatch(AssertionError):
     """Engine and model differ."""
@@ -200,6 +203,7 @@ class Scores:
     def __call__(self, layer, head, rows):
         positions = np.array([row.position for row in rows])
         keys = decode([row.k for row in rows], self.settings.type_k)
+        self.values = decode([row.v for row in rows], self.settings.type_v)
         return self.method(layer, head, positions, keys)
 
     def qfilters(self, layer, head, positions, keys):
@@ -212,6 +216,26 @@ class Scores:
         # sums of n products in float32; a rotated filter was rounded before
         error = n * 2**-23 * sizes + n * 2**-24 * np.abs(keys).sum(-1) * np.abs(weight).max()
         return keys @ weight, error
+
+    def qfilters2(self, layer, head, positions, keys):
+        rows = moments(self.cache.weight)[layer].astype(np.float64)
+        n, type_k = keys.shape[1], self.settings.type_k
+        if type_k not in ("f32", "f16", "bf16") and n % 64 == 0:
+            rows = np.apply_along_axis(rotate, -1, rows)
+        score, error = np.zeros(len(keys)), np.zeros(len(keys))
+        for mean, *directions in rows[head * N_REP : (head + 1) * N_REP]:
+            products = np.stack([keys @ direction for direction in directions])
+            sizes = np.stack([np.abs(keys) @ np.abs(direction) for direction in directions])
+            logits = keys @ mean + (products**2).sum(0)
+            # of sums of n products in float32, and of squares of such
+            rounding = np.abs(keys) @ np.abs(mean) + 2 * (np.abs(products) * sizes).sum(0)
+            rounding = n * 2**-22 * (rounding + np.abs(logits))
+            weights = np.exp(logits - logits.max())
+            weights /= weights.sum()
+            score += weights
+            error += weights * 2 * (rounding + rounding.max() + 2**-18)
+        lengths = np.linalg.norm(self.values, axis=-1)
+        return score * lengths, error * lengths
 
     def knorm(self, layer, head, positions, keys):
         squares = (keys**2).sum(-1)
@@ -230,6 +254,16 @@ class Scores:
     def random(self, layer, head, positions, keys):
         scores = [splitmix(self.settings.seed, layer, head, int(p)) for p in positions]
         return np.array(scores), np.zeros(len(positions))
+
+
+def moments(weight: np.ndarray) -> np.ndarray:
+    """Second-order filters of rank 2 out of first-order ones [n_layer, n_head_kv, head_dim]: float32
+    [n_layer, n_head_kv * N_REP, 3, head_dim], all rows different."""
+    rows = [
+        np.stack([np.roll(weight[:, i // N_REP], 3 * i + j, axis=-1) for j in range(3)], axis=1)
+        for i in range(weight.shape[1] * N_REP)
+    ]
+    return np.ascontiguousarray(np.stack(rows, axis=1))
 
 
 def splitmix(*values: int) -> float:

@@ -10,7 +10,7 @@ import llama_cpp._internals as internals
 import numpy as np
 from llama_cpp._logger import set_verbose
 
-from fuzz.cache import Row, Settings
+from fuzz.cache import N_REP, Row, Settings, moments
 from qfllama import native
 from qfllama.config import POLICIES
 from qfllama.llama import STATE_RESIZE, cache_type
@@ -28,7 +28,13 @@ def write_models(folder: Path) -> dict[int, Path]:
         import tiny_models
 
         for head_dim, path in paths.items():
-            tiny_models.write_llama(path.with_suffix(""), n_layer=N_LAYER, head_dim=head_dim)
+            tiny_models.write_llama(
+                path.with_suffix(""),
+                n_layer=N_LAYER,
+                n_head=N_HEAD_KV * N_REP,
+                n_head_kv=N_HEAD_KV,
+                head_dim=head_dim,
+            )
         tiny_models.convert([path.with_suffix("") for path in paths.values()])
     return paths
 
@@ -185,6 +191,10 @@ def init(model: internals.LlamaModel, settings: Settings, weight: np.ndarray):
         setattr(params, name, getattr(settings, name))
     params.policy = POLICIES.index(settings.policy)
     float_p = ctypes.POINTER(ctypes.c_float)
-    pointers = (float_p * N_LAYER)(*(layer.ctypes.data_as(float_p) for layer in weight))
-    params.n_filters, params.filters = N_LAYER, pointers
+    second = moments(weight)
+    params.n_filters, params.n_rank = N_LAYER, second.shape[2] - 1
+    params.filters, params.moments = (
+        (float_p * N_LAYER)(*(layer.ctypes.data_as(float_p) for layer in rows))
+        for rows in (weight, second)
+    )
     return native.init_from_model(model.model, cparams, ctypes.byref(params))

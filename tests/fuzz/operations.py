@@ -267,7 +267,10 @@ class World:
         names = ["n_sink", "policy", "type_k", "type_v", "n_seq"]
         if not resize:
             names += ["bound", "n_keep", "n_window"]
-        names += {"qfilters": ["filters"], "random": ["seed"]}.get(ours.policy, [])
+        calibrated = {"qfilters": ["filters"], "qfilters2": ["filters"], "random": ["seed"]}
+        names += calibrated.get(ours.policy, [])
+        if resize and not any(sequence.compacted for sequence in saved.sequences):
+            names = ["type_k", "type_v", "n_seq"]  # what would have decided doesn't matter
         same = all(getattr(theirs, name) == getattr(ours, name) for name in names)
         if not any(sequence.cells for sequence in saved.sequences):  # then no rows have a type
             names = [name for name in names if not name.startswith("type")]

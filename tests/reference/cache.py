@@ -16,7 +16,8 @@ class Head:
     """What a policy may look at: the rows of one KV head.
 
     keys: [n, head_dim] float64; positions: [n]; filter: [head_dim] or None;
-    layer: of the model; index: of the KV head; seed: of the cache.
+    layer: of the model; index: of the KV head; seed: of the cache; values: [n, head_dim];
+    moments: [query heads of this KV head, 1 + rank, head_dim] or None.
     """
 
     keys: np.ndarray
@@ -25,6 +26,8 @@ class Head:
     layer: int
     index: int
     seed: int
+    values: np.ndarray | None = None
+    moments: np.ndarray | None = None
 
 
 def score_qfilters(head: Head) -> np.ndarray:
@@ -64,12 +67,26 @@ def score_random(head: Head) -> np.ndarray:
     return np.array(scores)
 
 
+def score_qfilters2(head: Head) -> np.ndarray:
+    """The weight that a key is expected to get, times the length of its value. Per query head the
+    softmax of log E[exp(q.k)], then the mean over the query heads."""
+    expected = np.zeros(len(head.keys))
+    for mean, *directions in head.moments.astype(np.float64):
+        logits = head.keys @ mean
+        for direction in directions:
+            logits = logits + (head.keys @ direction) ** 2
+        weights = np.exp(logits - logits.max())
+        expected += weights / weights.sum() / len(head.moments)
+    return expected * np.linalg.norm(head.values, axis=-1)
+
+
 POLICIES = {
     "qfilters": score_qfilters,
     "knorm": score_knorm,
     "streaming": score_streaming,
     "keydiff": score_keydiff,
     "random": score_random,
+    "qfilters2": score_qfilters2,
 }
 
 
@@ -175,6 +192,7 @@ class BoundedCache:
     Each KV head has its own rows, all heads the same number of them, ascending by position.
     max_length: most rows a head may have, None for no bound. n_keep: rows left by an eviction.
     policy: a name of POLICIES. filters: [n_layer, n_head_kv, head_dim], for qfilters.
+    moments: [n_layer, n_head, 1 + rank, head_dim], for qfilters2.
     seed: for random. layers: ids of the layers in the model, if they are not 0, 1, 2, ...
     dtype: a name of STORE, how K and V rows are rounded when they are stored.
     """
@@ -190,18 +208,21 @@ class BoundedCache:
         dtype: str = "float32",
         seed: int = 0,
         layers: Sequence[int] | None = None,
+        moments: np.ndarray | None = None,
     ):
         if max_length is not None:
             n_keep = max_length - default_interval(max_length) if n_keep is None else n_keep
             window_length = max_length // 4 if window_length is None else window_length
             if not sinks + window_length <= n_keep < max_length:
                 raise ValueError(f"{sinks} + {window_length} <= {n_keep} < {max_length} is false")
-        if policy == "qfilters" and filters is None:
-            raise ValueError("the policy qfilters needs filters")
+        if (policy == "qfilters" and filters is None) or (
+            policy == "qfilters2" and moments is None
+        ):
+            raise ValueError(f"the policy {policy} needs filters")
         self.max_length, self.n_keep = max_length, n_keep
         self.sinks, self.window_length = sinks, window_length
         self.score, self.store, self.dtype = POLICIES[policy], STORE[dtype], dtype
-        self.filters, self.seed, self.layers = filters, seed, layers
+        self.filters, self.moments, self.seed, self.layers = filters, moments, seed, layers
         self.k: list[torch.Tensor] = []
         self.v: list[torch.Tensor] = []
         self.positions: list[torch.Tensor] = []
@@ -239,6 +260,10 @@ class BoundedCache:
         scores = np.empty((len(self.k), *self.k[0].shape[:2]))
         for layer, head in np.ndindex(scores.shape[:2]):
             filter = None if self.filters is None else self.filters[layer][head].astype(np.float64)
+            moments = None
+            if self.moments is not None:
+                n_rep = len(self.moments[layer]) // scores.shape[1]
+                moments = self.moments[layer][head * n_rep : (head + 1) * n_rep]
             scores[layer, head] = self.score(
                 Head(
                     self.k[layer][head].double().numpy(),
@@ -247,6 +272,8 @@ class BoundedCache:
                     layer if self.layers is None else self.layers[layer],
                     head,
                     self.seed,
+                    self.v[layer][head].double().numpy(),
+                    moments,
                 )
             )
         return scores
