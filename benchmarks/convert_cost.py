@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from machine import provenance
+from qfllama.machine import provenance
 
 MIB = 1 << 20
 

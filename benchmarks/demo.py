@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from pydoc_data import topics
 
-HERE = Path(__file__).parent
 SCRIPTS = Path(sys.executable).parent
 
 
@@ -21,18 +20,17 @@ def show(command: list[str]) -> None:
 
 
 def main() -> None:
-    model = sys.argv[1]
+    model, qfllama = sys.argv[1], str(SCRIPTS / "qfllama")
     with tempfile.TemporaryDirectory() as folder:
         document = Path(folder) / "document.txt"
         # about 4,700 tokens: past half of the model's 8,192 positions
         document.write_text("\n".join(topics.topics.values())[:18500])
-        qfllama = str(SCRIPTS / "qfllama")
         show(
             [qfllama, "chat", model, "--max-length", "512", "--n-ctx", "8192", "--file"]
             + [str(document), "--temperature", "0", "--max-tokens", "60"]
             + ["--prompt", "In one sentence: what is this text about?"]
         )
-    show([sys.executable, str(HERE / "decode_speed.py"), model, "--positions", "512,2048,8192"])
+    show([qfllama, "bench", model, "--quick", "--positions", "512,2048,8192"])
 
 
 if __name__ == "__main__":

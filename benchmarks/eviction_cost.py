@@ -22,10 +22,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from decode_speed import evicting_seconds
-from machine import provenance
 
 from qfllama import Llama, QFilterConfig, metadata
+from qfllama.bench import evicting_seconds
+from qfllama.machine import provenance
 
 MIB = 1 << 20
 N_LAYER, N_HEAD_KV, HEAD_DIM = 32, 8, 128

@@ -17,9 +17,10 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-from machine import provenance
 from qfllama.convert import calibrate, fit, native_model, text
 from qfllama.convert.capture_llama import LlamaModel
+
+from qfllama.machine import provenance
 
 SAMPLES = (100, 200, 500, 1000, 2000, 3000)
 SEEDS = 3

@@ -13,10 +13,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-from machine import provenance
 from soak import resident_kib
 
 from qfllama import Llama, QFilterConfig
+from qfllama.machine import provenance
 
 
 def cycle(model: str, config: QFilterConfig, threads: int) -> int:

@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from decode_speed import decode, evicting_seconds, read_up_to, text_tokens
-from machine import provenance
 
 from qfllama import Llama, QFilterConfig
+from qfllama.bench import decode, evicting_seconds, read_up_to, text_tokens
+from qfllama.machine import provenance
 
 
 def resident_kib() -> int:

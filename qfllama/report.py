@@ -170,26 +170,44 @@ def plot(path, filters: Filters, title: str = "") -> None:
     one of the difference to `spearman_knorm`. `path` is replaced, complete or not at all.
 
     Raises QFilterError without figures or matplotlib, or if `path` can't be written."""
-    path = Path(path)
-    if path.suffix.lower() not in IMAGES:
-        raise QFilterError(f"{path}: plots are {', '.join(IMAGES)} files; name it so")
+    Figure = figure_class(path)
     if "spearman" not in filters.quality:
         raise QFilterError(
             "there are no quality figures to plot; run `qfllama convert` again to measure them"
         )
+    save_figure(_draw(Figure, filters, title), path)
+
+
+def figure_class(path):
+    """matplotlib's Figure, for an image that shall be `path`.
+
+    Raises QFilterError for another kind of file than IMAGES, and without matplotlib."""
+    if Path(path).suffix.lower() not in IMAGES:
+        raise QFilterError(f"{path}: plots are {', '.join(IMAGES)} files; name it so")
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise QFilterError(
             "plots need matplotlib; install it with `pip install 'qfllama[bench]'`"
         ) from None
+    return Figure
+
+
+def save_figure(figure, path, dpi=120) -> None:
+    """Write a figure to `path`, complete or not at all; QFilterError if that can't be."""
+    path = Path(path)
     image = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs that no font here has
-        _draw(Figure, filters, title).savefig(image, format=path.suffix[1:].lower(), dpi=120)
+        figure.savefig(image, format=path.suffix[1:].lower(), dpi=dpi)
+    write_file(path, image.getvalue())
+
+
+def write_file(path, content: bytes) -> None:
+    """Write `path`, complete or not at all; QFilterError if that can't be."""
     try:
-        with metadata.replacing([path]) as (file,):
-            file.write(image.getvalue())
+        with metadata.replacing([Path(path)]) as (file,):
+            file.write(content)
     except OSError as error:
         raise QFilterError(
             f"cannot write {path}: {error.strerror}; make room or give another file"

@@ -1,4 +1,4 @@
-"""What every benchmark says about where and how it ran."""
+"""What every measurement says about where and how it ran."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import sys
 from datetime import date
 from pathlib import Path
 
-import llama_cpp
-
-import qfllama
-
 
 def provenance(threads: int) -> dict[str, str]:
     """Command, date, machine and versions of this run."""
+    import llama_cpp
+
+    import qfllama
+
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "date": date.today().isoformat(),
         "machine": f"{cpu_name()}, {threads} threads, {platform.system()}",
         "qfllama": qfllama.__version__,
@@ -25,7 +25,15 @@ def provenance(threads: int) -> dict[str, str]:
     }
 
 
+def command_line() -> str:
+    """The command that runs here, as one would type it."""
+    program = Path(sys.argv[0])
+    words = ["qfllama"] if program.stem == "qfllama" else ["python", sys.argv[0]]
+    return shlex.join([*words, *sys.argv[1:]])
+
+
 def cpu_name() -> str:
+    """The processor as the system calls it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
