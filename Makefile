@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 PATCHES := $(wildcard patches/*.patch patches/*.py patches/*.t* patches/series patches/src/* patches/include/*)
 
 .PHONY: help demo test lint native bench figures docs upgrade-check clean \
-	fuzz sanitize test-rpc
+	fuzz sanitize test-rpc test-vulkan
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,10 +30,11 @@ lint: $(INSTALLED)  ## ruff, and help texts in docs/ up to date
 docs: $(INSTALLED)  ## docs/help.md from the program's own help texts
 	$(BIN)/python docs/make_help.py
 
-native: $(INSTALLED)  ## build the patched llama.cpp again, only what changed
+native: $(VENV)/bin/python  ## build the patched llama.cpp again, only what changed
 	$(BIN)/pip install -q "scikit-build-core[pyproject]>=0.11" "patch-ng>=1.18" cmake ninja
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install -q --no-build-isolation --no-deps \
 		--force-reinstall -C build-dir="$(abspath build/native)" ./patches
+	touch -c $(NATIVE) $(INSTALLED)
 
 N    ?= 20000
 SEED ?= 0
@@ -51,6 +52,10 @@ sanitize: build/sanitize/.built  ## engine tests and fuzz in a build with ASan a
 test-rpc: build/rpc/.built  ## a llama.cpp RPC server on this machine as a second device
 	PYTHONPATH="$(abspath build/rpc/lib)" $(BIN)/python -m pytest tests/test_rpc.py
 
+test-vulkan: export GGML_VK_VISIBLE_DEVICES ?= 0
+test-vulkan: build/vulkan/.built  ## layers on a Vulkan device, here a software driver (docs/testing.md)
+	PYTHONPATH="$(abspath build/vulkan/lib)" $(BIN)/python -m pytest tests/test_vulkan.py
+
 # python itself is not instrumented: the runtimes come first, and what it leaks is its own
 SANITIZED = LD_PRELOAD="$$(for lib in asan ubsan stdc++; do gcc -print-file-name=lib$$lib.so; done | xargs)" \
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 \
@@ -63,6 +68,7 @@ build/sanitize/.built: export CMAKE_ARGS = -DGGML_OPENMP=OFF \
 	-DGGML_SANITIZE_ADDRESS=ON -DGGML_SANITIZE_UNDEFINED=ON \
 	-DCMAKE_C_FLAGS_RELEASE='-O1 -g1' -DCMAKE_CXX_FLAGS_RELEASE='-O1 -g1'
 build/rpc/.built: export CMAKE_ARGS = -DGGML_RPC=ON
+build/vulkan/.built: export CMAKE_ARGS = -DGGML_VULKAN=ON
 
 build/%/.built: $(INSTALLED) $(PATCHES)
 	$(BIN)/pip install -q "scikit-build-core[pyproject]>=0.11" "patch-ng>=1.18" cmake ninja
@@ -70,8 +76,8 @@ build/%/.built: $(INSTALLED) $(PATCHES)
 		--target "$(abspath build/$*/lib)" -C build-dir="$(abspath build/$*)" ./patches
 	touch $@
 
-bench: $(INSTALLED) $(FILTERED)  ## decode speed by position: table, JSON and figure in docs/
-	$(BIN)/python benchmarks/decode_speed.py $(FILTERED) --json docs/decode_speed.json --plot docs/decode_speed.png
+bench: $(INSTALLED) $(FILTERED)  ## speed and memory beside stock llama.cpp: table, docs/bench.json and .png
+	$(BIN)/qfllama bench $(FILTERED) --json docs/bench.json --plot docs/bench.png
 
 figures: bench  ## every figure in README and docs
 

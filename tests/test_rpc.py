@@ -12,14 +12,13 @@ import sys
 import time
 
 import bounded
-import llama_cpp
-import llama_cpp._internals as internals
+import devices
 import numpy as np
 import pytest
-import tiny_models
+from devices import N_LAYER, POLICIES
 from llama_cpp import _ggml
 
-N_LAYER, N_HEAD_KV, HEAD_DIM = 4, 2, 32
+HEAD_DIM = 32
 
 LIBRARY = _ggml.libggml_base_path / "libggml-rpc.so"
 pytestmark = pytest.mark.skipif(
@@ -60,64 +59,25 @@ def device():
         time.sleep(0.1)
     add_server = ctypes.CDLL(str(LIBRARY)).ggml_backend_rpc_add_server
     add_server.restype, add_server.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
-    get = _ggml.libggml.ggml_backend_reg_dev_get
-    get.restype, get.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t]
-    yield get(add_server(f"127.0.0.1:{port}".encode()), 0)
+    yield devices.device_of(add_server(f"127.0.0.1:{port}".encode()))
     server.terminate()
     server.wait()
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rpc") / "model"
-    tiny_models.write_llama(folder, n_layer=N_LAYER, n_head_kv=N_HEAD_KV, head_dim=HEAD_DIM)
-    return tiny_models.convert([folder])[0]
-
-
-def load(path, device, n_layers) -> internals.LlamaModel:
-    """A model of which the last n_layers are on a device."""
-    params = llama_cpp.llama_model_default_params()
-    devices = (ctypes.c_void_p * 2)(device, None)
-    params.devices = ctypes.cast(devices, ctypes.c_void_p).value
-    params.n_gpu_layers = n_layers
-    return internals.LlamaModel(path_model=str(path), params=params, verbose=False)
-
-
-def weights() -> dict[int, np.ndarray]:
-    weight = np.random.default_rng(0).normal(size=(N_LAYER, N_HEAD_KV, HEAD_DIM))
-    weight /= np.linalg.norm(weight, axis=-1, keepdims=True)
-    return {il: np.ascontiguousarray(w, dtype=np.float32) for il, w in enumerate(weight)}
-
-
-def run(model, policy, type_k):
-    """After every batch: the logits, and all layers' and heads' positions and rows."""
-    tokens = np.random.default_rng(1).integers(3, 380, 160).tolist()
-    result = []
-    with bounded.Bounded(
-        model, bounded.config(policy=policy), type_k=type_k, type_v="f16", weight=weights()
-    ) as context:
-        for i in range(0, len(tokens), 8):
-            assert context.decode(tokens[i : i + 8]) == 0
-            result.append(
-                (
-                    context.logits(),
-                    [context.kept(il, ih) for il in range(N_LAYER) for ih in range(N_HEAD_KV)],
-                    [rows for il in range(N_LAYER) for rows in context.rows(il)],
-                )
-            )
-        assert context.stats().n_evictions >= 10
-    return result
+    return devices.write_model(tmp_path_factory.mktemp("rpc"), HEAD_DIM)
 
 
 @pytest.mark.parametrize("type_k", ["f32", "f16", "q5_1"])
-@pytest.mark.parametrize("policy", ["qfilters", "knorm", "keydiff", "streaming"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("n_layers", [2, N_LAYER + 1], ids=["half of the layers", "all layers"])
 def test_a_second_device_keeps_the_same_rows_and_computes_the_same_logits(
     path, device, n_layers, policy, type_k
 ):
-    there, here = load(path, device, n_layers), bounded.load(path)
-    pairs = zip(run(there, policy, type_k), run(here, policy, type_k), strict=True)
-    for (logits, kept, rows), (logits_cpu, kept_cpu, rows_cpu) in pairs:
+    there, here = devices.load(path, device, n_layers), bounded.load(path)
+    runs = (devices.run(model, HEAD_DIM, policy, type_k) for model in (there, here))
+    for (logits, kept, rows), (logits_cpu, kept_cpu, rows_cpu) in zip(*runs, strict=True):
         assert all(map(np.array_equal, kept, kept_cpu))
         assert all(map(np.array_equal, rows, rows_cpu))
         np.testing.assert_array_equal(logits, logits_cpu)
@@ -127,7 +87,7 @@ def test_a_second_device_keeps_the_same_rows_and_computes_the_same_logits(
 
 def test_rows_that_are_not_whole_words_can_not_be_moved_there(path, device):
     """q8_0 with head_dim 32: 34 bytes. In host memory they can."""
-    model = load(path, device, N_LAYER + 1)
+    model = devices.load(path, device, N_LAYER + 1)
     with pytest.raises(ValueError):
-        run(model, "knorm", "q8_0")
+        devices.run(model, HEAD_DIM, "knorm", "q8_0")
     model.close()
