@@ -63,14 +63,15 @@ class LlamaModel:
         self._error = None
         self._stopped = False
         with ExitStack() as stack:
-            # the thread that computes is never interrupted: Ctrl-C reaches the one that waits
-            self._thread = stack.enter_context(ThreadPoolExecutor(1))
             stack.enter_context(native_model.log_of_llama_cpp())
             model = stack.enter_context(native_model.loaded(gguf, n_gpu_layers=n_gpu_layers))
             self._ctx = self._context(gguf, model, n_ctx)
             stack.callback(llama_cpp.llama_free, self._ctx)
             self._batch = llama_cpp.llama_batch_init(N_BATCH, 0, 1)
             stack.callback(llama_cpp.llama_batch_free, self._batch)
+            # the thread that computes is never interrupted: Ctrl-C reaches the one that waits; it
+            # ends before what it works on is freed
+            self._thread = stack.enter_context(ThreadPoolExecutor(1))
             self._open = stack.pop_all()
 
     def _context(self, gguf, model, n_ctx):

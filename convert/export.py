@@ -39,15 +39,9 @@ def checkpoint_to_gguf(folder, out, outtype="auto", progress=None) -> None:
     progress: called with the size of `out` so far, in bytes. QFilterError with upstream's last
     line if its converter fails."""
     script = converter_path()
-    command = [
-        sys.executable,
-        str(script),
-        str(folder),
-        "--outfile",
-        str(out),
-        "--outtype",
-        outtype,
-    ]
+    # absolute: a name that starts with a dash would be taken for an option
+    src, dst = (str(Path(path).absolute()) for path in (folder, out))
+    command = [sys.executable, str(script), src, "--outfile", dst, "--outtype", outtype]
     _run(command, out, f"llama.cpp's converter cannot convert {folder}", progress)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def convert(
     out, note = Path(out), note or (lambda line: None)
     path, backend, texts = _check(src, out, calibration, filters, quantize, outtype, force)
     progress = _Bars(bars)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+    with _workspace(out) as folder:
         full = path
         if path.is_dir():
             full = Path(folder) / "model.gguf"
@@ -101,6 +102,16 @@ def convert(
             outputs = metadata.write(gguf, out, found, force=force, progress=at)
     n_bytes = sum(file.stat().st_size for file in outputs)
     return Summary(outputs, n_bytes, found, time.monotonic() - started)
+
+
+@contextmanager
+def _workspace(out):
+    """A folder beside `out` for the time of the block."""
+    with ExitStack() as stack:
+        folder = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
+        # once more, where Ctrl-C came just when it was being removed
+        stack.callback(shutil.rmtree, folder.name, ignore_errors=True)
+        yield stack.enter_context(folder)
 
 
 def _check(src, out, calibration, filters, quantize, outtype, force):

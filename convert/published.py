@@ -93,6 +93,7 @@ def save(filters, gguf, folder, *, force=False, repo=None, order=None, note=None
     and leave the others. repo: hub id that the model card names. order, note: as for `load`."""
     check_packages()
     folder = check_folder(folder, force=force)
+    gguf, _ = gguf_header.scan_first(gguf)  # where all keys are, and what llama.cpp loads
     shape = metadata.model_shape(gguf)
     n_layer = _n_layer(gguf, shape)
     metadata.check_fits(
@@ -137,12 +138,11 @@ def check_folder(folder, *, force=False) -> Path:
         raise QFilterError(
             f"the folder {folder} is not empty; replace filters in it with --force or give another"
         )
-    parent = folder.absolute().parent
-    if not parent.is_dir():
-        raise QFilterError(f"the folder {parent} does not exist; create it first")
-    for place in (parent, folder):
-        if place.exists() and not os.access(place, os.W_OK):
-            raise QFilterError(f"the folder {place} is not writable; give another folder")
+    place = folder if folder.is_dir() else folder.absolute().parent
+    if not place.is_dir():
+        raise QFilterError(f"the folder {place} does not exist; create it first")
+    if not os.access(place, os.W_OK):
+        raise QFilterError(f"the folder {place} is not writable; give another folder")
     return folder
 
 
@@ -247,6 +247,7 @@ def _read(file):
     from safetensors import SafetensorError, safe_open
 
     try:
+        open(file, "rb").close()  # safe_open says of whatever goes wrong that there is no file
         with safe_open(file, framework="np") as tensors:
             names = list(tensors.keys())
             if TENSOR not in names:
@@ -258,11 +259,14 @@ def _read(file):
             if kind not in ("F64", "F32", "F16", "BF16"):
                 raise QFilterError(f"{TENSOR} in {file} is of the type {kind}; give filters in F32")
             if kind != "BF16":
-                return tensors.get_tensor(TENSOR).astype(np.float32)
+                with np.errstate(over="ignore"):  # infinite numbers are refused later
+                    return tensors.get_tensor(TENSOR).astype(np.float32)
         with safe_open(file, framework="pt") as tensors:  # numpy has no bfloat16
             return tensors.get_tensor(TENSOR).float().numpy()
     except SafetensorError as error:
         raise QFilterError(f"{file} is damaged: {one_line(error)}; download it again") from None
+    except OSError as error:
+        raise QFilterError(f"cannot read {file}: {error.strerror or error}") from None
 
 
 def _check_shape(spec, filters, n_layer, shape):
@@ -296,26 +300,33 @@ def _check_numbers(spec, weight, layers):
 
 
 def _write_folder(folder, weight, card):
-    """Write the three files beside `folder` and move them there."""
+    """Write the three files beside `folder`, or within it if it exists, and move them there: a
+    folder that exists stays the same one, as it may be somebody's current one or a mount point."""
     from safetensors.numpy import save as packed
 
     n_layer, n_head_kv, head_dim = weight.shape
     config = {"kv_head_dim": head_dim, "num_kv_heads": n_head_kv, "num_layers": n_layer}
-    where = folder.absolute()
-    with tempfile.TemporaryDirectory(dir=where.parent, prefix=f".{where.name}.") as room:
+    where = folder.resolve()
+    exists = where.is_dir()
+    empty = exists and not any(where.iterdir())
+    place = where if exists else where.parent
+    with tempfile.TemporaryDirectory(dir=place, prefix=f".{where.name}.") as room:
         fresh = Path(room) / "filters"
         fresh.mkdir()
         # save_file would make a file that nobody else may read
         (fresh / WEIGHTS).write_bytes(packed({TENSOR: weight}, metadata={"format": "pt"}))
         (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         (fresh / CARD).write_text(card, "utf-8")
-        if where.is_dir() and any(where.iterdir()):
+        if not exists:
+            fresh.rename(where)
+            return
+        try:
             for file in sorted(fresh.iterdir()):
                 os.replace(file, where / file.name)
-            return
-        if where.is_dir():
-            where.rmdir()
-        fresh.rename(where)
+        except BaseException:
+            for name in (WEIGHTS, CONFIG, CARD) if empty else ():
+                (where / name).unlink(missing_ok=True)
+            raise
 
 
 def _card(filters, gguf, shape, n_layer, repo):

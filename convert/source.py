@@ -154,11 +154,13 @@ def _check_config(folder):
     architecture upstream's converter knows."""
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
-    except OSError:
+    except FileNotFoundError:
         raise QFilterError(
             f"{folder} has no config.json: not a Hugging Face checkpoint; give the "
             "folder with the model's files, or a GGUF file"
         ) from None
+    except OSError as error:
+        raise QFilterError(f"cannot read {folder / 'config.json'}: {error.strerror}") from None
     except ValueError as error:
         raise QFilterError(
             f"{folder / 'config.json'} is damaged: {one_line(error)}; download it again"

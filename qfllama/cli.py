@@ -15,9 +15,11 @@ from qfllama.config import QFilterError
 from qfllama.text import printable
 
 COMMANDS = {  # qfllama/commands/<name>.py, each with a `command`
+    "bench": "Measure speed and memory beside llama.cpp's own caches.",
     "chat": "Talk to a model in a bounded cache.",
     "compress": "Read a document once and keep the best of it in a file to chat about.",
     "convert": "Make filters for a model and write them into a GGUF file.",
+    "eval": "Measure what a bounded cache costs in quality: perplexity, needles, RULER tasks.",
     "export": "Write the filters of a GGUF file for kvpress and other programs.",
     "inspect": "Show which filters a GGUF file has.",
 }

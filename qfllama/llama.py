@@ -17,7 +17,7 @@ from gguf.constants import GGMLQuantizationType
 from llama_cpp import LlamaState
 
 from qfllama import gguf_header, metadata, native, state
-from qfllama.config import CALIBRATED, POLICIES, QFilterConfig, QFilterError
+from qfllama.config import CALIBRATED, MAX_LENGTH, POLICIES, QFilterConfig, QFilterError
 
 CACHE_TYPES = {
     name: int(GGMLQuantizationType[name.upper()])
@@ -137,11 +137,18 @@ class Llama(llama_cpp.Llama):
         self.qfilter_config = QFilterConfig() if qfilters is True else qfilters or None
         for name in ("type_k", "type_v"):
             kwargs[name] = cache_type(kwargs.get(name))
+        n_ctx = kwargs.get("n_ctx", 512)
+        if not isinstance(n_ctx, (int, np.integer)) or not 0 <= n_ctx <= MAX_LENGTH:
+            raise QFilterError(f"n_ctx is {n_ctx!r}: use a whole number from 0 to {MAX_LENGTH}")
         # llama.cpp rounds up, upstream's list of tokens does not: beyond it they would be lost
-        kwargs["n_ctx"] = -(-kwargs.get("n_ctx", 512) // 256) * 256
+        kwargs["n_ctx"] = -(-n_ctx // 256) * 256
         if self.qfilter_config is not None:
             self._bound(str(model_path), kwargs)
         super().__init__(str(model_path), **kwargs)
+        if len(self.input_ids) < self.n_ctx():  # n_ctx = 0: what the model was trained on
+            self.input_ids = np.zeros(self.n_ctx(), dtype=np.intc)
+            if self._logits_all:
+                self.scores = np.zeros((self.n_ctx(), self._n_vocab), dtype=np.single)
 
     def _bound(self, model_path: str, kwargs: dict) -> None:
         """Checks what upstream's constructor will be given; reads the filters."""
@@ -196,7 +203,7 @@ class Llama(llama_cpp.Llama):
     def _need_bound(self) -> None:
         if self.qfilter_config is None:
             raise QFilterError("this Llama has the full cache: make it with qfilters=True")
-        if self._ctx.ctx is None:
+        if self._ctx.ctx is None:  # llama.cpp would crash
             raise QFilterError("this Llama is closed: make a new one")
 
     def _stats(self) -> native.Stats:
@@ -292,17 +299,27 @@ class Llama(llama_cpp.Llama):
 
         A batch ends where the cache is full, so that evictions fall where they would fall token by
         token, however the tokens come in.
+
+        Raises:
+            QFilterError: `n_tokens` was set to a position that the cache can't be cut back to.
+            RuntimeError: the engine failed, or n_ctx is reached.
         """
         if self.qfilter_config is None:
             return super().eval(tokens)
+        self._need_bound()
+        # upstream's first step, done before the room is counted
+        if not self._ctx.kv_cache_seq_rm(0, self.n_tokens, -1):
+            raise QFilterError(
+                f"the cache can't be cut back to {self.n_tokens} positions (rewind_limit says how "
+                "far): reset and read again"
+            )
         try:
-            self._ctx.kv_cache_seq_rm(0, self.n_tokens, -1)  # upstream's first step: room counts
             done = 0
             while done < len(tokens):
                 n = min(self._room(), len(tokens) - done)
                 super().eval(tokens[done : done + n])
                 done += n
-        except RuntimeError:
+        except (RuntimeError, KeyboardInterrupt):
             self._forget_lost()
             raise
 
@@ -312,10 +329,17 @@ class Llama(llama_cpp.Llama):
         return stats.n_cells - stats.n_cells_used or self.qfilter_config.interval
 
     def _forget_lost(self) -> None:
-        """After a failure: only what the cache still holds counts as read."""
-        memory = llama_cpp.llama_get_memory(self.ctx)
-        self.n_tokens = min(self.n_tokens, llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1)
+        """After a failure or Ctrl-C: only what the cache still holds counts as read, and nothing
+        if it holds more (a batch that nobody noted) and can't be cut back."""
+        self.n_tokens = min(self.n_tokens, self._n_held())
         self._requires_eval = True
+        if not self._ctx.kv_cache_seq_rm(0, self.n_tokens, -1):
+            self.reset()
+
+    def _n_held(self) -> int:
+        """Positions up to the last one in the cache."""
+        memory = llama_cpp.llama_get_memory(self.ctx)
+        return llama_cpp.llama_memory_seq_pos_max(memory, 0) + 1
 
     def rewind_limit(self) -> int:
         """The first position to which the cache can be cut back without reading again.
@@ -332,7 +356,7 @@ class Llama(llama_cpp.Llama):
         if self.n_tokens == 0:
             return 0
         # to remove nothing at a position is refused where removing from there on would be
-        low, high = -1, self.n_tokens  # refused, allowed
+        low, high = -1, self._n_held()  # refused, allowed
         while high - low > 1:
             middle = (low + high) // 2
             if llama_cpp.llama_memory_seq_rm(memory, 0, middle, middle):
@@ -432,6 +456,7 @@ class Llama(llama_cpp.Llama):
         about the bytes of its used cells."""
         if self.qfilter_config is None:
             return super().save_state()
+        self._need_bound()
         size = llama_cpp.llama_state_get_size(self.ctx)
         data = (ctypes.c_uint8 * size)()
         size = llama_cpp.llama_state_get_data(self.ctx, data, size)
@@ -456,6 +481,8 @@ class Llama(llama_cpp.Llama):
             RuntimeError: the state is of another model, or was saved with other filters, another
                 policy or other sizes; the message says which.
         """
+        if self.qfilter_config is not None:
+            self._need_bound()
         bounded = getattr(state, "qfilters", None)
         try:
             if self.qfilter_config is not None:
@@ -475,6 +502,8 @@ class Llama(llama_cpp.Llama):
             raise RuntimeError("it was saved with a full cache, this Llama has a bounded one")
         if why := state.mismatch(bounded["settings"], self.settings()):
             raise RuntimeError(why)
+        if self._logits_all and len(saved.scores) != saved.n_tokens:
+            raise RuntimeError("it was saved without logits_all, this Llama has it")
         data, size = saved.llama_state, saved.llama_state_size
         buffer = (ctypes.c_uint8 * size).from_buffer_copy(data)
         self._take_over(saved.input_ids)
@@ -540,15 +569,16 @@ class Llama(llama_cpp.Llama):
         ours = self.settings()
         prompt = state.read_prompt(path)
         why = state.mismatch(prompt.settings, ours, leave_out=state.SIZE_NAMES)
+        advice = "make it again with `qfllama compress`"
         n_cells = self._stats().n_cells
         if why is None and prompt.cells > n_cells:
             why = f"it has {prompt.cells:,} cells, this cache {n_cells:,}"
+            advice = "use a larger max_length"
         if why is None and len(prompt.tokens) >= self.n_ctx():
             why = f"it has {len(prompt.tokens):,} positions, n_ctx is {self.n_ctx():,}"
+            advice = "use a larger n_ctx"
         if why is not None:
-            raise QFilterError(
-                f"{path} can't be used: {why}; make it again with `qfllama compress`"
-            )
+            raise QFilterError(f"{path} can't be used: {why}; {advice}")
         self.reset()
         size = len(prompt.data)
         buffer = (ctypes.c_uint8 * size).from_buffer_copy(prompt.data)
@@ -563,6 +593,8 @@ class Llama(llama_cpp.Llama):
 
     def reset(self):
         """As upstream; a bounded cache is emptied, too."""
+        if self.qfilter_config is not None:
+            self._need_bound()
         super().reset()
         if self.qfilter_config is not None:
             self._ctx.kv_cache_clear()

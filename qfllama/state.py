@@ -196,7 +196,7 @@ def _parse(path, file, header_only) -> Prompt:
             data=parts[2],
             extra=dict(head["extra"]),
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise damaged from None
     if not 0 < prompt.cells <= len(prompt.tokens):
         raise damaged

@@ -9,16 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import tiny_models
 from click.testing import CliRunner
-from qfllama.convert import text
+from qfllama.convert import export, pipeline, text
 
-from qfllama import metadata
+from qfllama import Llama, QFilterConfig, metadata
 from qfllama.cli import main
+from qfllama.config import QFilterError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,6 +114,24 @@ def test_a_gguf_is_converted_without_being_touched(converted, tmp_path):
     assert sha256(src) == digest
     assert metadata.read(out).calibration["model_sha256"] == digest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "src.gguf"]
+
+
+def test_the_rank_decides_what_second_order_filters_hold(converted, tmp_path):
+    by_default = metadata.read(converted[0])
+    assert by_default.moments.shape == (2, 6, 1 + 16, 16)
+    run(converted[0], tmp_path / "3.gguf", *QUICK, "--force", "--rank", "3")
+    run(converted[0], tmp_path / "0.gguf", *QUICK, "--force", "--rank", "0")
+    low, none = (metadata.read(tmp_path / name) for name in ("3.gguf", "0.gguf"))
+    assert (low.version, low.moments.shape) == (2, (2, 6, 1 + 3, 16))
+    assert (none.version, none.moments) == (1, None)
+    np.testing.assert_array_equal(low.weight, none.weight)
+    with pytest.raises(QFilterError, match="first order only.*--force"):
+        Llama(str(tmp_path / "0.gguf"), qfilters=QFilterConfig(policy="qfilters2"), verbose=False)
+    small = QFilterConfig(max_length=128, policy="qfilters2")
+    llm = Llama(str(tmp_path / "3.gguf"), qfilters=small, n_ctx=256, verbose=False)
+    llm.eval(list(range(3, 203)))
+    assert llm.qfilter_stats()["evictions"] == 2
+    llm.close()
 
 
 def test_a_checkpoint_is_quantized_on_the_way(checkpoint, converted, tmp_path):
@@ -275,6 +295,39 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path, checkpoint):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
 
 
+def test_a_config_that_may_not_be_read_is_not_called_missing(tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.json").mkdir()  # unreadable for root, too
+    line = refused("convert", tmp_path / "bad", "-o", tmp_path / "out.gguf")
+    assert "cannot read" in line and "config.json" in line and "has no" not in line
+
+
+def test_names_that_start_with_a_dash_are_no_options_of_upstreams_converter(
+    checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, "-model")
+    os.mkdir("-out")
+    export.checkpoint_to_gguf(Path("-model"), Path("-out") / "out.gguf", "f32")
+    assert metadata.model_shape(tmp_path / "-out" / "out.gguf").n_layer == 2
+
+
+def test_a_temporary_folder_goes_even_if_removing_it_is_interrupted(tmp_path, monkeypatch):
+    remove, calls = os.rmdir, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        remove(*args, **kwargs)
+
+    monkeypatch.setattr(os, "rmdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), pipeline._workspace(tmp_path / "out.gguf") as folder:
+        Path(folder, "model.gguf").write_text("large")
+    assert len(calls) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_checkpoint_that_upstreams_converter_refuses_is_refused_with_its_words(
     tmp_path, checkpoint
 ):
@@ -298,6 +351,7 @@ def test_options_that_cannot_work_are_refused_in_one_line(tmp_path, converted, s
         "input itself": [src, "-o", src, "--force"],
         "does not exist; create it": [smollm2, "-o", tmp_path / "no" / "out.gguf"],
         "is a folder": [smollm2, "-o", tmp_path],
+        "name of a folder": [smollm2, "-o", f"{tmp_path}/new/"],
         "no text file": [smollm2, "-o", out, "--text", tmp_path / "none.txt"],
         "not UTF-8": [smollm2, "-o", out, "--text", tmp_path / "latin.txt"],
         "at least 256": [smollm2, "-o", out, "--text", tmp_path / "few.txt"],
@@ -334,7 +388,10 @@ def test_a_hub_id_that_cannot_be_reached_is_refused_with_the_cause(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("stop", "code", "times"),
+    [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 6)],
+)
 @pytest.mark.parametrize(
     ("source", "moment"),
     [
@@ -345,8 +402,9 @@ def test_a_hub_id_that_cannot_be_reached_is_refused_with_the_cause(tmp_path):
     ],
 )
 def test_an_interrupted_conversion_leaves_nothing_behind(
-    source, moment, stop, code, request, tmp_path, smollm2
+    source, moment, stop, code, times, request, tmp_path, smollm2
 ):
+    """times: an impatient user presses Ctrl-C more than once, and cleaning up is not interrupted"""
     src = request.getfixturevalue("checkpoint") if source == "checkpoint" else smollm2
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, "convert", src, "-o", tmp_path / "out.gguf"],
@@ -366,7 +424,9 @@ def test_an_interrupted_conversion_leaves_nothing_behind(
     if moment != "its file is there":
         time.sleep(4.0 if moment == "it reads text" else 0.5)
     assert process.poll() is None
-    process.send_signal(stop)
+    for _ in range(times):
+        process.send_signal(stop)
+        time.sleep(0.02)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in errors

@@ -126,6 +126,19 @@ def test_queries_and_keys_are_the_same_by_both_routes(family):
                 assert np.abs(cosines(vectors, other[call])).mean() < 0.7
 
 
+def assert_moments_alike(ours, theirs):
+    """[n_layer, n_head, 1 + rank, head_dim]: the mean queries, and the covariances, because a
+    direction has no sign and two of the same length no order."""
+    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+    assert ours.shape == theirs.shape
+    assert cosines(ours[:, :, 0], theirs[:, :, 0]).min() > 0.995
+    products = (np.einsum("lhri,lhrj->lhij", m[:, :, 1:], m[:, :, 1:]) for m in (ours, theirs))
+    ours, theirs = (p.reshape(*p.shape[:2], -1) for p in products)
+    assert cosines(ours, theirs).min() > 0.99
+    lengths = np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
+    np.testing.assert_allclose(lengths, 1, atol=0.05)
+
+
 def test_filters_are_the_same_by_both_routes(family, tmp_path, monkeypatch):
     name, checkpoint, path = family
     # what upstream's converter made of it before, to save its start
@@ -148,6 +161,7 @@ def test_filters_are_the_same_by_both_routes(family, tmp_path, monkeypatch):
     assert by_torch.weight.shape == by_llama.weight.shape
     assert cosines(by_torch.weight, by_llama.weight).min() > 0.999
     np.testing.assert_allclose(by_torch.weight, by_llama.weight, atol=0.01)
+    assert_moments_alike(by_torch.moments, by_llama.moments)
     for backend in filters:
         assert filters[backend].calibration["route"] == backend
 

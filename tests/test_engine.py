@@ -291,11 +291,61 @@ def test_every_token_up_to_a_rounded_n_ctx_is_remembered(make, tokens):
     llm.create_completion(tokens[:330], max_tokens=4, temperature=0)
 
 
-def test_a_closed_llama_says_so(make):
+def test_a_closed_llama_says_so(make, tokens):
+    """llama.cpp itself would crash."""
     llm = make()
+    llm.eval(tokens[:20])
+    state = llm.save_state()
     llm.close()
-    with pytest.raises(QFilterError, match="closed"):
-        llm.qfilter_stats()
+    llm.close()
+    for use in (
+        llm.qfilter_stats,
+        llm.rewind_limit,
+        llm.reset,
+        llm.save_state,
+        lambda: llm.load_state(state),
+        lambda: llm.eval(tokens[:5]),
+        lambda: llm.compress(ratio=2),
+    ):
+        with pytest.raises(QFilterError, match="closed"):
+            use()
+
+
+def test_n_tokens_can_not_be_set_back_into_what_was_compacted(make, tokens):
+    llm = make()
+    decode(llm, tokens[:320], 64)  # positions before 192 are compacted
+    llm.n_tokens = 100
+    assert llm.rewind_limit() == 192
+    with pytest.raises(QFilterError, match="can't be cut back to 100 positions"):
+        llm.eval(tokens[100:110])
+    assert llm.qfilter_stats()["cells_used"] == 256, "a refusal changes nothing"
+    llm.reset()
+    llm.eval(tokens[:10])
+    assert llm.n_tokens == 10
+
+
+def test_a_state_without_the_logits_of_every_position_is_refused_where_they_are_wanted(
+    make, tokens
+):
+    llm, all_logits = make(n_ctx=512), make(n_ctx=512, logits_all=True)
+    for each in (llm, all_logits):
+        each.eval(tokens[:40])
+    with pytest.raises(RuntimeError, match="saved without logits_all"):
+        all_logits.load_state(llm.save_state())
+    assert all_logits.n_tokens == 0
+    all_logits.eval(tokens[:40])
+    scores = all_logits.scores[:40].copy()
+    state = all_logits.save_state()
+    all_logits.reset()
+    all_logits.eval(tokens[100:140])
+    all_logits.load_state(state)
+    np.testing.assert_array_equal(all_logits.scores[:40], scores)
+
+
+@pytest.mark.parametrize("n_ctx", [-1, None, "512", 512.0, 1 << 32])
+def test_an_n_ctx_that_is_none_is_refused(make, n_ctx):
+    with pytest.raises(QFilterError, match="n_ctx is"):
+        make(n_ctx=n_ctx)
 
 
 def test_reset_empties_the_cache(make, tokens):

@@ -306,6 +306,45 @@ def test_a_hybrid_model_does_not_go_back_and_a_refusal_changes_nothing(family, t
         each.close()
 
 
+@pytest.mark.parametrize("name", ["qwen2", "gemma3", "lfm2"])
+def test_ctrl_c_in_a_batch_leaves_a_cache_that_goes_on(family, tokens, name, monkeypatch):
+    """It comes when the batch has been computed and nobody has noted that. Recurrent layers can't
+    go back to before it: there all is read again."""
+    model = family(name)
+    llm, straight = model.open("knorm"), model.open("knorm")
+    llm.eval(tokens[:240])
+    decode = llm._ctx.decode
+
+    def interrupted(batch):
+        decode(batch)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(llm._ctx, "decode", interrupted)
+        llm.eval(tokens[240:])
+    assert llm.n_tokens == (0 if name == "lfm2" else 240)
+    llm.eval(tokens[llm.n_tokens : 330])
+    straight.eval(tokens[:330])
+    assert model.kept(llm, 330).tolist() == model.kept(straight, 330).tolist()
+    # windowed layers have the interrupted batch's cells in another order
+    atol = 0.02 if name == "gemma3" else 0
+    np.testing.assert_allclose(last_logits(llm), last_logits(straight), rtol=0, atol=atol)
+    llm.close()
+    straight.close()
+
+
+def test_every_position_up_to_what_the_model_was_trained_on_is_remembered(tmp_path, tokens):
+    """n_ctx = 0; llama.cpp rounds the model's 300 up to 512."""
+    tiny_models.write("qwen2", tmp_path / "odd", max_position_embeddings=300)
+    (path,) = tiny_models.convert([tmp_path / "odd"])
+    config = QFilterConfig(**BOUND, interval=INTERVAL, policy="knorm")
+    llm = Llama(str(path), qfilters=config, n_ctx=0, n_threads=1, verbose=False)
+    assert llm.n_ctx() == 512
+    llm.eval(tokens[:400])
+    assert llm.input_ids[:400].tolist() == tokens[:400]
+    llm.close()
+
+
 @pytest.mark.parametrize("name", ["gemma3", WIDE_WINDOW, "gpt_oss", "lfm2"])
 def test_a_restored_state_goes_on_as_if_nothing_had_happened(family, tokens, name):
     model = family(name)

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import gguf
 import llama_cpp
@@ -18,6 +20,7 @@ from click.testing import CliRunner
 from fake_hub import TOKEN, FakeHub, Repo
 from huggingface_hub import PyTorchModelHubMixin
 from qfllama.convert import export, published
+from test_split import split
 
 from qfllama import Llama, QFilterConfig, QFilterError, metadata
 from qfllama.cli import main
@@ -361,6 +364,10 @@ def test_what_is_no_filters_file_is_refused_by_name(tiny, exported, tmp_path):
 
     whole_numbers = save_tensor(tmp_path / "int.safetensors", torch.ones(2, 2, 16).int())
     refused(whole_numbers, "is of the type I32; give filters in F32")
+    large = torch.full((2, 2, 16), 1e300, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused(save_tensor(tmp_path / "large.safetensors", large), "NaN or infinite numbers")
     other = save_tensor(tmp_path / "other.safetensors", torch.ones(2), "lm_head.weight")
     refused(other, r"no tensor q_filters \(it has lm_head.weight\)")
     file = exported / "model.safetensors"
@@ -371,6 +378,15 @@ def test_what_is_no_filters_file_is_refused_by_name(tiny, exported, tmp_path):
     file.unlink()
     refused(exported, "has no model.safetensors; give a folder")
     refused(tmp_path / "no.safetensors", "does not exist; give a folder")
+
+
+def test_filters_that_may_not_be_read_are_not_called_missing(tiny, exported, monkeypatch):
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(published, "open", denied, raising=False)  # root may read anything
+    with pytest.raises(QFilterError, match="cannot read .*model.safetensors: Permission denied"):
+        published.load(exported, tiny)
 
 
 def test_an_export_never_replaces_what_it_should_not(tiny, tmp_path, monkeypatch):
@@ -404,6 +420,50 @@ def test_an_export_never_replaces_what_it_should_not(tiny, tmp_path, monkeypatch
     line = run("export", tiny, tmp_path / "full", code=2).stderr
     assert line.count("\n") == 1 and "No space left on device; make room" in line
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_an_empty_folder_that_exists_is_filled_and_stays_the_same_one(tiny, tmp_path, monkeypatch):
+    """It may be the current folder, a link or a mount point."""
+    (tmp_path / "out").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("out")
+    before = (tmp_path / "out").stat()
+
+    def fails(src, dst, rename=os.replace):
+        if Path(dst).name == "model.safetensors":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(src, dst)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fails)
+        assert "Input/output" in run("export", tiny, tmp_path / "out", code=2).stderr
+    assert list((tmp_path / "out").iterdir()) == []
+    run("export", tiny, tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "out")
+    assert len(os.listdir(".")) == 3
+    run("export", tiny, ".", "--force")
+    assert sorted(os.listdir(".")) == ["README.md", "config.json", "model.safetensors"]
+    after = (tmp_path / "out").stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
+
+
+def test_any_part_of_a_split_model_is_exported_as_its_first_one(tmp_path):
+    """What only the first part says, and what llama.cpp only tells of the first part."""
+
+    def drafting(writer):
+        writer.add_nextn_predict_layers(1)
+        writer.add_name("Tiny")
+        writer.add_tensor("blk.0.attn_q.weight", np.ones((32, 32), np.float32))
+
+    whole = header_only(tmp_path / "model.gguf", "qwen2", drafting)
+    parts = split(whole, tmp_path / "split.gguf", 1)
+    assert len(parts) == 2
+    for part in parts:
+        out = tmp_path / f"from {part.name}"
+        weight = np.random.default_rng(0).standard_normal((1, 2, 8), np.float32)
+        published.save(metadata.Filters(weight, [0]), part, out)
+        tensor = safetensors.torch.load_file(out / "model.safetensors")["q_filters"]
+        np.testing.assert_array_equal(tensor, -weight)
 
 
 def test_the_card_says_where_the_filters_come_from(tmp_path):

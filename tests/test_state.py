@@ -3,9 +3,13 @@
 import dataclasses
 import json
 import pickle
+import random
 import re
+import struct
 import subprocess
 import sys
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import gguf
@@ -413,6 +417,11 @@ def test_files_that_can_not_be_loaded_are_refused_with_the_reason(
     for at in (12, 25, 60, 5000, len(good) // 2):
         refused("truncated or damaged", good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
     refused("truncated or damaged", good + b"x")
+    for old, new in (
+        (b'"cells": 200', b'"cells": 1e999'),
+        (b'"extra": {}', b'"extra": ' + b"[" * 9**5),
+    ):
+        refused("truncated or damaged", with_head(good, old, new))
     refused("version 2, this qfllama reads version 1", good[:8] + b"\2" + good[9:])
     refused("not a state file", b"GGUF" + good[4:])
     refused("not a state file", b"")
@@ -423,6 +432,38 @@ def test_files_that_can_not_be_loaded_are_refused_with_the_reason(
         state.config_for(whole, max_length=128)
     with pytest.raises(QFilterError, match="200 positions, n_ctx is 256|cells"):
         make(SMALL, n_ctx=256).load_prompt(path)
+
+
+def with_head(content: bytes, old: bytes, new: bytes) -> bytes:
+    """A prompt file with another JSON part, its checksum right."""
+    n = len(state.MAGIC) + state.SIZES.size
+    version, _, n_json, *sizes = state.SIZES.unpack(content[len(state.MAGIC) : n])
+    head = content[n : n + n_json]
+    assert old in head
+    head = head.replace(old, new)
+    rest = head + content[n + n_json :]
+    crc = zlib.crc32(rest, zlib.crc32(struct.pack("<3Q", len(head), *sizes)))
+    return state.MAGIC + state.SIZES.pack(version, crc, len(head), *sizes) + rest
+
+
+def test_500_damaged_files_are_refused_or_changed_nothing(small, tokens, tmp_path):
+    path, bad, draw = tmp_path / "prompt.qfstate", tmp_path / "bad.qfstate", random.Random(0)
+    read(small, tokens[:20]).save_prompt(path)
+    good, held = path.read_bytes(), kept(small)
+    for i in range(500):
+        damaged = bytearray(good)
+        at = draw.randrange(1500 if i % 2 else len(good))  # half of them in the header
+        if i % 5:
+            damaged[at] ^= 1 << draw.randrange(8)
+        else:
+            del damaged[at:]
+        bad.write_bytes(damaged)
+        with pytest.raises(QFilterError) as caught:
+            small.load_prompt(bad)
+        assert "\n" not in str(caught.value)
+        with suppress(QFilterError):  # without its checksum, as chat first looks at it
+            state.config_for(state.read_prompt(bad, header_only=True))
+    assert kept(small) == held
 
 
 def test_saving_writes_all_or_nothing(small, tokens, tmp_path):
@@ -575,6 +616,7 @@ def test_a_file_of_save_prompt_holds_no_chat(smollm2, small, tokens, tmp_path):
         (["--ratio", "inf"], "--ratio inf"),
         (["--ratio", "100"], "keep more with --ratio"),
         (["--n-ctx", "256"], "of 256 positions"),
+        (["--n-ctx", "4294967296"], "--n-ctx"),
         (["--file", "/nonexistent/book.txt"], "book.txt"),
         (["-o", "/nonexistent/x.qfstate"], "/nonexistent does not exist"),
         ([], "no filters"),
@@ -609,6 +651,16 @@ def test_an_existing_file_is_replaced_only_by_force(smollm2, book, compressed):
     assert process.returncode == 2
     assert "--force" in process.stderr
     assert compressed.read_bytes() == before
+
+
+def test_the_document_is_never_replaced(smollm2, tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(FACTS)
+    command = ["compress", smollm2, "--file", path, "-o", path, "--policy", "knorm", "--force"]
+    process = run(*command)
+    assert process.returncode == 2
+    assert "is the document itself" in process.stderr
+    assert path.read_text() == FACTS
 
 
 # -- cache types by name

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qfllama.commands.chat import (
+    MAX_CTX,
     MIB,
     dies_of_ctrl_c,
     erase_progress,
@@ -133,7 +134,7 @@ def read(llm: Llama, tokens: list[int]) -> float:
 @click.option("--system", help="System prompt.")
 @click.option(
     "--n-ctx",
-    type=click.IntRange(0),
+    type=click.IntRange(0, MAX_CTX),
     default=0,
     help="Positions of a conversation.  [default: those the model was trained on]",
 )
@@ -165,6 +166,8 @@ def command(
         from qfllama import metadata
 
         metadata.check_target(model, output, force=force, whole=True)
+        if output.exists() and output.samefile(document):
+            raise QFilterError(f"{output} is the document itself: give another output file")
         tokens = document_tokens(model, system, text)
         n_ctx = n_ctx or metadata.model_shape(model).n_ctx_train
         if len(tokens) >= n_ctx:

@@ -153,7 +153,8 @@ def _stopped_once():
     names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
-    before = {number: at for number, at in before.items() if at != signal.SIG_IGN}  # nohup
+    ignored = (signal.SIG_IGN, None)  # nohup; somebody else's, not of Python
+    before = {number: at for number, at in before.items() if at not in ignored}
 
     def stop(number, _):
         for other in before:

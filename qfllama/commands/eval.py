@@ -1,0 +1,356 @@
+"""`qfllama eval`: what a bounded cache costs in quality, against the full one and other policies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qfllama.commands.chat import dies_of_ctrl_c
+from qfllama.config import CALIBRATED, MAX_SEED, POLICIES, QFilterConfig, QFilterError
+
+if TYPE_CHECKING:
+    from qfllama.evaluation.contexts import Model
+    from qfllama.evaluation.run import Plan
+    from qfllama.evaluation.tasks import Text
+
+FULL = "full"
+TASKS = (  # qfllama.evaluation.ruler.TASKS; --help needs no numpy
+    "single", "multikey", "multivalue", "multiquery", "variables", "common", "frequent", "qa",
+)  # fmt: skip
+
+
+class Numbers(click.ParamType):
+    """Numbers with commas between them, each once."""
+
+    name = "number,..."
+
+    def __init__(self, kind: type, least: float):
+        self.kind, self.least = kind, least
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, list):
+            return value
+        try:
+            numbers = list(dict.fromkeys(self.kind(part) for part in value.split(",")))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers, say 2,4,8.", param, ctx)
+        for number in numbers:
+            if not self.least <= number < 1 << 30:
+                self.fail(f"{number} is not in the range x>={self.least}.", param, ctx)
+        return numbers
+
+
+class Policies(click.ParamType):
+    """Policies with commas between them, each once."""
+
+    name = "policy,..."
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, list):
+            return value
+        names = list(dict.fromkeys(value.split(",")))
+        for name in names:
+            if name not in (FULL, *POLICIES):
+                self.fail(f"{name!r} is none of {', '.join((FULL, *POLICIES))}.", param, ctx)
+        return names
+
+
+def options(command):
+    """What all evaluations can be told."""
+    for option in reversed([
+        click.argument("path", metavar="MODEL",
+                       type=click.Path(exists=True, dir_okay=False, path_type=Path)),
+        click.option("--policy", "policies", type=Policies(),
+                     help=f"Any of {', '.join((FULL, *POLICIES))}.  [default: all that the file "
+                          "has filters for]"),
+        click.option("--ratio", "ratios", type=Numbers(float, 1),
+                     help="Keep 1 of so many tokens.  [default: 2,4,8]"),
+        click.option("--max-length", "max_lengths", type=Numbers(int, 1),
+                     help="Keep so many tokens, in place of --ratio."),
+        click.option("--window-length", type=click.IntRange(0),
+                     help="Newest tokens that are always kept.  [default: 64 where the whole "
+                          "prompt is compressed once, else a quarter of the cache]"),
+        click.option("--sinks", type=click.IntRange(0), default=QFilterConfig.sinks,
+                     show_default=True, help="First tokens that are always kept."),
+        click.option("--interval", type=click.IntRange(1),
+                     help="Tokens that an eviction drops while streaming.  [default: a quarter "
+                          "of the cache, 64 to 512]"),
+        click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+                     help="A text file in UTF-8.  [default: docstrings of Python's library]"),
+        click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True,
+                     help="Of what is drawn by chance."),
+        click.option("--type-k", help="Type of the cached K: f16, q8_0, ...  [default: f16]"),
+        click.option("--type-v", help="Type of the cached V.  [default: f16]"),
+        click.option("--n-gpu-layers", type=click.IntRange(-1),
+                     help="Layers on the GPU, -1: all.  [default: 0]"),
+        click.option("--threads", "n_threads", type=click.IntRange(1), help="CPU threads."),
+        click.option("--results", "results_path", type=click.Path(dir_okay=False, path_type=Path),
+                     metavar="FILE.jsonl",
+                     help="Keep every result here as it comes; the same command goes on from it."),
+        click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path),
+                     metavar="OUT.json", help="Write the report, with machine and versions."),
+        click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path),
+                     metavar="OUT.png", help="Draw it (.png, .svg or .pdf)."),
+        click.option("--verbose", is_flag=True, help="Show the engine's log."),
+    ]):  # fmt: skip
+        command = option(command)
+    return command
+
+
+setting = click.option(
+    "--setting",
+    type=click.Choice(("prefill", "stream")),
+    default="prefill",
+    show_default=True,
+    help="Compress the whole document once before the question is asked, or evict while it "
+    "streams in.",
+)
+
+
+class Session:
+    """What all evaluations share: model, text, plan, results, report.
+
+    Args:
+        setting: how the caches are used; more: settings of the task that results depend on.
+        key: what tells results apart.
+    """
+
+    def __init__(self, task: str, setting: str, key: tuple[str, ...], chosen: dict, **more):
+
+        self._chosen, self._key = chosen, key
+        self._check()
+        self.text: Text = self._read_text()
+        self.model: Model = self._load()
+        try:
+            self.plan: Plan = self._make_plan(setting)
+            self._settings = {"task": task, "setting": setting, **self._sample_settings(), **more}
+        except BaseException:
+            self.model.close()
+            raise
+
+    def _check(self) -> None:
+        """Raises QFilterError or UsageError for what can be told before the model is loaded."""
+        from qfllama import metadata
+        from qfllama.evaluation import plots
+        from qfllama.evaluation.contexts import check_filters
+
+        chosen = self._chosen
+        if chosen["ratios"] and chosen["max_lengths"]:
+            raise click.UsageError("--ratio and --max-length exclude each other; give one of them")
+        if chosen["plot_path"]:
+            plots.check(chosen["plot_path"])
+        for name in ("json_path", "plot_path", "results_path"):
+            check_folder(chosen[name])
+        for policy in set(chosen["policies"] or ()) & set(CALIBRATED):
+            check_filters(chosen["path"], metadata.read(chosen["path"]), policy)
+
+    def _load(self) -> Model:
+        from qfllama.evaluation.contexts import Model
+
+        names = ("n_gpu_layers", "n_threads", "type_k", "type_v", "verbose")
+        return Model(self._chosen["path"], **{name: self._chosen[name] for name in names})
+
+    def _read_text(self) -> Text:
+        from qfllama.evaluation.tasks import read_text
+
+        return read_text(self._chosen["text"])
+
+    def _make_plan(self, setting: str) -> Plan:
+        from qfllama.evaluation.run import Plan, variants
+
+        chosen = self._chosen
+        policies = chosen["policies"] or usable(self.model)
+        ratios = chosen["ratios"] or (None if chosen["max_lengths"] else [2.0, 4.0, 8.0])
+        names = ("sinks", "window_length", "interval", "seed")
+        return Plan(
+            setting,
+            tuple(variants(policies, ratios, chosen["max_lengths"])),
+            **{name: chosen[name] for name in names},
+        )
+
+    def _sample_settings(self) -> dict:
+        """Whatever a result depends on and isn't in its key."""
+        names = ("seed", "sinks", "window_length", "interval")
+        return {
+            **self.model.identity(),
+            "text": self.text.sha256,
+            "type_k": self.model.type_k,
+            "type_v": self.model.type_v,
+            **{name: self._chosen[name] for name in names},
+        }
+
+    def results(self):
+        """Results so far, to be added to."""
+        from qfllama.evaluation.results import Results
+
+        return Results(self._chosen["results_path"], self._settings, self._key)
+
+    def note_length(self, length: int) -> None:
+        """A word about texts that are longer than what the model was trained on."""
+        if length > (trained := self.model.shape.n_ctx_train):
+            click.echo(f"note: the model was trained for {trained:,} positions", err=True)
+
+    def report(self, module, records: dict, draw, **extra) -> None:
+        """Print the table, write what was asked for.
+
+        Args:
+            module: has `rows` and `report`; records: by variant; draw: from `plots`.
+        """
+        from qfllama.machine import provenance
+
+        rows, titles = module.rows(records), [variant.title for variant in records]
+        click.echo(module.report(rows, titles))
+        about = provenance(self.model.n_threads)
+        about["model"] = Path(self.model.path).name
+        about["text"] = self.text.name
+        if path := self._chosen["json_path"]:
+            from qfllama.report import write_file
+
+            value = {"about": about, "settings": self._settings, "rows": rows, **extra}
+            write_file(path, (json.dumps(value, indent=1) + "\n").encode())
+        if path := self._chosen["plot_path"]:
+            title = (
+                f"{about['model']}, {self._settings['setting']}, {about['text']}, {about['date']}"
+            )
+            draw(path, rows, titles, title)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.model.close()
+
+
+def check_folder(path: Path | None) -> None:
+    """Raises QFilterError if a file can't be written for want of its folder."""
+    if path is not None and not path.parent.is_dir():
+        raise QFilterError(f"{path}: there is no folder {path.parent}: make it first")
+
+
+def usable(model: Model) -> list[str]:
+    """The full cache and every policy that the model's file has what it takes for."""
+    from qfllama.evaluation.contexts import check_filters
+
+    names = [FULL]
+    for policy in POLICIES:
+        try:
+            if policy in CALIBRATED:
+                check_filters(model.path, model.filters, policy)
+        except QFilterError:
+            continue
+        names.append(policy)
+    return names
+
+
+def run_documents(session: Session, documents: list, asking=None) -> dict:
+    """Records by variant, of all documents."""
+    from qfllama.evaluation import run
+
+    with session.results() as results:
+        more = {"asking": asking} if asking else {}
+        run.run(session.model, documents, session.plan, results, **more)
+        return {
+            variant: run.answers(documents, variant, results) for variant in session.plan.variants
+        }
+
+
+@click.group("eval")
+def command():
+    """Measure what a bounded cache costs in quality: perplexity, needles, RULER-style tasks."""
+
+
+@command.command("needle", short_help="Needles in a haystack, at all depths.")
+@options
+@setting
+@click.option("--lengths", type=Numbers(int, 128), default="1024,2048", show_default=True,
+              help="Tokens of the documents.")  # fmt: skip
+@click.option("--documents", "count", type=click.IntRange(1), default=4, show_default=True,
+              help="Documents of every length.")  # fmt: skip
+@click.option("--needles-per-document", "needles", type=click.IntRange(1), default=5,
+              show_default=True, help="Asked for one by one.")  # fmt: skip
+def needle_command(setting, lengths, count, needles, **chosen):
+    """Needle in a haystack: secret numbers hidden in a long text, at all depths.
+
+    Each document is read without knowing what will be asked. `right`: needles of which every digit
+    is the model's first choice; `digits`: the share of digits of which that is so; `nll`: the mean
+    loss per digit."""
+    with dies_of_ctrl_c():
+        from qfllama.evaluation import needle, plots, run
+        from qfllama.evaluation.tasks import Haystack
+
+    with Session("needle", setting, run.KEY, chosen, needles_per_document=needles) as session:
+        session.note_length(max(lengths))
+        haystack = Haystack(session.text, lambda text: len(session.model.tokens(text)))
+        documents = needle.documents(haystack, lengths, count, needles, session.plan.seed)
+        session.report(needle, run_documents(session, documents), plots.needle)
+
+
+@command.command("ppl", short_help="Perplexity while evicting, by position.")
+@options
+@click.option("--texts", type=click.IntRange(1), default=3, show_default=True,
+              help="Texts, each read from an empty cache.")  # fmt: skip
+@click.option("--length", type=click.IntRange(64), default=2048, show_default=True,
+              help="Tokens of a text.")  # fmt: skip
+def ppl_command(texts, length, **chosen):
+    """Perplexity of a text that streams through a bounded cache, by position."""
+    with dies_of_ctrl_c():
+        from qfllama.evaluation import perplexity, plots
+
+    with Session("ppl", "stream", perplexity.KEY, chosen) as session:
+        session.note_length(length)
+        pieces = perplexity.texts(session.model, session.text, texts, length)
+        with session.results() as results:
+            perplexity.run(session.model, pieces, session.plan, results)
+            records = perplexity.records(pieces, session.plan, results)
+        session.report(perplexity, records, plots.perplexity)
+
+
+class Tasks(click.ParamType):
+    """RULER's tasks with commas between them, each once."""
+
+    name = "task,..."
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, list):
+            return value
+        names = list(dict.fromkeys(value.split(",")))
+        for name in names:
+            if name not in TASKS:
+                self.fail(f"{name!r} is none of {', '.join(TASKS)}.", param, ctx)
+        return names
+
+
+@command.command("ruler", short_help="Eight tasks after RULER.")
+@options
+@setting
+@click.option("--tasks", type=Tasks(), help=f"Any of {', '.join(TASKS)}.  [default: all]")
+@click.option("--lengths", type=Numbers(int, 256), default="1024", show_default=True,
+              help="Tokens of the documents.")  # fmt: skip
+@click.option("--documents", "count", type=click.IntRange(1), default=4, show_default=True,
+              help="Documents of every task and length.")  # fmt: skip
+def ruler_command(setting, tasks, lengths, count, **chosen):
+    """Tasks after RULER: needles of four kinds, variable tracking, common and frequent words,
+    questions about passages.
+
+    Each document is read without knowing what will be asked. `score`: the share of the strings asked
+    for that are in what the model writes; `nll`: the mean loss per token of the right answer."""
+    with dies_of_ctrl_c():
+        from qfllama.evaluation import plots, ruler, run
+        from qfllama.evaluation.tasks import Haystack
+
+    with Session("ruler", setting, run.KEY, chosen) as session:
+        session.note_length(max(lengths))
+
+        def tokens_of(text: str) -> int:
+            return len(session.model.tokens(text))
+
+        haystack = Haystack(session.text, tokens_of)
+        material = ruler.Material(haystack, session.text.text, tokens_of)
+        documents = ruler.documents(
+            material, tasks or list(TASKS), lengths, count, session.plan.seed
+        )
+        records = run_documents(session, documents, lambda document: ruler.ASKING)
+        session.report(ruler, records, plots.ruler)

@@ -1,0 +1,85 @@
+"""Figures of evaluations."""
+
+from __future__ import annotations
+
+from qfllama.report import figure_class, save_figure
+
+LENGTH, SHORT = 4.4, 2.6
+
+
+def check(path) -> None:
+    """Raises QFilterError if there can be no image at `path`: before hours of work, not after."""
+    figure_class(path)
+
+
+def needle(path, rows: list[dict], titles: list[str], about: str) -> None:
+    """Length by depth for every row of `needle.rows`: the share of digits that were right."""
+    columns = min(4, len(rows))
+    lines = -(-len(rows) // columns)
+    size = (1.4 + 2.6 * columns, 1.2 + 2.4 * lines)
+    figure = figure_class(path)(figsize=size, layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    lengths = sorted({int(length) for row in rows for length in row["by_length"]})
+    depths = sorted({float(depth) for row in rows for depth in row["by_depth"]})
+    for panel in panels.ravel()[len(rows) :]:
+        panel.axis("off")
+    for panel, row, title in zip(panels.ravel(), rows, titles, strict=False):
+        image = _heat_map(panel, row, lengths, depths)
+        panel.set_title(f"{title}: {row['right']:.0%} found", fontsize=9)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("depth of the needle", fontsize=8)
+    for panel in panels[-1]:
+        panel.set_xlabel("tokens", fontsize=8)
+    figure.colorbar(image, ax=panels, label="digits right", shrink=0.8)
+    figure.suptitle(about, fontsize=8, parse_math=False)
+    save_figure(figure, path, dpi=150)
+
+
+def _heat_map(panel, row, lengths, depths):
+    """One panel; grey where there was no needle."""
+    cells = row["by_length_and_depth"]
+    values = [
+        [cells.get(length, {}).get(depth, {}).get("digits", float("nan")) for length in lengths]
+        for depth in depths
+    ]
+    panel.set_facecolor("0.85")
+    image = panel.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
+    panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
+    return image
+
+
+def perplexity(path, rows: list[dict], titles: list[str], about: str) -> None:
+    """Perplexity by position for every row of `perplexity.rows`."""
+    figure = figure_class(path)(figsize=(7.5, SHORT + 1.4), layout="constrained")
+    axes = figure.subplots()
+    for row, title in zip(rows, titles, strict=True):
+        values = row["ppl_by_position"]
+        ends = [min((i + 1) * row["bucket"], row["length"]) for i in range(len(values))]
+        style = {"color": "black", "linewidth": 2} if row["policy"] == "full" else {}
+        axes.plot(ends, values, label=f"{title} ({row['ppl']:.2f})", **style)
+    axes.set_yscale("log")
+    axes.set_xlabel("position (tokens)")
+    axes.set_ylabel("perplexity")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_title(about, fontsize=8, parse_math=False)
+    save_figure(figure, path, dpi=150)
+
+
+def ruler(path, rows: list[dict], titles: list[str], about: str) -> None:
+    """A heat map of scores: a line for every row of `ruler.rows`, a column for every task."""
+    tasks = list(rows[0]["by_task"])
+    size = (2.6 + 0.85 * (len(tasks) + 1), 1.2 + 0.32 * len(rows))
+    figure = figure_class(path)(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    values = [[*(row["by_task"][task]["score"] for task in tasks), row["score"]] for row in rows]
+    axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(tasks) + 1), [*tasks, "mean"], fontsize=8)
+    axes.set_yticks(range(len(rows)), titles, fontsize=8)
+    axes.axvline(len(tasks) - 0.5, color="white", linewidth=3)
+    axes.set_title(f"strings found, %\n{about}", fontsize=8, parse_math=False)
+    save_figure(figure, path, dpi=150)

@@ -1,0 +1,132 @@
+"""Results of samples, kept in a file as they come; shares and means with confidence intervals."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from qfllama.config import QFilterError
+
+Z = 1.959963984540054
+"""Of a normal distribution, for 95 %."""
+RESAMPLES = 2000
+
+
+class Results:
+    """Records by key, in memory and, with a path, in a JSONL file whose first line has the settings.
+
+    Raises:
+        QFilterError: the file isn't one of these, or has results of other settings.
+    """
+
+    def __init__(self, path: Path | None, settings: dict, key: tuple[str, ...]):
+        self._key, self._file = key, None
+        self._records: dict[tuple, dict] = {}
+        if path is None:
+            return
+        settings = json.loads(json.dumps(settings))  # lists as they come back from a file
+        if path.exists() and path.stat().st_size:
+            self._read(path, settings)
+            self._file = path.open("a", encoding="utf-8")
+        else:
+            self._file = path.open("w", encoding="utf-8")
+            self._write({"qfllama_eval": settings})
+
+    def _read(self, path: Path, settings: dict) -> None:
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1  # a line that was being written when the run ended is no line
+        try:
+            first, *rest = [json.loads(line) for line in data[:whole].splitlines()]
+            theirs = first["qfllama_eval"]
+            self._records = {self.key(record): record for record in rest}
+        except (ValueError, KeyError, TypeError):
+            raise QFilterError(
+                f"{path} has no results of qfllama eval: give another file"
+            ) from None
+        for name in settings.keys() | theirs.keys():
+            if theirs.get(name) != settings.get(name):
+                raise QFilterError(
+                    f"{path} has results of another {name.replace('_', ' ')}"
+                    f"{_values(theirs.get(name), settings.get(name))}: give another --results file"
+                )
+        if whole < len(data):
+            with path.open("r+b") as file:
+                file.truncate(whole)
+
+    def key(self, record: dict) -> tuple:
+        return tuple(record.get(name) for name in self._key)
+
+    def __contains__(self, record: dict) -> bool:
+        """Is there a result with the same key?"""
+        return self.key(record) in self._records
+
+    def get(self, record: dict) -> dict | None:
+        """The result with the same key."""
+        return self._records.get(self.key(record))
+
+    def add(self, record: dict) -> None:
+        self._records[self.key(record)] = record
+        if self._file:
+            self._write(record)
+
+    def _write(self, value: dict) -> None:
+        self._file.write(json.dumps(value) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+def _values(theirs, ours) -> str:
+    """The two values where they are short enough to read."""
+    both = f" ({theirs}, here {ours})"
+    return both if len(both) <= 60 else ""
+
+
+# -- statistics
+
+
+def wilson(n_right: float, n: int) -> tuple[float, float]:
+    """95 % confidence interval of a share (Wilson's score interval)."""
+    if n == 0:
+        return 0.0, 1.0
+    share = n_right / n
+    middle = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def bootstrap(groups: list[list[float]]) -> tuple[float, float]:
+    """95 % confidence interval of the mean of all values, whole groups drawn again: questions about
+    one document, or tokens of one text, are not independent."""
+    sums = np.array([np.sum(group) for group in groups])
+    sizes = np.array([len(group) for group in groups])
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, len(groups), (RESAMPLES, len(groups)))
+    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+# -- tables
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows of cells as text, the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

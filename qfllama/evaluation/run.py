@@ -1,0 +1,293 @@
+"""Ask questions about documents in caches of all policies and sizes.
+
+    prefill   the whole document is read into a full cache, then compressed once
+    stream    the document is read into a small cache that evicts on the way
+
+What is the same for all policies is done once: up to the position where the first one is dropped,
+a document is read in one context, whose state then goes to all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from qfllama.config import QFilterConfig, QFilterError
+from qfllama.evaluation.contexts import BATCH, Context, Model
+from qfllama.evaluation.results import Results
+from qfllama.evaluation.scoring import score
+from qfllama.evaluation.tasks import Document, Question
+from qfllama.state import cells_wanted
+
+FULL = "full"
+"""Beside the policies: nothing is dropped."""
+SETTINGS = ("prefill", "stream")
+KEY = ("task", "length", "document", "question", "policy", "ratio", "max_length")
+"""What tells results of questions apart."""
+WINDOW = 64
+"""Default of window_length in `prefill`; in `stream` it is that of QFilterConfig."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A policy and how much it keeps: one of `ratio` and `max_length`, neither for FULL."""
+
+    policy: str
+    ratio: float | None = None
+    max_length: int | None = None
+
+    @property
+    def title(self) -> str:
+        if self.policy == FULL:
+            return FULL
+        return f"{self.policy} {self.size}"
+
+    @property
+    def size(self) -> str:
+        """`x4` or `512 cells`."""
+        if self.policy == FULL:
+            return ""
+        return f"x{self.ratio:g}" if self.ratio else f"{self.max_length:,} cells"
+
+    def cells(self, n_tokens: int) -> int:
+        """Cells for n_tokens."""
+        if self.policy == FULL:
+            return n_tokens
+        return min(n_tokens, cells_wanted(n_tokens, self.ratio, self.max_length))
+
+    def key(self) -> dict:
+        return {"policy": self.policy, "ratio": self.ratio, "max_length": self.max_length}
+
+
+def variants(
+    policies: list[str], ratios: list[float] | None, max_lengths: list[int] | None
+) -> list[Variant]:
+    """All combinations, FULL once."""
+    sizes = [{"ratio": ratio} for ratio in ratios or ()]
+    sizes += [{"max_length": length} for length in max_lengths or ()]
+    result = []
+    for policy in policies:
+        result += [Variant(FULL)] if policy == FULL else [Variant(policy, **size) for size in sizes]
+    return list(dict.fromkeys(result))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the caches are used.
+
+    setting: one of SETTINGS
+    window_length, interval: None for their defaults; interval only matters in `stream`
+    """
+
+    setting: str
+    variants: tuple[Variant, ...]
+    sinks: int = QFilterConfig.sinks
+    window_length: int | None = None
+    interval: int | None = None
+    seed: int = 0
+
+    def whole(self, n_tokens: int) -> QFilterConfig:
+        """A cache that holds n_tokens, read in large batches."""
+        return QFilterConfig(
+            max_length=max(n_tokens, self.sinks + 1 + BATCH), window_length=0, sinks=self.sinks, interval=BATCH,
+            policy="streaming",
+        )  # fmt: skip
+
+    def config(self, variant: Variant, n_tokens: int, extra: int) -> QFilterConfig:
+        """The cache of a variant for a document of n_tokens and `extra` tokens of an answer.
+
+        Raises:
+            QFilterError: what is kept can't hold sinks and window, or in `stream` an interval.
+        """
+        if variant.policy == FULL:
+            return self.whole(n_tokens + extra)
+        if self.setting == "stream":
+            return self._stream_config(variant, n_tokens)
+        window = WINDOW if self.window_length is None else self.window_length
+        cells, least = variant.cells(n_tokens), self.sinks + max(1, window)
+        if cells < least:
+            raise QFilterError(
+                f"{variant.title} of {n_tokens:,} tokens leaves {cells} cells, which can't hold "
+                f"{self.sinks} sinks and a window of {window}: keep more, or use a smaller "
+                "--window-length"
+            )
+        return QFilterConfig(
+            max_length=max(n_tokens + extra, least + BATCH), window_length=window,
+            sinks=self.sinks, interval=BATCH, policy=variant.policy, seed=self.seed,
+        )  # fmt: skip
+
+    def _stream_config(self, variant: Variant, n_tokens: int) -> QFilterConfig:
+        try:
+            return QFilterConfig(
+                max_length=variant.cells(n_tokens), window_length=self.window_length,
+                sinks=self.sinks, interval=self.interval, policy=variant.policy, seed=self.seed,
+            )  # fmt: skip
+        except QFilterError as error:
+            raise QFilterError(
+                f"{variant.title} of {n_tokens:,} tokens: {error} (--window-length, --interval)"
+            ) from None
+
+    def shared(self, variant: Variant, n_tokens: int) -> int:
+        """Tokens of a document up to which nothing is dropped."""
+        return variant.cells(n_tokens) if self.setting == "stream" else n_tokens
+
+
+def forks(
+    model: Model,
+    plan: Plan,
+    tokens: list[int],
+    todo: list[Variant],
+    extra: int,
+    read: Callable[[Context, list[int]], None],
+) -> Iterator[tuple[Variant, Context]]:
+    """A context of every variant, with the tokens read that all of them share.
+
+    Args:
+        extra: tokens that will be read after these.
+        read: reads tokens in a context; called for what is shared.
+    """
+    stops: dict[int, list[Variant]] = {}
+    for variant in todo:
+        stops.setdefault(plan.shared(variant, len(tokens)), []).append(variant)
+    n_ctx = len(tokens) + extra
+    with model.open(plan.whole(max(stops)), n_ctx) as reader:
+        for stop, here in sorted(stops.items()):
+            read(reader, tokens[reader.n_past : stop])
+            state = reader.state()
+            for variant in here:
+                with model.open(plan.config(variant, len(tokens), extra), n_ctx) as context:
+                    context.restore(state, stop)
+                    yield variant, context
+
+
+# -- questions
+
+Ask = Callable[[Context, Question], dict]
+"""Asks a question and says how the answer was, in values for the result; leaves the context where
+it ended."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are asked, and how many tokens that takes at most."""
+
+    ask: Ask
+    extra: Callable[[Model, Question], int]
+
+
+def split(model: Model, question: Question) -> tuple[list[int], list[int]]:
+    """Tokens of question and answer. Those that are only white space and begin the answer (of
+    models that write digits one by one) count as the question's."""
+    asked, answer = model.tokens(question.text), model.tokens(question.answer)
+    while len(answer) > 1 and not model.text(answer[:1]).strip():
+        asked.append(answer.pop(0))
+    return asked, answer
+
+
+def answer_likelihood(context: Context, question: Question) -> dict:
+    """The answer is read, not written: fast, and it tells more than right or wrong."""
+    result = score(context, *split(context.model, question))
+    return {
+        "nll": round(result.nll, 5),
+        "n_tokens": result.n_tokens,
+        "n_right": result.n_right,
+        "right": result.right,
+    }
+
+
+def likelihood_tokens(model: Model, question: Question) -> int:
+    return sum(map(len, split(model, question)))
+
+
+BY_LIKELIHOOD = Asking(answer_likelihood, likelihood_tokens)
+
+
+def run(
+    model: Model,
+    documents: list[Document],
+    plan: Plan,
+    results: Results,
+    asking: Callable[[Document], Asking] = lambda document: BY_LIKELIHOOD,
+) -> None:
+    """Ask whatever has no result yet.
+
+    Raises:
+        QFilterError: a variant has too few cells for one of the documents.
+    """
+    todo = [(document, _missing(document, plan, results)) for document in documents]
+    todo = [(document, missing) for document, missing in todo if missing]
+    for document, missing in todo:
+        n_tokens = len(model.tokens(document.text, start=True))
+        for variant in missing:
+            plan.config(variant, n_tokens, 0)
+    total = sum(_cost(document, plan, missing) for document, missing in todo)
+    with tqdm(total=total, unit="tok", unit_scale=True, disable=None) as bar:
+        for document, missing in todo:
+            _run_document(model, document, plan, missing, results, asking(document), bar)
+
+
+def _missing(document: Document, plan: Plan, results: Results) -> dict[Variant, list[int]]:
+    """The questions that have no result, by variant."""
+    missing = {
+        variant: [
+            i for i in range(len(document.questions)) if _key(document, i, variant) not in results
+        ]
+        for variant in plan.variants
+    }
+    return {variant: which for variant, which in missing.items() if which}
+
+
+def _key(document: Document, question: int, variant: Variant) -> dict:
+    return {
+        "task": document.task,
+        "length": document.length,
+        "document": document.number,
+        "question": question,
+        **variant.key(),
+    }
+
+
+ASKING = 40
+"""Tokens of a question and its answer, roughly, for the progress bar."""
+
+
+def _cost(document: Document, plan: Plan, missing: dict[Variant, list[int]]) -> int:
+    """Tokens to be read, roughly."""
+    n = document.length
+    shared = {variant: plan.shared(variant, n) for variant in missing}
+    alone = sum(n - stop for stop in shared.values())
+    return max(shared.values()) + alone + ASKING * sum(map(len, missing.values()))
+
+
+def _run_document(model, document, plan, missing, results, asking, bar) -> None:
+    tokens = model.tokens(document.text, start=True)
+    extra = max(asking.extra(model, question) for question in document.questions)
+
+    def read(context: Context, part: list[int]) -> None:
+        for i in range(0, len(part), BATCH):
+            context.read(part[i : i + BATCH])
+            bar.update(min(BATCH, len(part) - i))
+
+    for variant, context in forks(model, plan, tokens, list(missing), extra, read):
+        read(context, tokens[context.n_past :])
+        if plan.setting == "prefill":
+            context.compress(variant.cells(len(tokens)))
+        cells = context.used()
+        context.mark(extra)
+        for i in missing[variant]:
+            question = document.questions[i]
+            answer = asking.ask(context, question)
+            context.back()
+            bar.update(ASKING)
+            results.add({**_key(document, i, variant), "cells": cells, **question.labels, **answer})
+
+
+def answers(documents: list[Document], variant: Variant, results: Results) -> list[dict]:
+    """The results of a variant, in order."""
+    return [
+        results.get(_key(document, i, variant))
+        for document in documents
+        for i in range(len(document.questions))
+    ]

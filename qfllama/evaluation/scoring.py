@@ -1,0 +1,79 @@
+"""What a context makes of the right answer, and what it answers itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qfllama.evaluation.contexts import Context
+
+ROWS = 64
+"""Rows of logits handled at once: a vocabulary of 150,000 makes temporary arrays of 40 MB."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The answer read token by token, whatever the model would have said instead.
+
+    nll: negative log likelihood of its tokens in nats, the mean
+    n_right: tokens that are the model's first choice
+    """
+
+    nll: float
+    n_tokens: int
+    n_right: int
+
+    @property
+    def right(self) -> bool:
+        """Would greedy decoding have given the answer?"""
+        return self.n_right == self.n_tokens
+
+
+def nll(logits: np.ndarray, targets) -> np.ndarray:
+    """Negative log likelihood in nats.
+
+    Args:
+        logits: float32 [n, n_vocab]; targets: token ids [n].
+
+    Returns:
+        float64 [n].
+    """
+    result = np.empty(len(logits))
+    for i in range(0, len(logits), ROWS):
+        rows, ids = logits[i : i + ROWS], np.asarray(targets[i : i + ROWS])
+        top = rows.max(axis=1)
+        total = np.exp(rows - top[:, None]).sum(axis=1, dtype=np.float64)
+        result[i : i + ROWS] = top + np.log(total) - rows[np.arange(len(rows)), ids]
+    return result
+
+
+def score(context: Context, question: list[int], answer: list[int]) -> Score:
+    """Read question and answer; how likely each token of the answer was."""
+    losses, n_right, done = [], 0, 0
+    for logits in context.outputs(question + answer[:-1], len(question) - 1):
+        targets = answer[done : done + len(logits)]
+        losses.append(nll(logits, targets))
+        n_right += int((logits.argmax(axis=1) == targets).sum())
+        done += len(logits)
+    return Score(float(np.concatenate(losses).mean()), len(answer), n_right)
+
+
+def generate(context: Context, question: list[int], n_tokens: int, enough=None) -> str:
+    """Read the question and answer it greedily, with at most n_tokens tokens.
+
+    Args:
+        enough: is the text so far all that is wanted? Called after each token.
+    """
+    answer: list[int] = []
+    text, tokens = "", question
+    while len(answer) < n_tokens:
+        *_, logits = context.outputs(tokens, len(tokens) - 1)
+        token = int(logits[-1].argmax())
+        if context.model.ends(token):
+            break
+        answer.append(token)
+        text, tokens = context.model.text(answer), [token]
+        if enough is not None and enough(text):
+            break
+    return text
