@@ -77,9 +77,12 @@ build/%/.built: $(INSTALLED) $(PATCHES)
 	touch $@
 
 bench: $(INSTALLED) $(FILTERED)  ## speed and memory beside stock llama.cpp: table, docs/bench.json and .png
-	$(BIN)/qfllama bench $(FILTERED) --json docs/bench.json --plot docs/bench.png
+	$(BIN)/qfllama bench $(FILTERED) --max-length 512,1024,2048 --stock-types f16,q8_0 --prompts 2048 \
+		--repeat 1 --json docs/bench.json --plot docs/bench.png
 
-figures: bench  ## every figure in README and docs
+figures: bench  ## every figure in README and docs; TEXT=FILE is the third text of the last one
+	$(BIN)/python benchmarks/filter_sensitivity.py $(MODEL) $(if $(TEXT),--text "$(notdir $(TEXT))=$(TEXT)") \
+		--json docs/filter_sensitivity.json --plot docs/filter_sensitivity.png
 
 upgrade-check:  ## do the patches apply? SDIST=file.tar.gz for another version, WRITE=--write renews them
 	$(PYTHON) patches/backend.py $(SDIST) $(WRITE)

@@ -60,6 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=N_LAYER)
     parser.add_argument("--types", default="f16,q8_0,q4_0")
     parser.add_argument("--policies", default="qfilters")
+    parser.add_argument("--rank", type=int, default=16, help="of the policy qfilters2")
     parser.add_argument(
         "--threads",
         default=f"1,{os.cpu_count()}",  # comma-separated
@@ -126,10 +127,14 @@ def write_model(path: Path, shape: str, n_layer: int) -> None:
     writer.close()
 
 
-def add_filters(plain: Path, path: Path, n_layer: int) -> None:
-    weight = np.random.default_rng(1).standard_normal((n_layer, N_HEAD_KV, HEAD_DIM))
+def add_filters(plain: Path, path: Path, n_layer: int, n_head: int, rank: int) -> None:
+    rng = np.random.default_rng(1)
+    weight = rng.standard_normal((n_layer, N_HEAD_KV, HEAD_DIM))
     weight /= np.linalg.norm(weight, axis=-1, keepdims=True)
-    metadata.write(plain, path, metadata.Filters(weight.astype(np.float32), list(range(n_layer))))
+    moments = rng.standard_normal((n_layer, n_head, 1 + rank, HEAD_DIM)) / HEAD_DIM
+    filters = metadata.Filters(weight.astype(np.float32), list(range(n_layer)))
+    filters.moments = moments.astype(np.float16)
+    metadata.write(plain, path, filters)
 
 
 def measure(path: Path, args, type_kv: str, policy: str, threads: int) -> Row:
@@ -197,7 +202,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         plain, path = Path(folder, "plain.gguf"), Path(folder, "model.gguf")
         write_model(plain, args.shape, args.layers)
-        add_filters(plain, path, args.layers)
+        add_filters(plain, path, args.layers, SHAPES[args.shape][2], args.rank)
         plain.unlink()
         for type_kv in args.types.split(","):
             for policy in args.policies.split(","):

@@ -49,8 +49,8 @@ class Fit:
         """One line for the user."""
         if self.verdict == "unknown":
             return (
-                "Q-Filters fit: unknown, nothing was measured: `qfllama convert` needs at least two "
-                "sequences of well over 64 tokens for that"
+                "Q-Filters fit: unknown, nothing was measured: that takes calibrating with "
+                "`qfllama convert` on two sequences or more of well over 64 tokens"
             )
         return (
             f"Q-Filters fit: {self.verdict}: {len(self.weak)} of {self.n_measured} layers below "

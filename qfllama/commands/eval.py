@@ -13,7 +13,7 @@ from qfllama.config import CALIBRATED, MAX_SEED, POLICIES, QFilterConfig, QFilte
 
 if TYPE_CHECKING:
     from qfllama.evaluation.contexts import Model
-    from qfllama.evaluation.run import Plan
+    from qfllama.evaluation.run import Asking, Plan
     from qfllama.evaluation.tasks import Text
 
 FULL = "full"
@@ -173,10 +173,13 @@ class Session:
 
     def _sample_settings(self) -> dict:
         """Whatever a result depends on and isn't in its key."""
+        from qfllama.evaluation.tasks import VERSION
+
         names = ("seed", "sinks", "window_length", "interval")
         return {
             **self.model.identity(),
             "text": self.text.sha256,
+            "version": VERSION,
             "type_k": self.model.type_k,
             "type_v": self.model.type_v,
             **{name: self._chosen[name] for name in names},
@@ -245,13 +248,12 @@ def usable(model: Model) -> list[str]:
     return names
 
 
-def run_documents(session: Session, documents: list, asking=None) -> dict:
+def run_documents(session: Session, documents: list, asking: Asking) -> dict:
     """Records by variant, of all documents."""
     from qfllama.evaluation import run
 
     with session.results() as results:
-        more = {"asking": asking} if asking else {}
-        run.run(session.model, documents, session.plan, results, **more)
+        run.run(session.model, documents, session.plan, results, asking)
         return {
             variant: run.answers(documents, variant, results) for variant in session.plan.variants
         }
@@ -282,10 +284,11 @@ def needle_command(setting, lengths, count, needles, **chosen):
         from qfllama.evaluation.tasks import Haystack
 
     with Session("needle", setting, run.KEY, chosen, needles_per_document=needles) as session:
-        session.note_length(max(lengths))
         haystack = Haystack(session.text, lambda text: len(session.model.tokens(text)))
         documents = needle.documents(haystack, lengths, count, needles, session.plan.seed)
-        session.report(needle, run_documents(session, documents), plots.needle)
+        session.note_length(max(lengths))
+        records = run_documents(session, documents, run.BY_LIKELIHOOD)
+        session.report(needle, records, plots.needle)
 
 
 @command.command("ppl", short_help="Perplexity while evicting, by position.")
@@ -300,8 +303,8 @@ def ppl_command(texts, length, **chosen):
         from qfllama.evaluation import perplexity, plots
 
     with Session("ppl", "stream", perplexity.KEY, chosen) as session:
-        session.note_length(length)
         pieces = perplexity.texts(session.model, session.text, texts, length)
+        session.note_length(length)
         with session.results() as results:
             perplexity.run(session.model, pieces, session.plan, results)
             records = perplexity.records(pieces, session.plan, results)
@@ -342,7 +345,6 @@ def ruler_command(setting, tasks, lengths, count, **chosen):
         from qfllama.evaluation.tasks import Haystack
 
     with Session("ruler", setting, run.KEY, chosen) as session:
-        session.note_length(max(lengths))
 
         def tokens_of(text: str) -> int:
             return len(session.model.tokens(text))
@@ -352,5 +354,6 @@ def ruler_command(setting, tasks, lengths, count, **chosen):
         documents = ruler.documents(
             material, tasks or list(TASKS), lengths, count, session.plan.seed
         )
-        records = run_documents(session, documents, lambda document: ruler.ASKING)
+        session.note_length(max(lengths))
+        records = run_documents(session, documents, ruler.ASKING)
         session.report(ruler, records, plots.ruler)

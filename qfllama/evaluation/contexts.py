@@ -22,6 +22,9 @@ BATCH = 512
 class Model:
     """A GGUF file, loaded once.
 
+    Attributes:
+        forgets: it has windowed or recurrent layers, which can't be cut back.
+
     Raises:
         QFilterError: no such model, or one that can't have a bounded cache.
     """
@@ -53,6 +56,12 @@ class Model:
                 f"{self.path}: llama.cpp can't use this file ({error}); --verbose shows its log"
             ) from error
         self.n_vocab = self.model.n_vocab()
+        handle = self.model.model
+        self.forgets = bool(
+            llama_cpp.llama_model_n_swa(handle)
+            or llama_cpp.llama_model_is_hybrid(handle)
+            or llama_cpp.llama_model_is_recurrent(handle)
+        )
         why = ctypes.create_string_buffer(512)
         if not native.supported(self.model.model, self._params(256, 64), why, len(why)):
             self.close()
@@ -246,8 +255,8 @@ class Context:
 
     def mark(self, n_tokens: int) -> None:
         """`back` shall lead here from at most n_tokens later."""
-        evicts = self.used() + n_tokens > self.config.max_length
-        self._mark = self.n_past, self.state() if evicts else None
+        loses = self.model.forgets or self.used() + n_tokens > self.config.max_length
+        self._mark = self.n_past, self.state() if loses else None
 
     def back(self) -> None:
         """Forget what was read since `mark`."""

@@ -18,7 +18,7 @@ from qfllama.evaluation.tasks import (
 )
 
 NEEDLE = "The secret number of {} is {}."
-QUESTION = "\n\nQuestion: What is the secret number of {0}?\nAnswer: The secret number of {0} is"
+QUESTION = "\n\nWhat is the secret number of {0}? The secret number of {0} is"
 
 
 def documents(

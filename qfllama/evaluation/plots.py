@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from qfllama.evaluation.needle import BINS
 from qfllama.report import figure_class, save_figure
-
-LENGTH, SHORT = 4.4, 2.6
 
 
 def check(path) -> None:
@@ -20,38 +19,42 @@ def needle(path, rows: list[dict], titles: list[str], about: str) -> None:
     figure = figure_class(path)(figsize=size, layout="constrained")
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     lengths = sorted({int(length) for row in rows for length in row["by_length"]})
-    depths = sorted({float(depth) for row in rows for depth in row["by_depth"]})
     for panel in panels.ravel()[len(rows) :]:
         panel.axis("off")
     for panel, row, title in zip(panels.ravel(), rows, titles, strict=False):
-        image = _heat_map(panel, row, lengths, depths)
+        image = _heat_map(panel, row, lengths)
         panel.set_title(f"{title}: {row['right']:.0%} found", fontsize=9)
     for panel in panels[:, 0]:
         panel.set_ylabel("depth of the needle", fontsize=8)
     for panel in panels[-1]:
         panel.set_xlabel("tokens", fontsize=8)
-    figure.colorbar(image, ax=panels, label="digits right", shrink=0.8)
+    figure.colorbar(image, ax=panels, label="digits right (%: in the cells)", shrink=0.8)
     figure.suptitle(about, fontsize=8, parse_math=False)
     save_figure(figure, path, dpi=150)
 
 
-def _heat_map(panel, row, lengths, depths):
+def _heat_map(panel, row, lengths):
     """One panel; grey where there was no needle."""
-    cells = row["by_length_and_depth"]
+    cells, parts = row["by_length_and_depth"], [i / BINS for i in range(BINS)]
     values = [
-        [cells.get(length, {}).get(depth, {}).get("digits", float("nan")) for length in lengths]
-        for depth in depths
+        [cells.get(length, {}).get(part, {}).get("digits", float("nan")) for length in lengths]
+        for part in parts
     ]
     panel.set_facecolor("0.85")
     image = panel.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    if len(lengths) <= 6:
+        for y, line in enumerate(values):
+            for x, value in enumerate(line):
+                if value == value:
+                    panel.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6)
     panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=7)
-    panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
+    panel.set_yticks([-0.5, BINS / 2 - 0.5, BINS - 0.5], ["0%", "50%", "100%"], fontsize=7)
     return image
 
 
 def perplexity(path, rows: list[dict], titles: list[str], about: str) -> None:
     """Perplexity by position for every row of `perplexity.rows`."""
-    figure = figure_class(path)(figsize=(7.5, SHORT + 1.4), layout="constrained")
+    figure = figure_class(path)(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
     for row, title in zip(rows, titles, strict=True):
         values = row["ppl_by_position"]

@@ -28,7 +28,7 @@ from qfllama.evaluation.tasks import (
 
 NEEDLE = "The secret number of {} is {}."
 INTRO = "The text below mentions secret numbers. Remember them, you will be asked for them.\n\n"
-ASKED = "\n\nQuestion: {}\nAnswer: {}"
+ASKED = "\n\n{} {}"
 KEYS = 4
 """Needles of the tasks with several."""
 HOPS = 4

@@ -91,8 +91,8 @@ class Plan:
     def whole(self, n_tokens: int) -> QFilterConfig:
         """A cache that holds n_tokens, read in large batches."""
         return QFilterConfig(
-            max_length=max(n_tokens, self.sinks + 1 + BATCH), window_length=0, sinks=self.sinks, interval=BATCH,
-            policy="streaming",
+            max_length=max(n_tokens, self.sinks + 1 + BATCH), window_length=0, sinks=self.sinks,
+            interval=BATCH, policy="streaming",
         )  # fmt: skip
 
     def config(self, variant: Variant, n_tokens: int, extra: int) -> QFilterConfig:
@@ -209,7 +209,7 @@ def run(
     documents: list[Document],
     plan: Plan,
     results: Results,
-    asking: Callable[[Document], Asking] = lambda document: BY_LIKELIHOOD,
+    asking: Asking = BY_LIKELIHOOD,
 ) -> None:
     """Ask whatever has no result yet.
 
@@ -225,7 +225,7 @@ def run(
     total = sum(_cost(document, plan, missing) for document, missing in todo)
     with tqdm(total=total, unit="tok", unit_scale=True, disable=None) as bar:
         for document, missing in todo:
-            _run_document(model, document, plan, missing, results, asking(document), bar)
+            _run_document(model, document, plan, missing, results, asking, bar)
 
 
 def _missing(document: Document, plan: Plan, results: Results) -> dict[Variant, list[int]]:

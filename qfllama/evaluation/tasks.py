@@ -15,6 +15,9 @@ from pathlib import Path
 
 from qfllama.config import QFilterError
 
+VERSION = 1
+"""Goes up when documents or questions change: results of others don't count any more."""
+
 Count = Callable[[str], int]
 """Tokens of a text."""
 
