@@ -147,6 +147,11 @@ llama_qfilter::llama_qfilter(llama_memory_i & mem, const llama_cparams & cparams
 
     streams.resize(kv.n_stream);
 
+    if (kv_swa) {
+        // upstream leaves out what the next token does not see; the same sums take the same cells
+        kv_swa->qfilter_window = true;
+    }
+
     load_filters(params);
 }
 
@@ -719,6 +724,9 @@ void llama_qfilter::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_
         st.n_swa    = swa[0];
         st.head_swa = swa[1];
 
+        if (st.n_swa > 0 && !kv_swa) {
+            throw std::runtime_error("the state was saved by a model with windowed layers");
+        }
         if (st.n > n_cells) {
             throw std::runtime_error(format("the state does not fit into %u cells", n_cells));
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 import llama_cpp
 import llama_cpp._internals as internals
 import numpy as np
-from llama_cpp._logger import set_verbose
+from llama_cpp._logger import llama_log_callback, set_verbose
 
 from qfllama import metadata, native, state
 from qfllama.config import CALIBRATED, QFilterConfig, QFilterError
@@ -49,6 +50,7 @@ class Model:
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers or 0
+        self._log = contextlib.nullcontext if verbose else no_log
         try:
             self.model = internals.LlamaModel(path_model=self.path, params=params, verbose=verbose)
         except ValueError as error:
@@ -90,10 +92,11 @@ class Model:
             if config.policy == "qfilters2":
                 moments = self.filters.by_layer(self.filters.moments)
         try:
-            context = BoundedContext(
-                model=self.model, params=self._params(n_ctx, config.interval), verbose=False,
-                config=config, weight=weight, moments=moments,
-            )  # fmt: skip
+            with self._log():  # which warns of every context longer than the model was trained for
+                context = BoundedContext(
+                    model=self.model, params=self._params(n_ctx, config.interval), verbose=False,
+                    config=config, weight=weight, moments=moments,
+                )  # fmt: skip
         except ValueError as error:
             raise QFilterError(
                 f"no context for {n_ctx:,} positions and {config.max_length:,} cells ({error}): "
@@ -130,6 +133,17 @@ class Model:
 
     def __exit__(self, *error) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def no_log() -> Iterator[None]:
+    """Nothing from llama.cpp's log, not even warnings."""
+    silent = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silent, None)
+    try:
+        yield
+    finally:
+        llama_cpp.llama_log_set(llama_log_callback, None)
 
 
 def check_filters(path, filters: metadata.Filters | None, policy: str) -> None:

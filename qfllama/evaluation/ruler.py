@@ -163,12 +163,13 @@ def common(material, rng, length, which) -> Made:
         n_others = max(1, n_entries - COMMON * often)
         # a third of a long list's words would be too many for most texts
         seldom = max(3 if often >= 12 else 1, -(-n_others // max(1, len(material.words) - COMMON)))
-        if 2 * seldom > often:
+        n_words = COMMON + -(-n_others // seldom)
+        if 2 * seldom > often or n_words > len(material.words):
             raise QFilterError(
                 f"the text has {len(material.words):,} different words, too few for the task "
                 "`common`: give a longer --text, or shorter --lengths"
             )
-        words = rng.sample(material.words, COMMON + -(-n_others // seldom))
+        words = rng.sample(material.words, n_words)
         entries = words[:COMMON] * often + words[COMMON:] * seldom
         rng.shuffle(entries)
         return intro + " ".join(f"{i}. {word}" for i, word in enumerate(entries, 1)), words[:COMMON]
