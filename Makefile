@@ -77,7 +77,7 @@ build/%/.built: $(INSTALLED) $(PATCHES)
 	touch $@
 
 bench: $(INSTALLED) $(FILTERED)  ## speed and memory beside stock llama.cpp: table, docs/bench.json and .png
-	$(BIN)/qfllama bench $(FILTERED) --max-length 512,1024,2048 --stock-types f16,q8_0 --prompts 2048 \
+	$(BIN)/qfllama bench $(FILTERED) --max-length 512,2048 --types f16 --stock-types f16,q8_0 --prompts 2048 \
 		--repeat 1 --json docs/bench.json --plot docs/bench.png
 
 figures: bench  ## every figure in README and docs; TEXT=FILE is the third text of the last one

@@ -45,7 +45,8 @@ def device_of(registered):
 
 
 def load(path, device, n_layers) -> internals.LlamaModel:
-    """A model of which the last n_layers are on a device."""
+    """A model of which the last n_layers are on a device. No device: all of it is on the CPU, which
+    upstream would not choose by itself where there is another one."""
     params = llama_cpp.llama_model_default_params()
     devices = (ctypes.c_void_p * 2)(device, None)
     params.devices = ctypes.cast(devices, ctypes.c_void_p).value
@@ -53,7 +54,7 @@ def load(path, device, n_layers) -> internals.LlamaModel:
     return internals.LlamaModel(path_model=str(path), params=params, verbose=False)
 
 
-def context(model, head_dim, policy, type_k) -> bounded.Bounded:
+def context(model, head_dim, policy, type_k, type_v="f16") -> bounded.Bounded:
     """A bounded context with random filters: 48 rows, of which 8 go at a time."""
     weight = np.random.default_rng(0).normal(size=(N_LAYER, N_HEAD_KV, head_dim))
     weight /= np.linalg.norm(weight, axis=-1, keepdims=True)
@@ -61,7 +62,7 @@ def context(model, head_dim, policy, type_k) -> bounded.Bounded:
         model,
         bounded.config(policy=policy),
         type_k=type_k,
-        type_v="f16",
+        type_v=type_v,
         weight=dict(enumerate(weight.astype(np.float32))),
     )
 
@@ -89,10 +90,10 @@ def remember(llm, seen: dict) -> None:
                     assert seen.setdefault((name, il, ih, pos), data) == data
 
 
-def run(model, head_dim, policy, type_k):
+def run(model, head_dim, policy, type_k, type_v="f16"):
     """After every batch: the logits, the positions and the rows. Rows that stay don't change."""
     result, seen = [], {}
-    with context(model, head_dim, policy, type_k) as llm:
+    with context(model, head_dim, policy, type_k, type_v) as llm:
         for tokens in BATCHES:
             assert llm.decode(tokens) == 0
             remember(llm, seen)
@@ -101,13 +102,13 @@ def run(model, head_dim, policy, type_k):
     return result
 
 
-def stock_logits(model, type_k) -> np.ndarray:
+def stock_logits(model, type_k, type_v) -> np.ndarray:
     """float32 [n_batches, n_vocab]: what upstream's context, which keeps everything, computes."""
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = 1024, 8, 8
     params.n_threads = params.n_threads_batch = 1
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-    params.type_k, params.type_v = cache_type(type_k), cache_type("f16")
+    params.type_k, params.type_v = cache_type(type_k), cache_type(type_v)
     llm, result = internals.LlamaContext(model=model, params=params, verbose=False), []
     for tokens in BATCHES:
         array = (llama_cpp.llama_token * len(tokens))(*tokens)

@@ -5,7 +5,6 @@ compared with a tolerance: TIMES what stock contexts on both devices differ by, 
 run. Rows move bit by bit all the same, and from the same rows the same ones are kept.
 """
 
-import bounded
 import devices
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from devices import N_LAYER, POLICIES
 
 HEAD_DIM = 64
 TIMES = 3.0
+TYPES = [("f32", "f32"), ("f16", "f16"), ("q8_0", "f16")]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def path(device, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def here(path):
-    model = bounded.load(path)
+    model = devices.load(path, None, 0)
     yield model
     model.close()
 
@@ -47,17 +47,17 @@ def there(request, path, device):
 
 @pytest.fixture(scope="module")
 def tolerance(here, there):
-    """Cache type -> how far logits may be from the CPU's."""
+    """Cache types -> how far logits may be from the CPU's."""
     known = {}
 
-    def measure(type_k) -> float:
-        if type_k not in known:
-            ours, cpus = (devices.stock_logits(model, type_k) for model in (there, here))
+    def measure(*types) -> float:
+        if types not in known:
+            ours, cpus = (devices.stock_logits(model, *types) for model in (there, here))
             difference = np.abs(ours - cpus).max()
-            print(f"stock {type_k}: at most {difference:.2g}, standard deviation {cpus.std():.2g}")
-            assert difference < 0.05 * cpus.std(), "stock llama.cpp computes something else there"
-            known[type_k] = TIMES * difference
-        return known[type_k]
+            print(f"stock {types}: at most {difference:.2g}, standard deviation {cpus.std():.2g}")
+            assert 0 < difference < 0.05 * cpus.std(), "the same device twice, or another model"
+            known[types] = TIMES * difference
+        return known[types]
 
     return measure
 
@@ -66,25 +66,21 @@ def tolerance(here, there):
 def test_a_session_on_vulkan_keeps_the_same_rows_and_computes_close_logits(
     here, there, tolerance, policy
 ):
-    pairs = zip(
-        devices.run(there, HEAD_DIM, policy, "f32"),
-        devices.run(here, HEAD_DIM, policy, "f32"),
-        strict=True,
-    )
-    for (logits, kept, _), (logits_cpu, kept_cpu, _) in pairs:
+    runs = (devices.run(model, HEAD_DIM, policy, "f32", "f32") for model in (there, here))
+    for (logits, kept, _), (logits_cpu, kept_cpu, _) in zip(*runs, strict=True):
         assert all(map(np.array_equal, kept, kept_cpu))
-        np.testing.assert_allclose(logits, logits_cpu, rtol=0, atol=tolerance("f32"))
+        np.testing.assert_allclose(logits, logits_cpu, rtol=0, atol=tolerance("f32", "f32"))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("type_k", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("types", TYPES, ids="-".join)
 def test_from_the_same_rows_vulkan_keeps_the_same_ones_and_moves_their_bits(
-    here, there, tolerance, type_k, policy
+    here, there, tolerance, types, policy
 ):
     """Every batch starts on both devices from the bytes that lie on the Vulkan device."""
     with (
-        devices.context(there, HEAD_DIM, policy, type_k) as llm,
-        devices.context(here, HEAD_DIM, policy, type_k) as cpu,
+        devices.context(there, HEAD_DIM, policy, *types) as llm,
+        devices.context(here, HEAD_DIM, policy, *types) as cpu,
     ):
         seen = {}
         for i, tokens in enumerate(devices.BATCHES):
@@ -93,7 +89,7 @@ def test_from_the_same_rows_vulkan_keeps_the_same_ones_and_moves_their_bits(
             assert all(map(np.array_equal, devices.kept(llm), devices.kept(cpu)))
             for rows, rows_cpu in zip(devices.rows(llm), devices.rows(cpu), strict=True):
                 np.testing.assert_array_equal(rows[: -len(tokens)], rows_cpu[: -len(tokens)])
-            np.testing.assert_allclose(llm.logits(), cpu.logits(), rtol=0, atol=tolerance(type_k))
+            np.testing.assert_allclose(llm.logits(), cpu.logits(), rtol=0, atol=tolerance(*types))
             devices.remember(llm, seen)
         assert llm.stats().n_evictions >= 10
 

@@ -12,25 +12,35 @@ def check(path) -> None:
 
 
 def needle(path, rows: list[dict], titles: list[str], about: str) -> None:
-    """Length by depth for every row of `needle.rows`: the share of digits that were right."""
-    columns = min(4, len(rows))
-    lines = -(-len(rows) // columns)
-    size = (1.4 + 2.6 * columns, 1.2 + 2.4 * lines)
+    """Length by depth for every row of `needle.rows`, a line of panels for each policy."""
+    places, shape = _places(rows)
+    size = (1.8 + 2.4 * shape[1], 0.9 + 2.2 * shape[0])
     figure = figure_class(path)(figsize=size, layout="constrained")
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    panels = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False)
     lengths = sorted({int(length) for row in rows for length in row["by_length"]})
-    for panel in panels.ravel()[len(rows) :]:
+    for panel in panels.ravel():
         panel.axis("off")
-    for panel, row, title in zip(panels.ravel(), rows, titles, strict=False):
-        image = _heat_map(panel, row, lengths)
-        panel.set_title(f"{title}: {row['right']:.0%} found", fontsize=9)
+    for place, row, title in zip(places, rows, titles, strict=True):
+        panels[place].axis("on")
+        image = _heat_map(panels[place], row, lengths)
+        panels[place].set_title(f"{title}: {row['right']:.0%} found", fontsize=8)
+        panels[place].tick_params(labelbottom=True)
     for panel in panels[:, 0]:
         panel.set_ylabel("depth of the needle", fontsize=8)
-    for panel in panels[-1]:
-        panel.set_xlabel("tokens", fontsize=8)
-    figure.colorbar(image, ax=panels, label="digits right (%: in the cells)", shrink=0.8)
+    figure.colorbar(image, ax=panels, label="digits right (%: in the cells)", shrink=0.8, aspect=40)
+    figure.supxlabel("tokens", fontsize=8)
     figure.suptitle(about, fontsize=8, parse_math=False)
     save_figure(figure, path, dpi=150)
+
+
+def _places(rows: list[dict]) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """(line, column) of the panel of every row, and how many lines and columns there are."""
+    places, line, column = [], 0, -1
+    for before, row in zip([None, *rows], rows, strict=False):
+        same = before is None or before["policy"] == row["policy"]
+        line, column = (line, column + 1) if same else (line + 1, 0)
+        places.append((line, column))
+    return places, (line + 1, 1 + max(column for _, column in places))
 
 
 def _heat_map(panel, row, lengths):
@@ -62,6 +72,8 @@ def perplexity(path, rows: list[dict], titles: list[str], about: str) -> None:
         style = {"color": "black", "linewidth": 2} if row["policy"] == "full" else {}
         axes.plot(ends, values, label=f"{title} ({row['ppl']:.2f})", **style)
     axes.set_yscale("log")
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks("{x:g}")
     axes.set_xlabel("position (tokens)")
     axes.set_ylabel("perplexity")
     axes.grid(alpha=0.3, which="both")
