@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-POLICIES = ("qfilters", "knorm", "streaming", "keydiff", "random", "qfilters2")
+POLICIES = (
+    "qfilters",
+    "knorm",
+    "streaming",
+    "keydiff",
+    "random",
+    "qfilters2",
+    "qblend",
+    "kvdiff",
+)
 """How a cached key is scored, in the order of `enum llama_qfilter_policy`."""
-CALIBRATED = ("qfilters", "qfilters2")
+CALIBRATED = ("qfilters", "qfilters2", "qblend")
 """Policies that need what `qfllama convert` puts into the file."""
 
 MIN_INTERVAL, MAX_INTERVAL = 64, 512

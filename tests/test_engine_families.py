@@ -168,7 +168,9 @@ def test_a_family_keeps_the_positions_of_the_reference_and_gives_its_logits(fami
     assert_alike(name, model.reference(tokens, "qfilters", kept), logits, kept)
 
 
-@pytest.mark.parametrize("policy", ["qfilters2", "knorm", "keydiff", "random", "streaming"])
+@pytest.mark.parametrize(
+    "policy", ["qblend", "qfilters2", "kvdiff", "knorm", "keydiff", "random", "streaming"]
+)
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma3", "lfm2"])
 def test_every_policy_keeps_what_the_reference_keeps(family, tokens, name, policy):
     model = family(name)

@@ -177,6 +177,9 @@ def test_a_run_keeps_sinks_window_and_the_best_of_the_rest(model, bounded_runs, 
             elif policy == "qfilters2":
                 worth = expected_weight(cache, layer, head, before)[inside_of(before, middle)]
                 assert worth[inside].min() > worth[~inside].max() * (1 - 1e-4)
+            elif policy in ("qblend", "kvdiff"):
+                worth = blended(cache, policy, layer, head, before)[inside_of(before, middle)]
+                assert worth[inside].min() > worth[~inside].max() - 1e-4
             elif policy == "random":
                 worth = np.array([random_score(0, layer, head, int(p)) for p in middle])
                 assert worth[inside].min() > worth[~inside].max()
@@ -186,6 +189,27 @@ def test_a_run_keeps_sinks_window_and_the_best_of_the_rest(model, bounded_runs, 
 
 def inside_of(positions, some):
     return np.isin(positions, some)
+
+
+def blended(cache, policy, layer, head, positions):
+    """[n]: distance of the value from the mean, cosine of the key with the mean direction and, for
+    qblend, projection; all standardized, weighted, pooled over five rows, in torch."""
+    k, v = (rows[head][positions].double() for rows in cache.written[layer])
+    mean = torch.nn.functional.normalize(k, dim=-1).mean(0)
+    scores = [
+        (v - v.mean(0)).norm(dim=-1),
+        -torch.nn.functional.cosine_similarity(k, mean[None], dim=-1),
+    ]
+    weights = [1, 0.5]
+    if policy == "qblend":
+        scores.append(k @ torch.from_numpy(cache.filters[layer, head]).double())
+        weights = [1, 0.25, 0.25]
+    own = sum(
+        weight * (score - score.mean()) / score.std(correction=0)
+        for weight, score in zip(weights, scores, strict=True)
+    )
+    pooled = torch.nn.functional.avg_pool1d(own[None], 5, 1, 2, count_include_pad=False)[0]
+    return (pooled + 0.3 * own).numpy()
 
 
 def expected_weight(cache, layer, head, positions):

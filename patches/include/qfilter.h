@@ -22,6 +22,8 @@ enum llama_qfilter_policy {
     LLAMA_QFILTER_POLICY_KEYDIFF   = 3, // minus the cosine of the key with the mean of its head's normalized keys
     LLAMA_QFILTER_POLICY_RANDOM    = 4, // a hash of seed, layer, head and position
     LLAMA_QFILTER_POLICY_QFILTERS2 = 5, // the weight that attention is expected to give the key, times the length of its value
+    LLAMA_QFILTER_POLICY_QBLEND    = 6, // LLAMA_QFILTER_POLICY_KVDIFF with that of the filter
+    LLAMA_QFILTER_POLICY_KVDIFF    = 7, // how unlike the others value and key are, over neighbouring positions
 };
 
 struct llama_qfilter_params {
@@ -36,7 +38,8 @@ struct llama_qfilter_params {
     uint32_t seed;        // of LLAMA_QFILTER_POLICY_RANDOM
 
     // one pointer per layer of the model to [n_head_kv][head_dim] unit vectors in the basis of llama.cpp's K rows
-    // (after RoPE); NULL for layers without a filter. needed by LLAMA_QFILTER_POLICY_QFILTERS only, copied on init
+    // (after RoPE); NULL for layers without a filter. needed by LLAMA_QFILTER_POLICY_QFILTERS and _QBLEND only,
+    // copied on init
     uint32_t              n_filters;
     const float * const * filters;
 

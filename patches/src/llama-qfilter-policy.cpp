@@ -84,6 +84,14 @@ static ggml_tensor * llama_qfilter_score_knorm(ggml_context * ctx, ggml_tensor *
     return ggml_cont(ctx, ggml_transpose(ctx, cur));
 }
 
+// sum over the rows
+//   x: [n_embd_head, n_head, n_rows], returns [n_embd_head, n_head]
+static ggml_tensor * llama_qfilter_sum(ggml_context * ctx, ggml_tensor * x) {
+    ggml_tensor * cur = ggml_cont(ctx, ggml_permute(ctx, x, 1, 2, 0, 3)); // [n_rows, n_embd_head, n_head]
+
+    return ggml_reshape_2d(ctx, ggml_sum_rows(ctx, cur), x->ne[0], x->ne[1]);
+}
+
 // keys unlike the others stay (arXiv 2504.15364, section 3): minus the cosine of the key with the mean of the head's
 // normalized keys
 static ggml_tensor * llama_qfilter_score_keydiff(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
@@ -94,12 +102,34 @@ static ggml_tensor * llama_qfilter_score_keydiff(ggml_context * ctx, ggml_tensor
 
     k = ggml_l2_norm(ctx, k, eps);
 
-    ggml_tensor * mean = ggml_cont(ctx, ggml_permute(ctx, k, 1, 2, 0, 3)); // [n_rows, n_embd_head, n_head]
-
-    mean = ggml_sum_rows(ctx, mean);                                       // its length does not matter
-    mean = ggml_l2_norm(ctx, ggml_reshape_2d(ctx, mean, k->ne[0], k->ne[1]), eps);
+    ggml_tensor * mean = ggml_l2_norm(ctx, llama_qfilter_sum(ctx, k), eps); // its length does not matter
 
     return ggml_scale(ctx, llama_qfilter_dot(ctx, k, mean), -1.0f);
+}
+
+// rows whose value is unlike the others and whose key is, too, and their neighbours: three scores, each less its mean over
+// the rows and divided by its deviation, then averaged over 5 positions. without filters those of the keys count twice
+static ggml_tensor * llama_qfilter_score_blend(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
+    const float eps    = 1e-12f;
+    const float weight = 0.25f; // of filter and keys, that of values is 1
+    const float self   = 0.3f;  // how much more a row counts than the 5 neighbours that it is one of
+
+    // an evicted row changes the output by (the output less its value) times its weight
+    ggml_tensor * cur = ggml_scale(ctx, llama_qfilter_sum(ctx, v), 1.0f/v->ne[2]);
+
+    cur = ggml_norm(ctx, llama_qfilter_norm(ctx, ggml_sub(ctx, v, cur)), eps);
+
+    ggml_tensor * diff = ggml_norm(ctx, llama_qfilter_score_keydiff(ctx, k, v, f), eps);
+
+    cur = ggml_add(ctx, cur, ggml_scale(ctx, diff, f ? weight : 2.0f*weight));
+
+    if (f) {
+        ggml_tensor * proj = ggml_norm(ctx, llama_qfilter_score_qfilters(ctx, k, v, f), eps);
+
+        cur = ggml_add(ctx, cur, ggml_scale(ctx, proj, weight));
+    }
+
+    return ggml_add(ctx, ggml_pool_1d(ctx, cur, GGML_OP_POOL_AVG, 5, 1, 2), ggml_scale(ctx, cur, self));
 }
 
 // all equal, so the newest rows stay (arXiv 2309.17453)
@@ -135,6 +165,8 @@ static const llama_qfilter_policy_info LLAMA_QFILTER_POLICIES[] = {
     { LLAMA_QFILTER_POLICY_KEYDIFF,   "keydiff",   LLAMA_QFILTER_NEEDS_NOTHING, llama_qfilter_score_keydiff,   nullptr                       },
     { LLAMA_QFILTER_POLICY_RANDOM,    "random",    LLAMA_QFILTER_NEEDS_NOTHING, nullptr,                       llama_qfilter_score_random    },
     { LLAMA_QFILTER_POLICY_QFILTERS2, "qfilters2", LLAMA_QFILTER_NEEDS_MOMENTS, llama_qfilter_score_qfilters2, nullptr                       },
+    { LLAMA_QFILTER_POLICY_QBLEND,    "qblend",    LLAMA_QFILTER_NEEDS_FILTERS, llama_qfilter_score_blend,     nullptr                       },
+    { LLAMA_QFILTER_POLICY_KVDIFF,    "kvdiff",    LLAMA_QFILTER_NEEDS_NOTHING, llama_qfilter_score_blend,     nullptr                       },
 };
 
 const llama_qfilter_policy_info & llama_qfilter_policy_get(int32_t policy) {

@@ -248,6 +248,36 @@ class Scores:
         n, head_dim = keys.shape
         return -unit @ mean / length, np.full(n, (n + 3 * head_dim) * 2**-23 / length)
 
+    def kvdiff(self, layer, head, positions, keys):
+        return self._blend([(0.5, *self.keydiff(layer, head, positions, keys))])
+
+    def qblend(self, layer, head, positions, keys):
+        return self._blend(
+            [
+                (0.25, *self.keydiff(layer, head, positions, keys)),
+                (0.25, *self.qfilters(layer, head, positions, keys)),
+            ]
+        )
+
+    def _blend(self, parts):
+        """With the distance of the values from their mean, for five rows and once more for the own."""
+        n, head_dim = self.values.shape
+        far = np.linalg.norm(self.values - self.values.mean(0), axis=-1)
+        size = np.linalg.norm(self.values, axis=-1)
+        parts = [(1, far, (n + head_dim) * 2**-23 * (size + size.mean())), *parts]
+        own, error = np.zeros(n), np.zeros(n)
+        for weight, score, wrong in parts:
+            deviation = score.std() + 1e-30
+            z = (score - score.mean()) / deviation
+            rounding = n * 2**-23 * np.abs(score).mean() / deviation
+            wrong = (wrong + wrong.mean()) / deviation
+            own += weight * z
+            error += weight * (wrong + rounding + np.abs(z) * (wrong.mean() + n * 2**-23))
+        pooled = [
+            [x[max(0, i - 2) : i + 3].mean() + 0.3 * x[i] for i in range(n)] for x in (own, error)
+        ]
+        return np.array(pooled[0]), np.array(pooled[1]) + 2**-20
+
     def streaming(self, layer, head, positions, keys):
         return np.zeros(len(positions)), np.zeros(len(positions))
 

@@ -267,7 +267,12 @@ class World:
         names = ["n_sink", "policy", "type_k", "type_v", "n_seq"]
         if not resize:
             names += ["bound", "n_keep", "n_window"]
-        calibrated = {"qfilters": ["filters"], "qfilters2": ["filters"], "random": ["seed"]}
+        calibrated = {
+            "qfilters": ["filters"],
+            "qfilters2": ["filters"],
+            "qblend": ["filters"],
+            "random": ["seed"],
+        }
         names += calibrated.get(ours.policy, [])
         if resize and not any(sequence.compacted for sequence in saved.sequences):
             names = ["type_k", "type_v", "n_seq"]  # what would have decided doesn't matter

@@ -80,6 +80,33 @@ def score_qfilters2(head: Head) -> np.ndarray:
     return expected * np.linalg.norm(head.values, axis=-1)
 
 
+def standard(x: np.ndarray) -> np.ndarray:
+    """Less its mean, divided by its deviation."""
+    return (x - x.mean()) / x.std()
+
+
+def blend(head: Head, by_key: np.ndarray) -> np.ndarray:
+    """How far the value is from the mean value, and a score of the key, for a row and its neighbours:
+    the mean of five positions, at the ends of fewer, and 0.3 times its own."""
+    order = np.argsort(head.positions)
+    far = np.linalg.norm(head.values - head.values.mean(0), axis=-1)
+    own = (standard(far) + by_key)[order]
+    scores = np.empty(len(own))
+    for i, row in enumerate(order):
+        scores[row] = own[max(0, i - 2) : i + 3].mean() + 0.3 * own[i]
+    return scores
+
+
+def score_qblend(head: Head) -> np.ndarray:
+    """A quarter each of the filter's and of KeyDiff's."""
+    return blend(head, 0.25 * standard(score_qfilters(head)) + 0.25 * standard(score_keydiff(head)))
+
+
+def score_kvdiff(head: Head) -> np.ndarray:
+    """Half of KeyDiff's."""
+    return blend(head, 0.5 * standard(score_keydiff(head)))
+
+
 POLICIES = {
     "qfilters": score_qfilters,
     "knorm": score_knorm,
@@ -87,6 +114,8 @@ POLICIES = {
     "keydiff": score_keydiff,
     "random": score_random,
     "qfilters2": score_qfilters2,
+    "qblend": score_qblend,
+    "kvdiff": score_kvdiff,
 }
 
 
@@ -215,7 +244,7 @@ class BoundedCache:
             window_length = max_length // 4 if window_length is None else window_length
             if not sinks + window_length <= n_keep < max_length:
                 raise ValueError(f"{sinks} + {window_length} <= {n_keep} < {max_length} is false")
-        if (policy == "qfilters" and filters is None) or (
+        if (policy in ("qfilters", "qblend") and filters is None) or (
             policy == "qfilters2" and moments is None
         ):
             raise ValueError(f"the policy {policy} needs filters")
