@@ -80,7 +80,7 @@ class Plan:
     positions: tuple[int, ...]
     prompts: tuple[int, ...]
     n_ctx: int
-    policy: str = "qfilters"
+    policy: str = QFilterConfig.policy
     threads: int = 1
     decode: int = 64
     repeat: int = 3
@@ -101,7 +101,7 @@ def make_plan(
     *,
     quick: bool = False,
     n_ctx: int | None = None,
-    policy: str = "qfilters",
+    policy: str = QFilterConfig.policy,
     threads: int | None = None,
     decode: int = 64,
     n_gpu_layers: int = 0,

@@ -55,7 +55,7 @@ class QFilterConfig:
     window_length: int | None = None
     sinks: int = 4
     interval: int | None = None
-    policy: str = "qfilters"
+    policy: str = "qblend"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -167,16 +167,7 @@ class Llama(llama_cpp.Llama):
         if not os.path.isfile(model_path):
             raise QFilterError(f"{model_path} is not a file: check the path")
         self._filters = metadata.read(model_path) if config.policy in CALIBRATED else None
-        if config.policy in CALIBRATED and self._filters is None:
-            raise QFilterError(
-                f"{model_path} has no filters: make them with "
-                f"`qfllama convert {model_path} -o OUT.gguf`, or use another policy"
-            )
-        if config.policy == "qfilters2" and self._filters.moments is None:
-            raise QFilterError(
-                f"{model_path} has filters of the first order only: make new ones with "
-                f"`qfllama convert {model_path} -o OUT.gguf --force`, or use the policy qfilters"
-            )
+        metadata.check_policy(model_path, self._filters, config.policy)
 
     def _make_context(self, *, model, params, verbose):
         """Called by upstream's constructor once the model is loaded (patches/0002-*.patch)."""
@@ -185,12 +176,9 @@ class Llama(llama_cpp.Llama):
         why = ctypes.create_string_buffer(512)
         if not native.supported(model.model, params, why, len(why)):
             raise QFilterError(f"qfilters can't be used: {why.value.decode()}")
-        weight = moments = {}
-        if self._filters is not None:
-            metadata.check_fits_model(self._filters, metadata.model_shape(self.model_path))
-            weight = self._filters.by_layer(self._filters.weight)
-            if self.qfilter_config.policy == "qfilters2":
-                moments = self._filters.by_layer(self._filters.moments)
+        weight, moments = metadata.for_policy(
+            self._filters, self.qfilter_config.policy, metadata.model_shape(self.model_path)
+        )
         return BoundedContext(
             model=model,
             params=params,

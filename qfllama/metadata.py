@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 
 from . import gguf_header
-from .config import QFilterError
+from .config import CALIBRATED, QFilterError
 from .gguf_header import ARRAY, F32, I32, I64, STRING, U16, U32, escaped
 
 VERSION = 2
@@ -330,6 +330,35 @@ def check_fits(
             f"{filters.layers[-1]}) x {heads} KV heads x {dim}, the model has {n_layer} layers x "
             f"{model_heads} KV heads x {head_dim}; {AGAIN} on this model"
         )
+
+
+def check_policy(path, filters: Filters | None, policy: str) -> None:
+    """Raises QFilterError if the file at `path`, with these filters, lacks what a policy needs."""
+    if policy not in CALIBRATED:
+        return
+    if filters is None:
+        raise QFilterError(
+            f"{path} has no filters for the policy {policy}: make them with "
+            f"`qfllama convert {path} -o OUT.gguf`, or use another policy (kvdiff needs none)"
+        )
+    if policy == "qfilters2" and filters.moments is None:
+        raise QFilterError(
+            f"{path} has filters of the first order only: make new ones with "
+            f"`qfllama convert {path} -o OUT.gguf --force`, or use another policy (qblend)"
+        )
+
+
+def for_policy(filters: Filters | None, policy: str, shape: ModelShape) -> tuple[dict, dict]:
+    """Weight and moments of each layer, as far as the policy needs them.
+
+    Raises:
+        QFilterError: they don't belong to a model of this shape.
+    """
+    if policy not in CALIBRATED:
+        return {}, {}
+    check_fits_model(filters, shape)
+    moments = filters.by_layer(filters.moments) if policy == "qfilters2" else {}
+    return filters.by_layer(filters.weight), moments
 
 
 def check_fits_model(filters: Filters, shape: ModelShape) -> None:

@@ -133,7 +133,9 @@ def test_five_turns_are_read_once_and_are_what_the_template_renders(llm, evaluat
     assert len(conversation.tokens) - llm.n_tokens <= 1  # the last one has not been needed yet
     *history, answer = conversation.messages
     text = rendered(llm, history) + answer["content"]
-    assert llm.detokenize(conversation.tokens, special=True).decode() == text
+    assert (
+        llm.detokenize(conversation.tokens, special=True).decode(errors="ignore") == text
+    )  # cut in a character
 
 
 def test_a_template_that_alters_answers_does_not_make_history_be_read_again(

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from qfllama.commands.chat import MAX_CTX, dies_of_ctrl_c
-from qfllama.config import POLICIES
+from qfllama.config import POLICIES, QFilterConfig
 
 
 class Several(click.ParamType):
@@ -84,7 +84,7 @@ def check_outputs(model: Path, json_file: str | None, image: Path | None) -> Non
 @click.option(
     "--policy",
     type=click.Choice(POLICIES),
-    default="qfilters",
+    default=QFilterConfig.policy,
     show_default=True,
     help="What decides which cells are kept.",
 )

@@ -127,7 +127,7 @@ def read(llm: Llama, tokens: list[int]) -> float:
 @click.option(
     "--policy",
     type=click.Choice(POLICIES),
-    default="qfilters",
+    default=QFilterConfig.policy,
     show_default=True,
     help="What decides which cells are kept.",
 )

@@ -135,7 +135,6 @@ class Session:
         """Raises QFilterError or UsageError for what can be told before the model is loaded."""
         from qfllama import metadata
         from qfllama.evaluation import plots
-        from qfllama.evaluation.contexts import check_filters
 
         chosen = self._chosen
         if chosen["ratios"] and chosen["max_lengths"]:
@@ -145,7 +144,7 @@ class Session:
         for name in ("json_path", "plot_path", "results_path"):
             check_folder(chosen[name])
         for policy in set(chosen["policies"] or ()) & set(CALIBRATED):
-            check_filters(chosen["path"], metadata.read(chosen["path"]), policy)
+            metadata.check_policy(chosen["path"], metadata.read(chosen["path"]), policy)
 
     def _load(self) -> Model:
         from qfllama.evaluation.contexts import Model
@@ -235,13 +234,12 @@ def check_folder(path: Path | None) -> None:
 
 def usable(model: Model) -> list[str]:
     """The full cache and every policy that the model's file has what it takes for."""
-    from qfllama.evaluation.contexts import check_filters
+    from qfllama import metadata
 
     names = [FULL]
     for policy in POLICIES:
         try:
-            if policy in CALIBRATED:
-                check_filters(model.path, model.filters, policy)
+            metadata.check_policy(model.path, model.filters, policy)
         except QFilterError:
             continue
         names.append(policy)

@@ -13,7 +13,7 @@ import numpy as np
 from llama_cpp._logger import llama_log_callback, set_verbose
 
 from qfllama import metadata, native, state
-from qfllama.config import CALIBRATED, QFilterConfig, QFilterError
+from qfllama.config import QFilterConfig, QFilterError
 from qfllama.llama import STATE_RESIZE, BoundedContext, cache_type
 
 BATCH = 512
@@ -84,13 +84,8 @@ class Model:
         Raises:
             QFilterError: the policy needs filters that the file doesn't have, or memory is short.
         """
-        weight, moments = {}, {}
-        if config.policy in CALIBRATED:
-            check_filters(self.path, self.filters, config.policy)
-            metadata.check_fits_model(self.filters, self.shape)
-            weight = self.filters.by_layer(self.filters.weight)
-            if config.policy == "qfilters2":
-                moments = self.filters.by_layer(self.filters.moments)
+        metadata.check_policy(self.path, self.filters, config.policy)
+        weight, moments = metadata.for_policy(self.filters, config.policy, self.shape)
         try:
             with self._log():  # which warns of every context longer than the model was trained for
                 context = BoundedContext(
@@ -144,20 +139,6 @@ def no_log() -> Iterator[None]:
         yield
     finally:
         llama_cpp.llama_log_set(llama_log_callback, None)
-
-
-def check_filters(path, filters: metadata.Filters | None, policy: str) -> None:
-    """Raises QFilterError if the file at `path` lacks what a policy in CALIBRATED needs."""
-    if filters is None:
-        raise QFilterError(
-            f"{path} has no filters for the policy {policy}: make them with "
-            f"`qfllama convert {path} -o OUT.gguf`, or leave the policy out"
-        )
-    if policy == "qfilters2" and filters.moments is None:
-        raise QFilterError(
-            f"{path} has filters of the first order only: make new ones with "
-            f"`qfllama convert {path} -o OUT.gguf --force`, or leave out the policy {policy}"
-        )
 
 
 def failed(what: str) -> QFilterError:
