@@ -12,8 +12,8 @@ from llama_cpp import _ggml
 
 from qfllama.llama import cache_type
 
-N_LAYER, N_HEAD_KV = 4, 2
-POLICIES = ["qfilters", "knorm", "keydiff", "streaming"]
+N_LAYER, N_HEAD, N_HEAD_KV = 4, 6, 2
+POLICIES = ["qfilters", "qfilters2", "qblend", "knorm", "keydiff", "streaming"]
 BATCHES = np.random.default_rng(1).integers(3, 380, (20, 8)).tolist()
 """Enough for 14 evictions with the sizes of `bounded.config`."""
 
@@ -58,12 +58,14 @@ def context(model, head_dim, policy, type_k, type_v="f16") -> bounded.Bounded:
     """A bounded context with random filters: 48 rows, of which 8 go at a time."""
     weight = np.random.default_rng(0).normal(size=(N_LAYER, N_HEAD_KV, head_dim))
     weight /= np.linalg.norm(weight, axis=-1, keepdims=True)
+    moments = tiny_models.some_moments(N_LAYER, N_HEAD, head_dim)
     return bounded.Bounded(
         model,
         bounded.config(policy=policy),
         type_k=type_k,
         type_v=type_v,
         weight=dict(enumerate(weight.astype(np.float32))),
+        moments=dict(enumerate(moments)) if policy == "qfilters2" else None,
     )
 
 

@@ -1,0 +1,342 @@
+"""qfllama beside kvpress: the same model, documents, questions and cache sizes.
+
+Quality: needles in documents that are compressed once after they were read, as `qfllama eval needle`
+asks for them. kvpress runs in transformers on the weights of the GGUF file in float32; so does our
+engine here, on a float32 copy of the file. kvpress keeps neither sinks nor a window, so there is a
+row of ours without them, too ("as kvpress": the newest position stays, whatever its score).
+
+Speed: each in a process of its own, as one would use it: kvpress in transformers in float32, ours
+on the quantized file. That compares runtimes more than methods.
+
+    pip install ./patches '.[convert]' -r benchmarks/peers/requirements.txt
+    python benchmarks/peers/side_by_side.py models/smollm2-qfilters.gguf --json docs/peers.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import kvpress
+import torch
+import transformers
+from kvpress.presses.qfilter_press import QFilters
+from qfllama.convert import published
+
+from qfllama import QFilterConfig, metadata
+from qfllama.evaluation import needle, tasks
+from qfllama.evaluation.contexts import BATCH, Model
+from qfllama.evaluation.results import bootstrap, table
+from qfllama.evaluation.run import answer_likelihood, likelihood_tokens, split
+from qfllama.evaluation.scoring import nll
+from qfllama.machine import provenance
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+from reference.model import write_f32_copy  # noqa: E402
+
+
+EXPORT = "QFLLAMA_PEERS_EXPORT"
+"""In the environment, for the processes that measure speed: the folder with the exported filters."""
+
+
+class FilterPress(kvpress.QFilterPress):
+    """With filters from a folder: its own loader only knows one user of the hub."""
+
+    def post_init_from_model(self, model):
+        self.q_filters = QFilters.from_pretrained(os.environ[EXPORT]).q_filters.to(model.dtype)
+
+
+PRESSES = {
+    "QFilterPress": FilterPress,
+    "ExpectedAttentionPress": kvpress.ExpectedAttentionPress,
+    "KnormPress": kvpress.KnormPress,
+    "KeyDiffPress": kvpress.KeyDiffPress,
+    "StreamingLLMPress": kvpress.StreamingLLMPress,
+}
+OURS = {
+    "qfilters, as kvpress": ("qfilters", 0, 0),
+    "knorm, as kvpress": ("knorm", 0, 0),
+    "keydiff, as kvpress": ("keydiff", 0, 0),
+    "qfilters": ("qfilters", 4, 64),
+    "qblend": ("qblend", 4, 64),
+}
+"""Policy, sinks, window_length."""
+SAME = {
+    "qfilters, as kvpress": "QFilterPress",
+    "knorm, as kvpress": "KnormPress",
+    "keydiff, as kvpress": "KeyDiffPress",
+}
+"""Rows that are the same method."""
+SPEED_RATIO = 8
+
+
+# -- kvpress
+
+
+def load_torch(path: Path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(path.parent.absolute()), gguf_file=path.name, dtype=torch.float32
+    )
+    return model.eval()
+
+
+def press_of(name: str, ratio: int):
+    return PRESSES[name](compression_ratio=1 - 1 / ratio)
+
+
+def read_torch(model, press, tokens: list[int]):
+    """A cache with the tokens, compressed by the press, and the last logits."""
+    cache = transformers.DynamicCache()
+    ids = torch.tensor([tokens])
+    if press is None:
+        return cache, model(ids, past_key_values=cache, logits_to_keep=1).logits
+    with press(model):
+        return cache, model(ids, past_key_values=cache, logits_to_keep=1).logits
+
+
+def more_torch(model, cache, tokens: list[int], n_past: int):
+    """Logits [n, n_vocab] after each of the tokens, which follow n_past others."""
+    positions = torch.arange(n_past, n_past + len(tokens))[None]
+    return model(torch.tensor([tokens]), past_key_values=cache, position_ids=positions).logits[0]
+
+
+def ask_torch(model, cache, question: list[int], answer: list[int], n_past: int) -> dict:
+    """As `answer_likelihood`; the cache is as before afterwards."""
+    n_cells = cache.layers[0].keys.shape[2]
+    logits = more_torch(model, cache, question + answer[:-1], n_past)[len(question) - 1 :]
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :n_cells], layer.values[:, :, :n_cells]
+    n_right = int((logits.argmax(-1).numpy() == answer).sum())
+    return {
+        "nll": float(nll(logits.numpy(), answer).mean()),
+        "n_tokens": len(answer),
+        "n_right": n_right,
+        "right": n_right == len(answer),
+        "cells": n_cells,
+    }
+
+
+# -- ours
+
+
+def ask_ours(model: Model, document, tokens, ratio, policy, sinks, window) -> list[dict]:
+    extra = max(likelihood_tokens(model, question) for question in document.questions)
+    config = QFilterConfig(
+        max_length=len(tokens) + extra + BATCH, window_length=window, sinks=sinks, interval=BATCH,
+        policy=policy,
+    )  # fmt: skip
+    results = []
+    with model.open(config, len(tokens) + extra) as context:
+        for i in range(0, len(tokens), BATCH):
+            context.read(tokens[i : i + BATCH])
+        context.compress(len(tokens) // ratio)
+        cells = context.used()
+        context.mark(extra)
+        for question in document.questions:
+            results.append({**answer_likelihood(context, question), "cells": cells})
+            context.back()
+    return results
+
+
+# -- quality
+
+
+def quality(path: Path, f32: Path, args) -> dict:
+    """(name, ratio) -> results."""
+    ours = Model(f32, n_threads=args.threads, type_k="f32", type_v="f32")
+    theirs = load_torch(path)
+    text = tasks.read_text(args.text)
+    haystack = tasks.Haystack(text, lambda part: len(ours.tokens(part)))
+    found: dict = {}
+    for document in needle.documents(haystack, [args.length], args.documents, args.needles, 0):
+        tokens = ours.tokens(document.text, start=True)
+        asked = [split(ours, question) for question in document.questions]
+
+        def add(name, ratio, results, document=document):
+            labels = {"length": document.length, "document": document.number}
+            found.setdefault((name, ratio), []).extend({**r, **labels} for r in results)
+
+        for name in (None, *PRESSES):
+            for ratio in args.ratios if name else (1,):
+                cache, _ = read_torch(theirs, name and press_of(name, ratio), tokens)
+                add(
+                    name or "transformers, full", ratio,
+                    [ask_torch(theirs, cache, *pair, len(tokens)) for pair in asked],
+                )  # fmt: skip
+        add("qfllama, full", 1, ask_ours(ours, document, tokens, 1, "streaming", 0, 0))
+        for name, kind in OURS.items():
+            for ratio in args.ratios:
+                add(name, ratio, ask_ours(ours, document, tokens, ratio, *kind))
+        print(f"document {document.number + 1} of {args.documents}", file=sys.stderr)
+    ours.close()
+    return found
+
+
+def difference(a: list[dict], b: list[dict]) -> list[float]:
+    """Mean difference of the losses for the same questions, and its 95 % interval."""
+    by_document: dict = {}
+    for x, y in zip(a, b, strict=True):
+        by_document.setdefault(x["document"], []).append(x["nll"] - y["nll"])
+    every = [value for values in by_document.values() for value in values]
+    return [sum(every) / len(every), *bootstrap(list(by_document.values()))]
+
+
+# -- speed
+
+
+def speed_torch(path, name, tokens, n_decode, threads) -> dict:
+    torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
+    with torch.inference_mode():
+        model = load_torch(path)
+        read_torch(model, None, tokens[:64])
+        press = name and press_of(name, SPEED_RATIO)
+        start = time.perf_counter()
+        cache, logits = read_torch(model, press, tokens)
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        for i in range(n_decode):
+            token = int(logits[..., -1, :].argmax())
+            logits = more_torch(model, cache, [token], len(tokens) + i)
+        decode = n_decode / (time.perf_counter() - start)
+    n_bytes = sum(t.numel() * t.element_size() for la in cache.layers for t in (la.keys, la.values))
+    return {"first": first, "decode": decode, "kv_bytes": n_bytes, "peak": peak()}
+
+
+def speed_ours(path, policy, tokens, n_decode, threads) -> dict:
+    """In a cache of the compressed size: it evicts while it reads. None: upstream's full cache."""
+    from qfllama import Llama
+
+    bound = {}
+    if policy:
+        max_length = len(tokens) // SPEED_RATIO
+        bound["qfilters"] = QFilterConfig(max_length=max_length, policy=policy)
+    llm = Llama(
+        str(path), n_ctx=len(tokens) + n_decode + 64, n_threads=threads, n_threads_batch=threads,
+        flash_attn=True, verbose=False, **bound,
+    )  # fmt: skip
+    llm.eval(tokens[:64])
+    llm.reset()
+    start = time.perf_counter()
+    llm.eval(tokens)
+    token = llm.sample(temp=0)
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(n_decode):
+        llm.eval([token])
+        token = llm.sample(temp=0)
+    decode = n_decode / (time.perf_counter() - start)
+    if policy:
+        n_bytes = llm.qfilter_stats()["kv_bytes"]
+    else:
+        shape = metadata.model_shape(path)
+        n_ctx = -(-llm.n_ctx() // 256) * 256
+        n_bytes = 2 * 2 * n_ctx * shape.n_layer * shape.n_head_kv * shape.head_dim
+    return {"first": first, "decode": decode, "kv_bytes": n_bytes, "peak": peak()}
+
+
+def peak() -> int:
+    """Bytes of memory that this process had at most (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def speeds(path, tokens, args) -> dict:
+    """Medians of --repeat turns, each in a process of its own, in turns."""
+    kinds = {
+        "transformers, full": (speed_torch, None),
+        **{name: (speed_torch, name) for name in PRESSES},
+        "llama.cpp, full": (speed_ours, None),
+        "qfllama, qfilters": (speed_ours, "qfilters"),
+        "qfllama, qblend": (speed_ours, "qblend"),
+    }
+    turns: dict = {name: [] for name in kinds}
+    for _ in range(args.repeat):
+        for name, (function, what) in kinds.items():
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                turns[name].append(
+                    pool.apply(function, (path, what, tokens, args.decode, args.threads))
+                )
+    return {
+        name: {key: sorted(turn[key] for turn in mine)[len(mine) // 2] for key in mine[0]}
+        for name, mine in turns.items()
+    }
+
+
+# -- report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="a GGUF file with filters")
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--needles", type=int, default=5)
+    parser.add_argument("--ratios", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--text", type=Path, help="haystack [default: the built-in text]")
+    parser.add_argument("--decode", type=int, default=64)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+    with tempfile.TemporaryDirectory() as folder:
+        plain, f32, export = (Path(folder) / name for name in ("plain.gguf", "f32.gguf", "export"))
+        filters = metadata.read(args.model)
+        published.save(filters, args.model, export)
+        os.environ[EXPORT] = str(export)
+        write_f32_copy(args.model, plain)
+        metadata.write(plain, f32, filters, force=True)
+        plain.unlink()
+        with torch.inference_mode():
+            found = quality(args.model, f32, args)
+        with Model(args.model) as model:
+            words = model.tokens(tasks.read_text(args.text).text[: 16 * args.length], start=True)
+        fast = speeds(args.model, words[: args.length], args)
+
+    rows = [
+        {"name": name, "ratio": ratio, **needle.summary(mine)}
+        for (name, ratio), mine in sorted(found.items(), key=lambda item: item[0][1])
+    ]
+    print(table([["", "", "cells", "right", "digits", "nll", "95 %"]] + [
+        [row["name"], f"x{row['ratio']}", f"{row['cells']:,.0f}", f"{row['right']:.1%}",
+         f"{row['digits']:.1%}", f"{row['nll']:.3f}", "{:.3f}-{:.3f}".format(*row["nll_ci"])]
+        for row in rows
+    ]))  # fmt: skip
+    same = [
+        {"ours": ours, "theirs": theirs, "ratio": ratio,
+         "difference": difference(found[ours, ratio], found[theirs, ratio])}
+        for ours, theirs in SAME.items() for ratio in args.ratios
+    ]  # fmt: skip
+    print()
+    print(table([["the same method: nll, ours less theirs", "", "", "95 %"]] + [
+        ["{ours} / {theirs}".format(**row), f"x{row['ratio']}", f"{row['difference'][0]:+.4f}",
+         "{:+.4f} to {:+.4f}".format(*row["difference"][1:])] for row in same
+    ]))  # fmt: skip
+    print()
+    print(table([["", "first token s", "tok/s", "KV MiB", "peak MiB"]] + [
+        [name, f"{row['first']:.2f}", f"{row['decode']:.1f}", f"{row['kv_bytes'] / 2**20:.1f}",
+         f"{row['peak'] / 2**20:.0f}"] for name, row in fast.items()
+    ]))  # fmt: skip
+    if args.json:
+        versions = {name: importlib.metadata.version(name) for name in ("kvpress", "torch")}
+        report = {
+            **provenance(args.threads), **versions, "transformers": transformers.__version__,
+            "text": tasks.read_text(args.text).name, "quality": rows, "same_method": same,
+            "speed": fast, "speed_ratio": SPEED_RATIO,
+        }  # fmt: skip
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
