@@ -41,7 +41,6 @@ from qfllama.machine import provenance
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from reference.model import write_f32_copy  # noqa: E402
 
-
 EXPORT = "QFLLAMA_PEERS_EXPORT"
 """In the environment, for the processes that measure speed: the folder with the exported filters."""
 
