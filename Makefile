@@ -10,7 +10,7 @@ NATIVE := $(VENV)/.native
 INSTALLED := $(VENV)/.installed
 PATCHES := $(wildcard patches/*.patch patches/*.py patches/*.t* patches/series patches/src/* patches/include/*)
 
-.PHONY: help demo test lint native bench figures docs upgrade-check clean \
+.PHONY: help demo test lint native bench quality figures docs upgrade-check clean \
 	fuzz sanitize test-rpc test-vulkan
 
 help:  ## this list
@@ -80,7 +80,19 @@ bench: $(INSTALLED) $(FILTERED)  ## speed and memory beside stock llama.cpp: tab
 	$(BIN)/qfllama bench $(FILTERED) --max-length 512,2048 --types f16 --stock-types f16,q8_0 --prompts 2048 \
 		--repeat 1 --json docs/bench.json --plot docs/bench.png
 
-figures: bench  ## every figure in README and docs; TEXT=FILE is the third text of the last one
+# what a smaller cache loses; results that are in build/eval already are not measured again
+EVAL = $(BIN)/qfllama eval $(1) $(FILTERED) $(if $(TEXT),--text $(TEXT)) --results build/eval/$(2).jsonl \
+	--json docs/$(2).json --plot docs/$(2).png
+
+quality: $(INSTALLED) $(FILTERED)  ## needles and perplexity of every policy, hours; TEXT=FILE is the haystack
+	mkdir -p build/eval
+	$(call EVAL,needle,needle) --window-length 32 --lengths 1024,2048,4096,8192 --ratio 2,4,8,16 --documents 5
+	$(call EVAL,needle,needle_stream) --setting stream --lengths 2048 --ratio 2,4,8 --documents 8
+	$(call EVAL,ppl,ppl) --texts 20 --length 1536 --max-length 512
+	$(BIN)/python benchmarks/sweep.py $(FILTERED) $(if $(TEXT),--text $(TEXT)) \
+		--json docs/sweep.json --plot docs/sweep.png
+
+figures: bench quality  ## every figure in README and docs; TEXT=FILE is also the third text of the last one
 	$(BIN)/python benchmarks/filter_sensitivity.py $(MODEL) $(if $(TEXT),--text "$(notdir $(TEXT))=$(TEXT)") \
 		--json docs/filter_sensitivity.json --plot docs/filter_sensitivity.png
 

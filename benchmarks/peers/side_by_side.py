@@ -57,6 +57,7 @@ PRESSES = {
     "ExpectedAttentionPress": kvpress.ExpectedAttentionPress,
     "KnormPress": kvpress.KnormPress,
     "KeyDiffPress": kvpress.KeyDiffPress,
+    "SnapKVPress": kvpress.SnapKVPress,
     "StreamingLLMPress": kvpress.StreamingLLMPress,
 }
 OURS = {
