@@ -81,15 +81,18 @@ bench: $(INSTALLED) $(FILTERED)  ## speed and memory beside stock llama.cpp: tab
 		--repeat 1 --json docs/bench.json --plot docs/bench.png
 
 # what a smaller cache loses; results that are in build/eval already are not measured again
-EVAL = $(BIN)/qfllama eval $(1) $(FILTERED) $(if $(TEXT),--text $(TEXT)) --results build/eval/$(2).jsonl \
-	--json docs/$(2).json --plot docs/$(2).png
+EVAL = $(BIN)/qfllama eval $(1) $(FILTERED) $(if $(TEXT),--text $(TEXT)) --results build/eval/$(2).jsonl
+NEEDLE = $(call EVAL,needle,needle) --window-length 32 --lengths 1024,2048,4096,8192 --documents 5
 
-quality: $(INSTALLED) $(FILTERED)  ## needles and perplexity of every policy, hours; TEXT=FILE is the haystack
+quality: $(INSTALLED) $(FILTERED)  ## needles, tasks and perplexity of every policy, hours; TEXT=FILE is the haystack
 	mkdir -p build/eval
-	$(call EVAL,needle,needle) --window-length 32 --lengths 1024,2048,4096,8192 --ratio 2,4,8,16 --documents 5
-	$(call EVAL,needle,needle_stream) --setting stream --lengths 2048 --ratio 2,4,8 --documents 8
-	$(call EVAL,ppl,ppl) --texts 20 --length 1536 --max-length 512
-	$(BIN)/python benchmarks/sweep.py $(FILTERED) $(if $(TEXT),--text $(TEXT)) \
+	$(NEEDLE) --ratio 2,4,8,16 --json docs/needle.json
+	$(NEEDLE) --ratio 2,4,8 --policy full,qblend,qfilters,keydiff,streaming --plot docs/needle.png
+	$(call EVAL,needle,needle_stream) --setting stream --lengths 2048 --ratio 4 --documents 6 --json docs/needle_stream.json
+	$(call EVAL,ruler,ruler) --window-length 32 --lengths 2048 --ratio 4 --documents 6 \
+		--tasks variables,qa,multikey,multivalue,multiquery --json docs/ruler.json
+	$(call EVAL,ppl,ppl) --texts 20 --length 1536 --max-length 512 --json docs/ppl.json --plot docs/ppl.png
+	$(BIN)/python benchmarks/sweep.py $(FILTERED) $(if $(TEXT),--text $(TEXT)) --texts 3 \
 		--json docs/sweep.json --plot docs/sweep.png
 
 figures: bench quality  ## every figure in README and docs; TEXT=FILE is also the third text of the last one

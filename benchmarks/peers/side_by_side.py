@@ -126,22 +126,35 @@ def ask_torch(model, cache, question: list[int], answer: list[int], n_past: int)
 # -- ours
 
 
-def ask_ours(model: Model, document, tokens, ratio, policy, sinks, window) -> list[dict]:
+def ask_ours(model: Model, document, tokens: list[int], ratios: list[int]):
+    """Yields the name, the ratio and the results of each of OURS. The document is read once."""
     extra = max(likelihood_tokens(model, question) for question in document.questions)
-    config = QFilterConfig(
-        max_length=len(tokens) + extra + BATCH, window_length=window, sinks=sinks, interval=BATCH,
-        policy=policy,
-    )  # fmt: skip
-    results = []
-    with model.open(config, len(tokens) + extra) as context:
+    n_ctx, sizes = (
+        len(tokens) + extra,
+        {"max_length": len(tokens) + extra + BATCH, "interval": BATCH},
+    )
+    full = QFilterConfig(**sizes, window_length=0, sinks=0, policy="streaming")
+    with model.open(full, n_ctx) as context:
         for i in range(0, len(tokens), BATCH):
             context.read(tokens[i : i + BATCH])
-        context.compress(len(tokens) // ratio)
-        cells = context.used()
-        context.mark(extra)
-        for question in document.questions:
-            results.append({**answer_likelihood(context, question), "cells": cells})
-            context.back()
+        state = context.state()
+        yield "qfllama, full", 1, answered(context, document, extra)
+    for name, (policy, sinks, window) in OURS.items():
+        config = QFilterConfig(**sizes, window_length=window, sinks=sinks, policy=policy)
+        for ratio in ratios:
+            with model.open(config, n_ctx) as context:
+                context.restore(state, len(tokens))
+                context.compress(len(tokens) // ratio)
+                yield name, ratio, answered(context, document, extra)
+
+
+def answered(context, document, extra: int) -> list[dict]:
+    """The results of all questions, each right after the document."""
+    cells, results = context.used(), []
+    context.mark(extra)
+    for question in document.questions:
+        results.append({**answer_likelihood(context, question), "cells": cells})
+        context.back()
     return results
 
 
@@ -170,10 +183,8 @@ def quality(path: Path, f32: Path, args) -> dict:
                     name or "transformers, full", ratio,
                     [ask_torch(theirs, cache, *pair, len(tokens)) for pair in asked],
                 )  # fmt: skip
-        add("qfllama, full", 1, ask_ours(ours, document, tokens, 1, "streaming", 0, 0))
-        for name, kind in OURS.items():
-            for ratio in args.ratios:
-                add(name, ratio, ask_ours(ours, document, tokens, ratio, *kind))
+        for result in ask_ours(ours, document, tokens, args.ratios):
+            add(*result)
         print(f"document {document.number + 1} of {args.documents}", file=sys.stderr)
     ours.close()
     return found
