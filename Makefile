@@ -80,14 +80,17 @@ bench: $(INSTALLED) $(FILTERED)  ## speed and memory beside stock llama.cpp: tab
 	$(BIN)/qfllama bench $(FILTERED) --max-length 512,2048 --types f16 --stock-types f16,q8_0 --prompts 2048 \
 		--repeat 1 --json docs/bench.json --plot docs/bench.png
 
+COMMA := ,
+
 # what a smaller cache loses; results that are in build/eval already are not measured again
 EVAL = $(BIN)/qfllama eval $(1) $(FILTERED) $(if $(TEXT),--text $(TEXT)) --results build/eval/$(2).jsonl
-NEEDLE = $(call EVAL,needle,needle) --window-length 32 --lengths 1024,2048,4096,8192 --documents 5
+NEEDLE = $(call EVAL,needle,needle) --window-length 32 --documents 5 --lengths $(1)2048,4096,8192
 
 quality: $(INSTALLED) $(FILTERED)  ## needles, tasks and perplexity of every policy, hours; TEXT=FILE is the haystack
 	mkdir -p build/eval
-	$(NEEDLE) --ratio 2,4,8,16 --json docs/needle.json
-	$(NEEDLE) --ratio 2,4,8 --policy full,qblend,qfilters,keydiff,streaming --plot docs/needle.png
+	$(call NEEDLE,1024$(COMMA)) --ratio 2,4,8,16 --json docs/needle.json
+	$(call NEEDLE) --ratio 2,32 --policy full,qblend,qfilters,streaming --json docs/needle_x32.json
+	$(call NEEDLE,1024$(COMMA)) --ratio 2,4,8 --policy full,qblend,qfilters,keydiff,streaming --plot docs/needle.png
 	$(call EVAL,needle,needle_stream) --setting stream --lengths 2048 --ratio 4 --documents 6 --json docs/needle_stream.json
 	$(call EVAL,ruler,ruler) --window-length 32 --lengths 2048 --ratio 4 --documents 6 \
 		--tasks variables,qa,multikey,multivalue,multiquery --json docs/ruler.json

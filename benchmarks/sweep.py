@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qfllama import QFilterConfig
+from qfllama import QFilterConfig, QFilterError
 from qfllama.evaluation.results import table
 from qfllama.machine import provenance
 
@@ -33,7 +33,16 @@ def settings(max_length: int) -> list[dict]:
         "interval": [32, 64, 128, 256],
     }
     found = [base] + [{**base, name: value} for name in values for value in values[name]]
-    return [dict(pairs) for pairs in dict.fromkeys(tuple(one.items()) for one in found)]
+    different = [dict(pairs) for pairs in dict.fromkeys(tuple(one.items()) for one in found)]
+    return [one for one in different if is_possible(max_length, one)]
+
+
+def is_possible(max_length: int, sizes: dict) -> bool:
+    try:
+        QFilterConfig(max_length=max_length, **sizes)
+    except QFilterError:
+        return False
+    return True
 
 
 def measure(task: list[str], setting: dict, policy: str, args) -> dict:

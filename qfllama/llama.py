@@ -176,9 +176,10 @@ class Llama(llama_cpp.Llama):
         why = ctypes.create_string_buffer(512)
         if not native.supported(model.model, params, why, len(why)):
             raise QFilterError(f"qfilters can't be used: {why.value.decode()}")
-        weight, moments = metadata.for_policy(
-            self._filters, self.qfilter_config.policy, metadata.model_shape(self.model_path)
-        )
+        weight = moments = {}
+        if self._filters is not None:
+            shape = metadata.model_shape(self.model_path)
+            weight, moments = metadata.for_policy(self._filters, self.qfilter_config.policy, shape)
         return BoundedContext(
             model=model,
             params=params,

@@ -2,8 +2,9 @@
 
 Quality: needles in documents that are compressed once after they were read, as `qfllama eval needle`
 asks for them. kvpress runs in transformers on the weights of the GGUF file in float32; so does our
-engine here, on a float32 copy of the file. kvpress keeps neither sinks nor a window, so there is a
-row of ours without them, too ("as kvpress": the newest position stays, whatever its score).
+engine here, on a float32 copy of the file. Its QFilterPress, KnormPress and KeyDiffPress keep
+neither sinks nor a window, so there are rows of ours without them, too ("as kvpress": the newest
+position stays, whatever its score).
 
 Speed: each in a process of its own, as one would use it: kvpress in transformers in float32, ours
 on the quantized file. That compares runtimes more than methods.

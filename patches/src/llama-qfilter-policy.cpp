@@ -119,15 +119,16 @@ static ggml_tensor * llama_qfilter_score_blend(ggml_context * ctx, ggml_tensor *
 
     cur = ggml_norm(ctx, llama_qfilter_norm(ctx, ggml_sub(ctx, v, cur)), eps);
 
-    ggml_tensor * diff = ggml_norm(ctx, llama_qfilter_score_keydiff(ctx, k, v, f), eps);
-
-    cur = ggml_add(ctx, cur, ggml_scale(ctx, diff, f ? weight : 2.0f*weight));
-
     if (f) {
         ggml_tensor * proj = ggml_norm(ctx, llama_qfilter_score_qfilters(ctx, k, v, f), eps);
 
         cur = ggml_add(ctx, cur, ggml_scale(ctx, proj, weight));
     }
+
+    // the last one to need k, of which it has copies
+    ggml_tensor * diff = ggml_norm(ctx, llama_qfilter_score_keydiff(ctx, k, v, f), eps);
+
+    cur = ggml_add(ctx, cur, ggml_scale(ctx, diff, f ? weight : 2.0f*weight));
 
     return ggml_add(ctx, ggml_pool_1d(ctx, cur, GGML_OP_POOL_AVG, 5, 1, 2), ggml_scale(ctx, cur, self));
 }
