@@ -182,7 +182,9 @@ def test_the_engine_keeps_what_the_published_formula_keeps_of_transformers_keys(
     llm = Llama(
         str(path),
         n_ctx=512,
-        qfilters=QFilterConfig(max_length=256, interval=128, window_length=1, sinks=0),
+        qfilters=QFilterConfig(
+            max_length=256, interval=128, window_length=1, sinks=0, policy="qfilters"
+        ),
         type_k=llama_cpp.GGML_TYPE_F32,
         type_v=llama_cpp.GGML_TYPE_F32,
         n_threads=1,

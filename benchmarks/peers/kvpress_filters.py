@@ -109,7 +109,11 @@ def run_engine(gguf, tokens, n_keep, threads):
     """Positions below len(tokens) that our engine holds after its first eviction, which the token
     after them brings about: [n_layer, n_head_kv, n_keep]. The last one always stays."""
     config = QFilterConfig(
-        max_length=len(tokens), interval=len(tokens) - n_keep, window_length=1, sinks=0
+        max_length=len(tokens),
+        interval=len(tokens) - n_keep,
+        window_length=1,
+        sinks=0,
+        policy="qfilters",
     )
     llm = Llama(
         str(gguf),
