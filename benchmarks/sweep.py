@@ -20,13 +20,15 @@ from qfllama import QFilterConfig, QFilterError
 from qfllama.evaluation.results import table
 from qfllama.machine import provenance
 
+SIZES = {"window_length": "tab:blue", "sinks": "tab:green", "interval": "tab:red"}
+"""What is changed, and its colour."""
 EVAL = [Path(sys.executable).parent / "qfllama", "eval"]
 
 
 def settings(max_length: int) -> list[dict]:
     """The default, and others that differ from it in one size."""
     default = QFilterConfig(max_length=max_length)
-    base = {name: int(getattr(default, name)) for name in ("window_length", "sinks", "interval")}
+    base = {name: int(getattr(default, name)) for name in SIZES}
     values = {
         "window_length": [16, max_length // 16, max_length // 8, max_length // 4, max_length // 2],
         "sinks": [0, 4, 16],
@@ -76,12 +78,9 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 5))
     base = rows[0]
-    for name, color in (("window_length", "tab:blue"), ("sinks", "tab:green"),
-                        ("interval", "tab:red")):  # fmt: skip
-        mine = [row for row in rows if all(
-            row[other] == base[other] for other in ("window_length", "sinks", "interval")
-            if other != name
-        )]  # fmt: skip
+    for name, color in SIZES.items():
+        others = SIZES.keys() - {name}
+        mine = [row for row in rows if all(row[other] == base[other] for other in others)]
         mine.sort(key=lambda row: row[name])
         axes.plot(
             [row["ppl"] for row in mine], [row["nll_needle"] for row in mine],

@@ -138,6 +138,24 @@ def run_engine(gguf, tokens, n_keep, threads):
     return np.array(kept)
 
 
+def f32_and_export(gguf, folder):
+    """Made in the folder: a copy of the file with weights in float32, and its filters exported."""
+    plain, f32, export = (folder / name for name in ("plain.gguf", "f32.gguf", "export"))
+    filters = metadata.read(gguf)
+    published.save(filters, gguf, export)
+    write_f32_copy(gguf, plain)
+    metadata.write(plain, f32, filters, force=True)
+    plain.unlink()
+    return f32, export
+
+
+def load_torch(gguf):
+    """The weights of the file in transformers, in float32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent.absolute()), gguf_file=gguf.name, dtype=torch.float32
+    )
+
+
 def agreement(a, b):
     """(share of the positions of `a` that `b` has too, that of the worst KV head)."""
     shares = np.array([np.isin(a[at], b[at]).mean() for at in np.ndindex(a.shape[:2])])
@@ -157,17 +175,10 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
 
     with tempfile.TemporaryDirectory() as folder:
-        plain, f32, export = (Path(folder) / name for name in ("plain.gguf", "f32.gguf", "export"))
-        filters = metadata.read(args.model)
-        published.save(filters, args.model, export)
-        write_f32_copy(args.model, plain)
-        metadata.write(plain, f32, filters, force=True)
-        plain.unlink()
+        f32, export = f32_and_export(args.model, Path(folder))
         tokens = english_tokens(args.model, args.tokens)
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(args.model.parent.absolute()), gguf_file=args.model.name, dtype=torch.float32
-        )
+        model = load_torch(args.model)
         kvpress, keys = run_kvpress(model, tokens, export, 1 - args.keep / args.tokens)
         del model
         rows = [("kvpress", "our score, same keys", kvpress, by_our_score(f32, keys, args.keep, 0))]

@@ -16,10 +16,12 @@ on the quantized file. That compares runtimes more than methods.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -29,18 +31,17 @@ import kvpress
 import torch
 import transformers
 from kvpress.presses.qfilter_press import QFilters
-from qfllama.convert import published
+from kvpress_filters import f32_and_export, load_torch
 
-from qfllama import QFilterConfig, metadata
+from qfllama import Llama, QFilterConfig
+from qfllama.bench import resident_bytes
+from qfllama.commands.chat import cache_stats
 from qfllama.evaluation import needle, tasks
 from qfllama.evaluation.contexts import BATCH, Model
 from qfllama.evaluation.results import bootstrap, table
 from qfllama.evaluation.run import answer_likelihood, likelihood_tokens, split
 from qfllama.evaluation.scoring import nll
 from qfllama.machine import provenance
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from reference.model import write_f32_copy  # noqa: E402
 
 EXPORT = "QFLLAMA_PEERS_EXPORT"
 """In the environment, for the processes that measure speed: the folder with the exported filters."""
@@ -81,13 +82,6 @@ SPEED_RATIO = 8
 # -- kvpress
 
 
-def load_torch(path: Path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(path.parent.absolute()), gguf_file=path.name, dtype=torch.float32
-    )
-    return model.eval()
-
-
 def press_of(name: str, ratio: int):
     return PRESSES[name](compression_ratio=1 - 1 / ratio)
 
@@ -96,9 +90,7 @@ def read_torch(model, press, tokens: list[int]):
     """A cache with the tokens, compressed by the press, and the last logits."""
     cache = transformers.DynamicCache()
     ids = torch.tensor([tokens])
-    if press is None:
-        return cache, model(ids, past_key_values=cache, logits_to_keep=1).logits
-    with press(model):
+    with press(model) if press else contextlib.nullcontext():
         return cache, model(ids, past_key_values=cache, logits_to_keep=1).logits
 
 
@@ -130,10 +122,8 @@ def ask_torch(model, cache, question: list[int], answer: list[int], n_past: int)
 def ask_ours(model: Model, document, tokens: list[int], ratios: list[int]):
     """Yields the name, the ratio and the results of each of OURS. The document is read once."""
     extra = max(likelihood_tokens(model, question) for question in document.questions)
-    n_ctx, sizes = (
-        len(tokens) + extra,
-        {"max_length": len(tokens) + extra + BATCH, "interval": BATCH},
-    )
+    n_ctx = len(tokens) + extra
+    sizes = {"max_length": n_ctx + BATCH, "interval": BATCH}
     full = QFilterConfig(**sizes, window_length=0, sinks=0, policy="streaming")
     with model.open(full, n_ctx) as context:
         for i in range(0, len(tokens), BATCH):
@@ -219,13 +209,11 @@ def speed_torch(path, name, tokens, n_decode, threads) -> dict:
             logits = more_torch(model, cache, [token], len(tokens) + i)
         decode = n_decode / (time.perf_counter() - start)
     n_bytes = sum(t.numel() * t.element_size() for la in cache.layers for t in (la.keys, la.values))
-    return {"first": first, "decode": decode, "kv_bytes": n_bytes, "peak": peak()}
+    return {"first": first, "decode": decode, "kv_bytes": n_bytes, "peak": resident_bytes("VmHWM")}
 
 
 def speed_ours(path, policy, tokens, n_decode, threads) -> dict:
     """In a cache of the compressed size: it evicts while it reads. None: upstream's full cache."""
-    from qfllama import Llama
-
     bound = {}
     if policy:
         max_length = len(tokens) // SPEED_RATIO
@@ -245,19 +233,8 @@ def speed_ours(path, policy, tokens, n_decode, threads) -> dict:
         llm.eval([token])
         token = llm.sample(temp=0)
     decode = n_decode / (time.perf_counter() - start)
-    if policy:
-        n_bytes = llm.qfilter_stats()["kv_bytes"]
-    else:
-        shape = metadata.model_shape(path)
-        n_ctx = -(-llm.n_ctx() // 256) * 256
-        n_bytes = 2 * 2 * n_ctx * shape.n_layer * shape.n_head_kv * shape.head_dim
-    return {"first": first, "decode": decode, "kv_bytes": n_bytes, "peak": peak()}
-
-
-def peak() -> int:
-    """Bytes of memory that this process had at most (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    n_bytes = cache_stats(llm)["kv_bytes"]
+    return {"first": first, "decode": decode, "kv_bytes": n_bytes, "peak": resident_bytes("VmHWM")}
 
 
 def speeds(path, tokens, args) -> dict:
@@ -277,7 +254,7 @@ def speeds(path, tokens, args) -> dict:
                     pool.apply(function, (path, what, tokens, args.decode, args.threads))
                 )
     return {
-        name: {key: sorted(turn[key] for turn in mine)[len(mine) // 2] for key in mine[0]}
+        name: {key: statistics.median(turn[key] for turn in mine) for key in mine[0]}
         for name, mine in turns.items()
     }
 
@@ -303,13 +280,8 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
 
     with tempfile.TemporaryDirectory() as folder:
-        plain, f32, export = (Path(folder) / name for name in ("plain.gguf", "f32.gguf", "export"))
-        filters = metadata.read(args.model)
-        published.save(filters, args.model, export)
+        f32, export = f32_and_export(args.model, Path(folder))
         os.environ[EXPORT] = str(export)
-        write_f32_copy(args.model, plain)
-        metadata.write(plain, f32, filters, force=True)
-        plain.unlink()
         with torch.inference_mode():
             found = quality(args.model, f32, args)
         with Model(args.model) as model:

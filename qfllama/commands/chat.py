@@ -295,7 +295,7 @@ class Finite(click.FloatRange):
 @click.option(
     "--policy",
     type=click.Choice(POLICIES),
-    help="What decides which cells are kept.  [default: qblend]",
+    help=f"What decides which cells are kept.  [default: {QFilterConfig.policy}]",
 )
 @click.option("--full", is_flag=True, help="The stock cache of n_ctx cells, for comparison.")
 @click.option(

@@ -17,7 +17,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from fuzz.cache import Cache, Mismatch, Sequence, Settings, need
 from fuzz.engine import HEAD_DIMS, N_HEAD_KV, N_LAYER, Engine, filters, init
 from qfllama import native
-from qfllama.config import POLICIES
+from qfllama.config import CALIBRATED, POLICIES
 from qfllama.llama import CACHE_TYPES
 
 N_SLOTS = 4
@@ -267,13 +267,8 @@ class World:
         names = ["n_sink", "policy", "type_k", "type_v", "n_seq"]
         if not resize:
             names += ["bound", "n_keep", "n_window"]
-        calibrated = {
-            "qfilters": ["filters"],
-            "qfilters2": ["filters"],
-            "qblend": ["filters"],
-            "random": ["seed"],
-        }
-        names += calibrated.get(ours.policy, [])
+        names += ["filters"] if ours.policy in CALIBRATED else []
+        names += ["seed"] if ours.policy == "random" else []
         if resize and not any(sequence.compacted for sequence in saved.sequences):
             names = ["type_k", "type_v", "n_seq"]  # what would have decided doesn't matter
         same = all(getattr(theirs, name) == getattr(ours, name) for name in names)
