@@ -87,9 +87,30 @@ static ggml_tensor * llama_qfilter_score_knorm(ggml_context * ctx, ggml_tensor *
 // sum over the rows
 //   x: [n_embd_head, n_head, n_rows], returns [n_embd_head, n_head]
 static ggml_tensor * llama_qfilter_sum(ggml_context * ctx, ggml_tensor * x) {
-    ggml_tensor * cur = ggml_cont(ctx, ggml_permute(ctx, x, 1, 2, 0, 3)); // [n_rows, n_embd_head, n_head]
+    const int64_t n_embd = x->ne[0];
+    const int64_t n_head = x->ne[1];
 
-    return ggml_reshape_2d(ctx, ggml_sum_rows(ctx, cur), x->ne[0], x->ne[1]);
+    ggml_tensor * rest = nullptr; // of odd numbers of rows
+
+    // halves are added before what is left is transposed: CPUs transpose slowly
+    for (int i = 0; i < 4 && x->ne[2] > 1; ++i) {
+        const int64_t n = x->ne[2]/2;
+
+        ggml_tensor * lo = ggml_view_3d(ctx, x, n_embd, n_head, n, x->nb[1], x->nb[2], 0);
+        ggml_tensor * hi = ggml_view_3d(ctx, x, n_embd, n_head, n, x->nb[1], x->nb[2], n*x->nb[2]);
+
+        if (x->ne[2] % 2) {
+            ggml_tensor * last = ggml_view_2d(ctx, x, n_embd, n_head, x->nb[1], 2*n*x->nb[2]);
+
+            rest = rest ? ggml_add(ctx, rest, last) : last;
+        }
+        x = ggml_add(ctx, lo, hi);
+    }
+
+    x = ggml_cont(ctx, ggml_permute(ctx, x, 1, 2, 0, 3)); // [n_rows, n_embd_head, n_head]
+    x = ggml_reshape_2d(ctx, ggml_sum_rows(ctx, x), n_embd, n_head);
+
+    return rest ? ggml_add(ctx, x, rest) : x;
 }
 
 // keys unlike the others stay (arXiv 2504.15364, section 3): minus the cosine of the key with the mean of the head's

@@ -29,7 +29,7 @@ static const size_t LLAMA_QFILTER_MAX_COPIES = 3;
 static const uint32_t LLAMA_QFILTER_MAX_LAYERS = 8;
 
 // graph nodes and leaves per group of heads, at most
-static const size_t LLAMA_QFILTER_MAX_TENSORS = 64;
+static const size_t LLAMA_QFILTER_MAX_TENSORS = 96;
 
 //
 // llama_qfilter

@@ -9,7 +9,7 @@ import platform
 import random
 import re
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,13 +104,17 @@ def builtin() -> Text:
     that which `qfllama convert` calibrates on, so that filters aren't measured on their own text.
     """
     library = Path(sysconfig.get_path("stdlib"))
-    paragraphs: dict[str, None] = {}
-    for path in sorted(library.glob("*.py")):
-        paragraphs |= dict.fromkeys(filter(_is_prose, _docstrings(path)))
+    paragraphs = prose(sorted(library.glob("*.py")))
     if not paragraphs:
         raise QFilterError("this Python comes without its library's source: give --text FILE")
     name = f"docstrings of Python {platform.python_version()}"
     return Text(name, "\n\n".join(paragraphs))
+
+
+def prose(paths: Iterable[Path]) -> list[str]:
+    """Paragraphs of English in the docstrings of Python files, each of them once."""
+    found = (part for path in paths for part in _docstrings(path))
+    return list(dict.fromkeys(filter(_is_prose, found)))
 
 
 def _docstrings(path: Path) -> list[str]:

@@ -1,0 +1,449 @@
+"""Scores that were tried: forms of the statistics, aggregations, budgets of layers, blends.
+
+The filters in a file are statistics of queries at positions 0 to 2,047, and are used at all
+positions. Three forms of them are compared:
+
+    as measured   of queries after RoPE, against keys after RoPE: what a file has
+    ahead         of queries before RoPE, rotated to the next positions at every eviction
+    back          of queries before RoPE, against keys before RoPE: positions left out
+
+with the paper's filter, the second-order score and `qblend`, at every length. What else was tried
+is measured at the first length only: the maximum over the query heads of a group in place of the
+mean, the length of the value as a factor, blends with recency and with KeyDiff, the first two
+layers whole, more cells for the lower layers or for the upper ones. Measured are
+
+- how the scores rank the cached keys of a head against the mean attention that the next queries
+  give them,
+- the loss of needles once the cache is compressed with them, and how many are found.
+
+--random does the first, for the forms only, on a model of random weights with RoPE scaling as
+Llama 3.1 has it.
+
+    python benchmarks/scores.py models/SmolLM2-135M-Instruct.Q4_1.gguf --text wikitext2.test.txt
+        --calibration wikitext2.valid.txt --lengths 2048 8192 --json docs/scores.json
+    python benchmarks/scores.py --random --lengths 2048 8192 32768 --documents 1
+
+Computed by transformers in float32, apart from the engine. Needs about 6 GB for 8,192 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+)
+
+from qfllama.evaluation import needle, tasks
+from qfllama.evaluation.results import table
+from qfllama.machine import provenance
+
+CALIBRATED = 2048
+"""Positions that statistics are taken at."""
+AHEAD = 256
+"""Next positions: where `ahead` rotates to, and whose queries are the measure."""
+RANK = 16
+SINKS, WINDOW = 4, 32
+FORMS = ("as measured", "ahead", "back")
+COMPARED = ("qfilters", "qfilters2", "qblend")
+OTHERS = (
+    "qfilters, maximum",
+    "qfilters * |v|",
+    "qfilters + recency",
+    "qfilters + keydiff",
+    "qfilters2, maximum",
+    "keydiff",
+    "kvdiff",
+    "qblend, maximum",
+    "qblend + recency",
+)
+BUDGETS = {
+    "first two layers whole": lambda share, layer, n_layer: 1.0 if layer < 2 else share,
+    "more below": lambda share, layer, n_layer: share * (1.5 - layer / (n_layer - 1)),
+    "more above": lambda share, layer, n_layer: share * (0.5 + layer / (n_layer - 1)),
+}
+"""Name -> share of its keys that a layer keeps, where all together keep `share`."""
+
+
+def attend(module, query, key, value, mask, scaling, **kwargs):
+    """Attention to all keys before the queries' own and, causally, to those. transformers' masks
+    have one number of keys for all layers."""
+    n, n_keys = query.shape[2], key.shape[2]
+    whole = n == n_keys
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, scale=scaling, is_causal=whole, enable_gqa=True,
+        attn_mask=None if whole else torch.ones(n, n_keys, dtype=torch.bool).tril(n_keys - n),
+    )  # fmt: skip
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register("any number of keys", attend)
+
+
+class Model:
+    """A Llama model of transformers, whose queries and keys are read before RoPE."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model.eval(), tokenizer
+        model.set_attn_implementation("any number of keys")
+        config = model.config
+        self.n_layer, self.n_head = config.num_hidden_layers, config.num_attention_heads
+        self.n_head_kv, self.head_dim = config.num_key_value_heads, config.head_dim
+
+    @contextmanager
+    def projections(self):
+        """Layer -> {"q": [n_head, n, head_dim], "k", "v": [n_head_kv, n, head_dim]}, of all that is
+        read meanwhile, before RoPE."""
+        found = [{} for _ in range(self.n_layer)]
+
+        def hook(layer, name):
+            def keep(module, inputs, output):
+                found[layer][name] = output[0].unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
+
+            return keep
+
+        handles = [
+            getattr(layer.self_attn, f"{name}_proj").register_forward_hook(hook(i, name))
+            for i, layer in enumerate(self.model.model.layers)
+            for name in "qkv"
+        ]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def angles(self, positions: torch.Tensor) -> torch.Tensor:
+        """Rotations as complex numbers, [n, head_dim / 2]."""
+        cos, sin = self.model.model.rotary_emb(torch.zeros(1), positions[None])
+        return torch.complex(cos, sin)[0, :, : self.head_dim // 2]
+
+
+def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """x [..., head_dim] turned by `angles` [..., head_dim / 2]: pairs are (i, i + head_dim / 2)."""
+    turned = torch.complex(*x.chunk(2, dim=-1)) * angles
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+class Moments:
+    """Mean and second moment of the queries of each head, [n_layer, n_head, ...]."""
+
+    def __init__(self, model: Model, pieces: list[list[int]]):
+        shape = (model.n_layer, model.n_head, model.head_dim)
+        self.mean = torch.zeros(*shape, dtype=torch.float64)
+        self.raw = torch.zeros(*shape, model.head_dim, dtype=torch.float64)
+        self.mean_rotated, self.raw_rotated = self.mean.clone(), self.raw.clone()
+        n = sum(map(len, pieces))
+        for piece in pieces:
+            angles = model.angles(torch.arange(len(piece)))
+            with model.projections() as found:
+                model.model(torch.tensor([piece]), use_cache=False, logits_to_keep=1)
+            for layer, projected in enumerate(found):
+                q = projected["q"]
+                self.mean[layer] += q.double().sum(1) / n
+                self.raw[layer] += outer(q) / n
+                q = rotate(q, angles)
+                self.mean_rotated[layer] += q.double().sum(1) / n
+                self.raw_rotated[layer] += outer(q) / n
+
+    def of(self, form: str, layer: int, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and second moment for keys of this form; angles: those of the next positions."""
+        if form == "as measured":
+            return self.mean_rotated[layer], self.raw_rotated[layer]
+        mean, raw = self.mean[layer], self.raw[layer]
+        if form == "back":
+            return mean, raw
+        turns = angles.to(torch.complex128)[:, None, None]
+        means = rotate(mean, turns[:, 0])  # [AHEAD, n_head, head_dim]
+        turned = rotate(rotate(raw, turns).transpose(-1, -2), turns)
+        return means.mean(0), turned.mean(0)
+
+
+def outer(q: torch.Tensor) -> torch.Tensor:
+    q = q.double()
+    return q.transpose(1, 2) @ q
+
+
+def standard(x: torch.Tensor) -> torch.Tensor:
+    return (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
+
+
+def scores(mean, raw, k, v) -> dict[str, torch.Tensor]:
+    """Score name -> [n_head_kv, n]. mean, raw: per query head; k, v [n_head_kv, n, head_dim]."""
+    n_head_kv, _, head_dim = k.shape
+    n_rep = len(mean) // n_head_kv
+    grouped = (n_head_kv, n_rep)
+    _, vectors = torch.linalg.eigh(raw)
+    first = vectors[..., -1]
+    first = (first * torch.sign((first * mean).sum(-1, keepdim=True))).float()
+    keys = k.repeat_interleave(n_rep, 0)
+    each = torch.einsum("hnd,hd->hn", keys, first).unflatten(0, grouped)
+    qfilters, strongest = each.mean(1), each.amax(1)
+
+    values, vectors = torch.linalg.eigh(raw - mean[..., :, None] * mean[..., None, :])
+    values, vectors = values[..., -RANK:].float(), vectors[..., -RANK:].float()
+    logits = torch.einsum("hnd,hd->hn", keys, mean.float()) / head_dim**0.5
+    logits += ((keys @ vectors) ** 2 @ values[..., None])[..., 0] / (2 * head_dim)
+    weights = logits.softmax(-1).unflatten(0, grouped)
+
+    unit = k / k.norm(dim=-1, keepdim=True)
+    direction = unit.mean(1, keepdim=True)
+    keydiff = -(unit * direction).sum(-1) / direction.norm(dim=-1)
+    recency = torch.arange(k.shape[1]).float().expand(n_head_kv, -1)
+    length = v.norm(dim=-1)
+    apart = standard((v - v.mean(1, keepdim=True)).norm(dim=-1))
+    blend = apart + standard(qfilters) / 4 + standard(keydiff) / 4
+    return {
+        "qfilters": qfilters,
+        "qfilters, maximum": strongest,
+        "qfilters * |v|": standard(qfilters).exp() * length,
+        "qfilters + recency": standard(qfilters) + standard(recency),
+        "qfilters + keydiff": standard(qfilters) + standard(keydiff),
+        "qfilters2": weights.mean(1) * length,
+        "qfilters2, maximum": weights.amax(1) * length,
+        "keydiff": keydiff,
+        "kvdiff": smooth(apart + standard(keydiff) / 2),
+        "qblend": smooth(blend),
+        "qblend, maximum": smooth(blend + (standard(strongest) - standard(qfilters)) / 4),
+        "qblend + recency": smooth(blend) + standard(recency) / 2,
+    }
+
+
+def smooth(x: torch.Tensor) -> torch.Tensor:
+    """Averaged over five positions, and some of its own."""
+    return torch.nn.functional.avg_pool1d(x, 5, 1, 2) + 0.3 * x
+
+
+def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Spearman's, mean over the heads of [n_head_kv, n]."""
+    a, b = (standard(x.argsort(-1).argsort(-1).float()) for x in (a, b))
+    return (a * b).mean(-1).mean().item()
+
+
+class Read:
+    """A document that has been read: keys before and after RoPE, values."""
+
+    def __init__(self, model: Model, tokens: list[int]):
+        self.n = len(tokens)
+        with model.projections() as found:
+            model.model(torch.tensor([tokens]), use_cache=False, logits_to_keep=1)
+        self.q = [projected["q"] for projected in found]
+        self.back = [projected["k"] for projected in found]
+        self.v = [projected["v"] for projected in found]
+        self.k = [rotate(k, model.angles(torch.arange(self.n))) for k in self.back]
+
+    def cut(self, n: int) -> Read:
+        """Its first n tokens."""
+        part = object.__new__(Read)
+        part.n = n
+        for name in ("q", "back", "v", "k"):
+            setattr(part, name, [x[:, :n] for x in getattr(self, name)])
+        return part
+
+    def scores(self, model: Model, moments: Moments, form: str) -> list[dict[str, torch.Tensor]]:
+        """Per layer."""
+        angles = model.angles(torch.arange(self.n, self.n + AHEAD, 16))
+        keys = self.back if form == "back" else self.k
+        return [
+            scores(*moments.of(form, layer, angles), keys[layer], self.v[layer])
+            for layer in range(model.n_layer)
+        ]
+
+
+def correlations(model: Model, moments: Moments, tokens: list[int]) -> dict[tuple, float]:
+    """(form, score) -> rank correlation with the mean attention that the last AHEAD tokens give to
+    the keys before them; sinks and window, which are never scored, left out."""
+    whole = Read(model, tokens)
+    read = whole.cut(len(tokens) - AHEAD)
+    angles = model.angles(torch.arange(read.n, len(tokens)))
+    inner = slice(SINKS, read.n - WINDOW)
+    attention = []
+    for q, k in zip(whole.q, read.k, strict=True):
+        q = rotate(q[:, read.n :], angles).unflatten(0, (model.n_head_kv, -1))
+        logits = torch.einsum("hgmd,hnd->hgmn", q, k) / model.head_dim**0.5
+        attention.append(logits.softmax(-1).mean((1, 2))[:, inner])
+    found = {}
+    for form in FORMS:
+        layers = read.scores(model, moments, form)
+        for name in COMPARED:
+            each = [
+                rank_correlation(layer[name][:, inner], seen)
+                for layer, seen in zip(layers, attention, strict=True)
+            ]
+            found[form, name] = statistics.fmean(each)
+    return found
+
+
+def needles(model: Model, moments: Moments, document, ratios, others: bool) -> dict:
+    """(form, score, ratio) -> (loss per digit, found) for every question; ("full", "", 1)."""
+    encode = model.tokenizer.encode
+    read = Read(model, encode(document.text))
+    found = {("full", "", 1): ask(model, read, None, document.questions)}
+    for form in FORMS:
+        layers = read.scores(model, moments, form)
+        names = COMPARED + (OTHERS if others and form == FORMS[0] else ())
+        for name, ratio in itertools.product(names, ratios):
+            kept = [keep(layer[name], read.n // ratio) for layer in layers]
+            found[form, name, ratio] = ask(model, read, kept, document.questions)
+        if not (others and form == FORMS[0]):
+            continue
+        for name, budget, ratio in itertools.product(("qfilters", "qblend"), BUDGETS, ratios):
+            kept = [
+                keep(layer[name], int(read.n * BUDGETS[budget](1 / ratio, i, len(layers))))
+                for i, layer in enumerate(layers)
+            ]
+            found[form, f"{name}, {budget}", ratio] = ask(model, read, kept, document.questions)
+    return found
+
+
+def keep(score: torch.Tensor, n_keep: int) -> torch.Tensor:
+    """Rows that stay, ascending, [n_head_kv, n_keep]."""
+    score = score.clone()
+    score[:, :SINKS] = score[:, -WINDOW:] = torch.inf
+    return score.topk(n_keep, dim=-1).indices.sort(dim=-1).values
+
+
+def ask(model: Model, read: Read, kept, questions) -> list[tuple[float, bool]]:
+    results = []
+    for question in questions:
+        cache = DynamicCache()
+        for layer, (k, v) in enumerate(zip(read.k, read.v, strict=True)):
+            if kept is not None:
+                at = kept[layer][..., None].expand(-1, -1, model.head_dim)
+                k, v = k.gather(1, at), v.gather(1, at)
+            cache.update(k[None], v[None], layer)
+        asked = model.tokenizer.encode(question.text)
+        answer = model.tokenizer.encode(question.answer)
+        tokens = torch.tensor([asked + answer])
+        positions = torch.arange(read.n, read.n + tokens.shape[1])[None]
+        logits = model.model(
+            tokens, past_key_values=cache, position_ids=positions, logits_to_keep=len(answer) + 1
+        ).logits[0, :-1]
+        answer = torch.tensor(answer)
+        loss = torch.nn.functional.cross_entropy(logits, answer).item()
+        results.append((loss, bool((logits.argmax(-1) == answer).all())))
+    return results
+
+
+def trained(path: Path) -> Model:
+    source = {"gguf_file": path.name} if path.is_file() else {}
+    folder = path.parent if path.is_file() else path
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source)
+    return Model(model, AutoTokenizer.from_pretrained(folder, **source))
+
+
+def random_weights(seed: int) -> Model:
+    """4 layers, 8 query and 2 KV heads of 64; every head's queries and keys have a direction that
+    they prefer, as those of trained models have."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=512,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=131072,
+        initializer_range=0.06,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.model.embed_tokens.weight.data += 0.03 * torch.randn(config.hidden_size)
+    return Model(model, None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, nargs="?", help="GGUF file or folder of a Llama model")
+    parser.add_argument("--random", action="store_true", help="random weights instead of a model")
+    parser.add_argument("--text", type=Path, help="(default: the built-in one)")
+    parser.add_argument("--calibration", type=Path, help="another text (default: the same)")
+    parser.add_argument("--sequences", type=int, default=6, help="of 2,048 tokens, to calibrate on")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--documents", type=int, default=8, help="of each length")
+    parser.add_argument("--ratios", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if bool(args.model) == args.random:
+        parser.error("give a model or --random")
+    torch.set_grad_enabled(False)
+    torch.manual_seed(args.seed)
+    rows = measure(args)
+    head = list(dict.fromkeys(name for row in rows for name in row))
+    print(table([head, *([str(row.get(name, "")) for name in head] for row in rows)]))
+    if args.json:
+        report = {**provenance(torch.get_num_threads()), "rows": rows}
+        temporary = args.json.with_name(args.json.name + ".part")
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        os.replace(temporary, args.json)
+
+
+def measure(args) -> list[dict]:
+    """One row per form and score."""
+    n = args.sequences * CALIBRATED
+    if args.random:
+        model = random_weights(args.seed)
+        text = torch.randint(3, 1024, ((max(args.lengths) + AHEAD) * args.documents,)).tolist()
+        calibration = torch.randint(3, 1024, (n,)).tolist()
+    else:
+        model = trained(args.model)
+        haystack = tasks.read_text(args.text)
+        text = model.tokenizer.encode(haystack.text)
+        calibration = model.tokenizer.encode(tasks.read_text(args.calibration or args.text).text)
+        stack = tasks.Haystack(haystack, lambda part: len(model.tokenizer.encode(part)))
+    moments = Moments(model, [calibration[i : i + CALIBRATED] for i in range(0, n, CALIBRATED)])
+    rows: dict[tuple, dict] = {}
+
+    def put(key, column, values):
+        row = rows.setdefault(key, dict(zip(("form", "score"), key, strict=True)))
+        row[column] = round(statistics.fmean(values), 3)
+
+    for length in args.lengths:
+        size = length + AHEAD
+        each = [
+            correlations(model, moments, text[i * size : (i + 1) * size])
+            for i in range(args.documents)
+        ]
+        for key in each[0]:
+            put(key, f"rank correlation at {length}", [found[key] for found in each])
+        print(f"{length}: ranked", file=sys.stderr, flush=True)
+        if args.random:
+            continue
+        results: dict[tuple, list] = {}
+        for document in needle.documents(stack, [length], args.documents, 5, args.seed):
+            others = length == args.lengths[0]
+            for key, mine in needles(model, moments, document, args.ratios, others).items():
+                results.setdefault(key, []).extend(mine)
+            print(f"{length}: document {document.number}", file=sys.stderr, flush=True)
+        for (form, name, ratio), mine in results.items():
+            column = f"{length} x{ratio}"
+            put((form, name), f"loss at {column}", [loss for loss, _ in mine])
+            put((form, name), f"found at {column}", [right for _, right in mine])
+    return list(rows.values())
+
+
+if __name__ == "__main__":
+    main()
