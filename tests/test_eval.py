@@ -15,8 +15,9 @@ from qfllama.cli import main
 from qfllama.commands import eval as eval_command
 from qfllama.evaluation import contexts, needle, perplexity, plots, ruler, tasks
 from qfllama.evaluation.results import Results, bootstrap, wilson
-from qfllama.evaluation.run import Plan, Variant
+from qfllama.evaluation.run import Plan, Variant, split
 from qfllama.evaluation.scoring import generate, score
+from qfllama.evaluation.tasks import Question
 
 TEXT = tasks.builtin()
 
@@ -422,3 +423,13 @@ def test_going_back_in_models_that_forget_works_too(families, name):
         context.back()
         again = score(context, asked, answer)
     assert again.nll == pytest.approx(first.nll, abs=2e-3)  # cells in another order
+
+
+@pytest.mark.parametrize("name", ["gemma3", "lfm2"])
+def test_an_answer_begins_where_the_question_ends(families, name):
+    """SentencePiece tokenizers may begin every text with a space: an answer has none of its own."""
+    question = Question("The number of Paris is", ("598808",))
+    with contexts.Model(families[name], n_threads=1) as model:
+        asked, answer = split(model, question)
+        assert asked + answer == model.tokens("The number of Paris is 598808")
+        assert model.text(answer).strip() == "598808" and "5" not in model.text(asked)

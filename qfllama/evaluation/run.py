@@ -9,6 +9,7 @@ a document is read in one context, whose state then goes to all others.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -178,9 +179,12 @@ class Asking:
 
 
 def split(model: Model, question: Question) -> tuple[list[int], list[int]]:
-    """Tokens of question and answer. Those that are only white space and begin the answer (of
-    models that write digits one by one) count as the question's."""
-    asked, answer = model.tokens(question.text), model.tokens(question.answer)
+    """Tokens of question and answer, as they are when both are one text: some tokenizers begin
+    every text with a space. Those that are only white space and begin the answer (of models that
+    write digits one by one) count as the question's."""
+    asked, both = model.tokens(question.text), model.tokens(question.text + question.answer)
+    n = len(os.path.commonprefix([asked, both]))
+    asked, answer = both[:n], both[n:]
     while len(answer) > 1 and not model.text(answer[:1]).strip():
         asked.append(answer.pop(0))
     return asked, answer
