@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from qfllama.machine import provenance
+from qfllama.report import write_json
 
 MIB = 1 << 20
 
@@ -149,7 +150,7 @@ def main() -> None:
     }
     print(about["machine"])
     if args.json:
-        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        write_json(args.json, {"about": about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ the time that decoding one interval takes beside it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -26,6 +25,7 @@ import numpy as np
 from qfllama import Llama, QFilterConfig, metadata
 from qfllama.bench import evicting_seconds
 from qfllama.machine import provenance
+from qfllama.report import write_json
 
 MIB = 1 << 20
 N_LAYER, N_HEAD_KV, HEAD_DIM = 32, 8, 128
@@ -220,7 +220,7 @@ def main() -> None:
             "max_length": args.max_length,
             "rows": [asdict(row) for row in rows],
         }
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ three texts against each other, each with the rank correlation it reaches on hel
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from contextlib import closing
 from pathlib import Path
@@ -21,6 +20,7 @@ from qfllama.convert import calibrate, fit, native_model, text
 from qfllama.convert.capture_llama import LlamaModel
 
 from qfllama.machine import provenance
+from qfllama.report import write_json
 
 SAMPLES = (100, 200, 500, 1000, 2000, 3000)
 SEEDS = 3
@@ -242,7 +242,7 @@ def main() -> None:
         "tokens": args.num_sequences * args.max_seq_len,
     }
     if args.json:
-        args.json.write_text(json.dumps({"about": about} | results, indent=1) + "\n")
+        write_json(args.json, {"about": about} | results)
     if args.plot:
         plot(results, about, args.plot)
 

@@ -8,7 +8,6 @@ Prints resident memory and open files as it goes, with the slope over the second
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from soak import resident_kib
 
 from qfllama import Llama, QFilterConfig
 from qfllama.machine import provenance
+from qfllama.report import write_json
 
 
 def cycle(model: str, config: QFilterConfig, threads: int) -> int:
@@ -67,7 +67,7 @@ def main() -> None:
     if args.json:
         about = provenance(args.threads) | {"model": Path(args.model).name}
         result = {"about": about, "bytes_per_cycle": round(float(slope), 1), "rows": rows}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
 import statistics
 import sys
 from contextlib import contextmanager
@@ -49,6 +47,7 @@ from transformers import (
 from qfllama.evaluation import needle, tasks
 from qfllama.evaluation.results import table
 from qfllama.machine import provenance
+from qfllama.report import write_json
 
 CALIBRATED = 2048
 """Positions that statistics are taken at."""
@@ -396,9 +395,7 @@ def main() -> None:
     print(table([head, *([str(row.get(name, "")) for name in head] for row in rows)]))
     if args.json:
         report = {**provenance(torch.get_num_threads()), "rows": rows}
-        temporary = args.json.with_name(args.json.name + ".part")
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(temporary, args.json)
+        write_json(args.json, report)
 
 
 def measure(args) -> list[dict]:

@@ -10,7 +10,6 @@ the cost of an eviction over the same stretch.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from qfllama import Llama, QFilterConfig
 from qfllama.bench import decode, evicting_seconds, read_up_to, text_tokens
 from qfllama.machine import provenance
+from qfllama.report import write_json
 
 
 def resident_kib() -> int:
@@ -85,7 +85,7 @@ def main() -> None:
     if args.json:
         about = provenance(args.threads) | {"model": Path(args.model).name}
         result = {"about": about, "bytes_per_token": round(float(slope), 3), "rows": rows}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.json, result)
     llm.close()
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from qfllama import QFilterConfig, QFilterError
 from qfllama.evaluation.results import table
 from qfllama.machine import provenance
+from qfllama.report import write_json
 
 SIZES = {"window_length": "tab:blue", "sinks": "tab:green", "interval": "tab:red"}
 """What is changed, and its colour."""
@@ -137,7 +138,7 @@ def main() -> None:
     about = provenance(args.threads)
     if args.json:
         report = {**about, "policy": args.policy, "max_length": args.max_length, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
     if args.plot:
         title = f"{args.model.name}, {args.policy}, max_length {args.max_length}; " + ", ".join(
             (about["machine"], about["date"], f"qfllama {about['qfllama']}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,6 +202,11 @@ def save_figure(figure, path, dpi=120) -> None:
         warnings.simplefilter("ignore")  # glyphs that no font here has
         figure.savefig(image, format=path.suffix[1:].lower(), dpi=dpi)
     write_file(path, image.getvalue())
+
+
+def write_json(path, value) -> None:
+    """As `write_file`: a report in JSON."""
+    write_file(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def write_file(path, content: bytes) -> None:

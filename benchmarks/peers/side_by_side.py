@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import json
 import multiprocessing
 import os
 import statistics
@@ -42,6 +41,7 @@ from qfllama.evaluation.results import bootstrap, table
 from qfllama.evaluation.run import answer_likelihood, likelihood_tokens, split
 from qfllama.evaluation.scoring import nll
 from qfllama.machine import provenance
+from qfllama.report import write_json
 
 EXPORT = "QFLLAMA_PEERS_EXPORT"
 """In the environment, for the processes that measure speed: the folder with the exported filters."""
@@ -319,7 +319,7 @@ def main() -> None:
             "text": tasks.read_text(args.text).name, "quality": rows, "same_method": same,
             "speed": fast, "speed_ratio": SPEED_RATIO,
         }  # fmt: skip
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from train import KINDS
 
 from qfllama.evaluation.results import table
 from qfllama.machine import provenance
+from qfllama.report import write_json
 
 HERE = Path(__file__).parent
 QFLLAMA = Path(sys.executable).parent / "qfllama"
@@ -117,9 +118,7 @@ def main() -> None:
     print(report(kinds))
     if args.json:
         found = {**provenance(args.threads), "kinds": kinds}
-        temporary = args.json.with_name(args.json.name + ".part")
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(temporary, args.json)
+        write_json(args.json, found)
 
 
 def report(kinds: dict[str, dict]) -> str:

@@ -134,10 +134,12 @@ def command(model, json_file, image, **options):
         with dies_of_ctrl_c(), no_log():  # it warns of every context beyond the training
             engines.open(progress)
         result = report.plain(engines.measure(progress))
-    text = json.dumps(result, indent=1) + "\n"
-    click.echo(text if json_file == "-" else bench_report.tables(result), nl=json_file != "-")
-    if json_file not in (None, "-"):
-        report.write_file(json_file, text.encode())
+    if json_file == "-":
+        click.echo(json.dumps(result, indent=1))
+    else:
+        click.echo(bench_report.tables(result))
+        if json_file:
+            report.write_json(json_file, result)
     if image is not None:
         Figure = report.figure_class(image)
         report.save_figure(bench_report.draw(Figure, result), image, dpi=150)

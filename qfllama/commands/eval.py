@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -209,10 +208,10 @@ class Session:
         about["model"] = Path(self.model.path).name
         about["text"] = self.text.name
         if path := self._chosen["json_path"]:
-            from qfllama.report import write_file
+            from qfllama.report import write_json
 
             value = {"about": about, "settings": self._settings, "rows": rows, **extra}
-            write_file(path, (json.dumps(value, indent=1) + "\n").encode())
+            write_json(path, value)
         if path := self._chosen["plot_path"]:
             title = (
                 f"{about['model']}, {self._settings['setting']}, {about['text']}, {about['date']}"
