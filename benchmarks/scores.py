@@ -4,7 +4,7 @@ The filters in a file are statistics of queries at positions 0 to 2,047, and are
 positions. Three forms of them are compared:
 
     as measured   of queries after RoPE, against keys after RoPE: what a file has
-    ahead         of queries before RoPE, rotated to the next positions at every eviction
+    ahead         of queries before RoPE, rotated to the next 256 positions (their mean)
     back          of queries before RoPE, against keys before RoPE: positions left out
 
 with the paper's filter, the second-order score and `qblend`, at every length. What else was tried
@@ -12,15 +12,15 @@ is measured at the first length only: the maximum over the query heads of a grou
 mean, the length of the value as a factor, blends with recency and with KeyDiff, the first two
 layers whole, more cells for the lower layers or for the upper ones. Measured are
 
-- how the scores rank the cached keys of a head against the mean attention that the next queries
-  give them,
+- how the scores rank the cached keys of a head against the mean attention that the next 256 queries
+  give them: to compare the forms of one score, since not all scores mean attention,
 - the loss of needles once the cache is compressed with them, and how many are found.
 
 --random does the first, for the forms only, on a model of random weights with RoPE scaling as
 Llama 3.1 has it.
 
     python benchmarks/scores.py models/SmolLM2-135M-Instruct.Q4_1.gguf --text wikitext2.test.txt
-        --calibration wikitext2.valid.txt --lengths 2048 8192 --json docs/scores.json
+        --calibration wikitext2.valid.txt --lengths 2048 7936 --json docs/scores.json
     python benchmarks/scores.py --random --lengths 2048 8192 32768 --documents 1
 
 Computed by transformers in float32, apart from the engine. Needs about 6 GB for 8,192 tokens.
@@ -45,7 +45,8 @@ from transformers import (
 )
 
 from qfllama.evaluation import needle, tasks
-from qfllama.evaluation.results import table
+from qfllama.evaluation.results import bootstrap, table
+from qfllama.evaluation.run import split
 from qfllama.machine import provenance
 from qfllama.report import write_json
 
@@ -69,7 +70,9 @@ OTHERS = (
     "qblend + recency",
 )
 BUDGETS = {
-    "first two layers whole": lambda share, layer, n_layer: 1.0 if layer < 2 else share,
+    "first two layers whole": lambda share, layer, n_layer: (
+        1.0 if layer < 2 else (share * n_layer - 2) / (n_layer - 2)
+    ),
     "more below": lambda share, layer, n_layer: share * (1.5 - layer / (n_layer - 1)),
     "more above": lambda share, layer, n_layer: share * (0.5 + layer / (n_layer - 1)),
 }
@@ -124,6 +127,15 @@ class Model:
             for handle in handles:
                 handle.remove()
 
+    def tokens(self, text: str, *, start: bool = False) -> list[int]:
+        """As those of qfllama.evaluation.contexts.Model."""
+        bos = self.tokenizer.bos_token_id
+        first = [bos] if start and self.tokenizer.encode("")[:1] == [bos] else []
+        return first + self.tokenizer.encode(text, add_special_tokens=False)
+
+    def text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens)
+
     def angles(self, positions: torch.Tensor) -> torch.Tensor:
         """Rotations as complex numbers, [n, head_dim / 2]."""
         cos, sin = self.model.model.rotary_emb(torch.zeros(1), positions[None])
@@ -165,7 +177,7 @@ class Moments:
         if form == "back":
             return mean, raw
         turns = angles.to(torch.complex128)[:, None, None]
-        means = rotate(mean, turns[:, 0])  # [AHEAD, n_head, head_dim]
+        means = rotate(mean, turns[:, 0])  # [positions, n_head, head_dim]
         turned = rotate(rotate(raw, turns).transpose(-1, -2), turns)
         return means.mean(0), turned.mean(0)
 
@@ -179,15 +191,16 @@ def standard(x: torch.Tensor) -> torch.Tensor:
     return (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
 
 
-def scores(mean, raw, k, v) -> dict[str, torch.Tensor]:
-    """Score name -> [n_head_kv, n]. mean, raw: per query head; k, v [n_head_kv, n, head_dim]."""
+def scores(mean, raw, keys, k, v) -> dict[str, torch.Tensor]:
+    """Score name -> [n_head_kv, n]. mean, raw: of the queries of each head; keys: what they are for;
+    k: after RoPE, v [n_head_kv, n, head_dim]. The sign of a filter is that of the mean."""
     n_head_kv, _, head_dim = k.shape
     n_rep = len(mean) // n_head_kv
     grouped = (n_head_kv, n_rep)
     _, vectors = torch.linalg.eigh(raw)
     first = vectors[..., -1]
     first = (first * torch.sign((first * mean).sum(-1, keepdim=True))).float()
-    keys = k.repeat_interleave(n_rep, 0)
+    keys = keys.repeat_interleave(n_rep, 0)
     each = torch.einsum("hnd,hd->hn", keys, first).unflatten(0, grouped)
     qfilters, strongest = each.mean(1), each.amax(1)
 
@@ -222,7 +235,7 @@ def scores(mean, raw, k, v) -> dict[str, torch.Tensor]:
 
 def smooth(x: torch.Tensor) -> torch.Tensor:
     """Averaged over five positions, and some of its own."""
-    return torch.nn.functional.avg_pool1d(x, 5, 1, 2) + 0.3 * x
+    return torch.nn.functional.avg_pool1d(x, 5, 1, 2, count_include_pad=False) + 0.3 * x
 
 
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -256,23 +269,25 @@ class Read:
         angles = model.angles(torch.arange(self.n, self.n + AHEAD, 16))
         keys = self.back if form == "back" else self.k
         return [
-            scores(*moments.of(form, layer, angles), keys[layer], self.v[layer])
+            scores(*moments.of(form, layer, angles), keys[layer], self.k[layer], self.v[layer])
             for layer in range(model.n_layer)
         ]
 
 
 def correlations(model: Model, moments: Moments, tokens: list[int]) -> dict[tuple, float]:
     """(form, score) -> rank correlation with the mean attention that the last AHEAD tokens give to
-    the keys before them; sinks and window, which are never scored, left out."""
+    the keys before them; sinks and window, which always stay, left out."""
     whole = Read(model, tokens)
     read = whole.cut(len(tokens) - AHEAD)
     angles = model.angles(torch.arange(read.n, len(tokens)))
     inner = slice(SINKS, read.n - WINDOW)
     attention = []
-    for q, k in zip(whole.q, read.k, strict=True):
+    later = torch.ones(AHEAD, whole.n, dtype=torch.bool).triu(read.n + 1)
+    for q, k in zip(whole.q, whole.k, strict=True):
         q = rotate(q[:, read.n :], angles).unflatten(0, (model.n_head_kv, -1))
         logits = torch.einsum("hgmd,hnd->hgmn", q, k) / model.head_dim**0.5
-        attention.append(logits.softmax(-1).mean((1, 2))[:, inner])
+        weights = logits.masked_fill(later, -torch.inf).softmax(-1)
+        attention.append(weights.mean((1, 2))[:, inner])
     found = {}
     for form in FORMS:
         layers = read.scores(model, moments, form)
@@ -287,8 +302,7 @@ def correlations(model: Model, moments: Moments, tokens: list[int]) -> dict[tupl
 
 def needles(model: Model, moments: Moments, document, ratios, others: bool) -> dict:
     """(form, score, ratio) -> (loss per digit, found) for every question; ("full", "", 1)."""
-    encode = model.tokenizer.encode
-    read = Read(model, encode(document.text))
+    read = Read(model, model.tokens(document.text, start=True))
     found = {("full", "", 1): ask(model, read, None, document.questions)}
     for form in FORMS:
         layers = read.scores(model, moments, form)
@@ -323,8 +337,7 @@ def ask(model: Model, read: Read, kept, questions) -> list[tuple[float, bool]]:
                 at = kept[layer][..., None].expand(-1, -1, model.head_dim)
                 k, v = k.gather(1, at), v.gather(1, at)
             cache.update(k[None], v[None], layer)
-        asked = model.tokenizer.encode(question.text)
-        answer = model.tokenizer.encode(question.answer)
+        asked, answer = split(model, question)
         tokens = torch.tensor([asked + answer])
         positions = torch.arange(read.n, read.n + tokens.shape[1])[None]
         logits = model.model(
@@ -340,6 +353,10 @@ def trained(path: Path) -> Model:
     source = {"gguf_file": path.name} if path.is_file() else {}
     folder = path.parent if path.is_file() else path
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source)
+    if (
+        model.config.model_type != "llama"
+    ):  # others change queries and keys between projection and RoPE
+        sys.exit(f"{path} is a {model.config.model_type} model; give a Llama")
     return Model(model, AutoTokenizer.from_pretrained(folder, **source))
 
 
@@ -378,9 +395,9 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?", help="GGUF file or folder of a Llama model")
     parser.add_argument("--random", action="store_true", help="random weights instead of a model")
     parser.add_argument("--text", type=Path, help="(default: the built-in one)")
-    parser.add_argument("--calibration", type=Path, help="another text (default: the same)")
+    parser.add_argument("--calibration", type=Path, help="another text (required)")
     parser.add_argument("--sequences", type=int, default=6, help="of 2,048 tokens, to calibrate on")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 7936])
     parser.add_argument("--documents", type=int, default=8, help="of each length")
     parser.add_argument("--ratios", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--seed", type=int, default=1)
@@ -388,10 +405,14 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.model) == args.random:
         parser.error("give a model or --random")
+    if args.model and not args.calibration:
+        parser.error("give another text with --calibration")
+    if min(args.lengths) // (2 * max(args.ratios)) < SINKS + WINDOW or min(args.ratios) < 2:
+        parser.error(f"half of the smallest cache must hold {SINKS + WINDOW}; ratios begin at 2")
     torch.set_grad_enabled(False)
     torch.manual_seed(args.seed)
     rows = measure(args)
-    head = list(dict.fromkeys(name for row in rows for name in row))
+    head = list(dict.fromkeys(name for row in rows for name in row if "95" not in name))
     print(table([head, *([str(row.get(name, "")) for name in head] for row in rows)]))
     if args.json:
         report = {**provenance(torch.get_num_threads()), "rows": rows}
@@ -408,9 +429,11 @@ def measure(args) -> list[dict]:
     else:
         model = trained(args.model)
         haystack = tasks.read_text(args.text)
-        text = model.tokenizer.encode(haystack.text)
-        calibration = model.tokenizer.encode(tasks.read_text(args.calibration or args.text).text)
-        stack = tasks.Haystack(haystack, lambda part: len(model.tokenizer.encode(part)))
+        text = model.tokens(haystack.text)
+        calibration = model.tokens(tasks.read_text(args.calibration).text)
+        stack = tasks.Haystack(haystack, lambda part: len(model.tokens(part)))
+        if len(text) < (max(args.lengths) + AHEAD) * args.documents or len(calibration) < n:
+            sys.exit("too little text: give longer ones, or fewer --documents and --sequences")
     moments = Moments(model, [calibration[i : i + CALIBRATED] for i in range(0, n, CALIBRATED)])
     rows: dict[tuple, dict] = {}
 
@@ -437,7 +460,10 @@ def measure(args) -> list[dict]:
             print(f"{length}: document {document.number}", file=sys.stderr, flush=True)
         for (form, name, ratio), mine in results.items():
             column = f"{length} x{ratio}"
-            put((form, name), f"loss at {column}", [loss for loss, _ in mine])
+            by_document = [[loss for loss, _ in mine[i : i + 5]] for i in range(0, len(mine), 5)]
+            put((form, name), f"loss at {column}", sum(by_document, []))
+            limits = [round(limit, 3) for limit in bootstrap(by_document)]
+            rows[form, name][f"95 % of the loss at {column}"] = limits
             put((form, name), f"found at {column}", [right for _, right in mine])
     return list(rows.values())
 

@@ -155,7 +155,7 @@ def plain(value):
     infinity, no undecodable bytes."""
     if isinstance(value, dict):
         return {plain(str(key)): plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
+    if isinstance(value, (np.ndarray, np.generic)):
         return plain(value.tolist())
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
@@ -206,7 +206,7 @@ def save_figure(figure, path, dpi=120) -> None:
 
 def write_json(path, value) -> None:
     """As `write_file`: a report in JSON."""
-    write_file(path, (json.dumps(value, indent=1) + "\n").encode())
+    write_file(path, (json.dumps(plain(value), indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_file(path, content: bytes) -> None:

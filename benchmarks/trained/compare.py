@@ -1,7 +1,8 @@
 """Which policies work with biased and with normalized attention: train.py's models, measured.
 
 Trains each kind that is not in --folder yet, converts and calibrates it with `qfllama convert`, and
-runs `qfllama eval` with every policy. Everything is kept in --folder; the same command goes on.
+runs `qfllama eval` with every policy. Everything is kept in --folder, where the same command goes on;
+what is there of another --train is used as well.
 
     python benchmarks/trained/compare.py --train wikitext2.valid.txt --text wikitext2.test.txt
         --json docs/trained.json
@@ -82,7 +83,10 @@ def facts(kind: str, args) -> dict:
         if name.endswith(("q_proj.bias", "k_proj.bias"))
     }
     return {
-        **{name: round(float(np.mean(rows)), 3) for name, rows in quality.items()},
+        **{
+            name: round(float(np.nanmean(np.array(rows, float))), 3)
+            for name, rows in quality.items()
+        },
         "bias_rms": {
             name: round(float((bias**2).mean() ** 0.5), 3) for name, bias in biases.items()
         },
@@ -103,7 +107,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     needles = [
-        "needle", "--lengths", "512,1024", "--ratio", "2,4,8", "--window-length", 32,
+        "needle", "--lengths", "512,960", "--ratio", "2,4,8", "--window-length", 32,
         "--documents", args.documents,
     ]  # fmt: skip
     texts = ["ppl", "--texts", args.texts, "--length", 1024, "--max-length", 256]

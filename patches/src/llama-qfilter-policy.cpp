@@ -92,7 +92,7 @@ static ggml_tensor * llama_qfilter_sum(ggml_context * ctx, ggml_tensor * x) {
 
     ggml_tensor * rest = nullptr; // of odd numbers of rows
 
-    // halves are added before what is left is transposed: CPUs transpose slowly
+    // CPUs transpose slowly: halves are added until 1/16 is left
     for (int i = 0; i < 4 && x->ne[2] > 1; ++i) {
         const int64_t n = x->ne[2]/2;
 
