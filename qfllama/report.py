@@ -22,7 +22,7 @@ GOOD, FAIR = 0.1, 0.4
 ADVICE = {
     "good": "",
     "fair": ": expect losses",
-    "poor": ": expect heavy losses, use a larger max_length or compare with policy knorm",
+    "poor": ": expect heavy losses, use policy kvdiff, which needs no filters",
 }
 MORE = "see docs/metadata.md#quality"
 IMAGES = (".png", ".svg", ".pdf")

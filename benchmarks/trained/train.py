@@ -173,6 +173,9 @@ def train(kind: str, out: Path, text: str, n_tokens: int, seed: int) -> None:
             seconds = time.monotonic() - start
             print(f"{step + 1:>6}/{n_steps}  {length:>4}  {means}  {seconds:.0f} s", flush=True)
             losses = {name: [] for name in WEIGHTS}
+    # llama.cpp takes no OLMo-2 that shares them
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.save_pretrained(out)
     (out / "tokenizer.model").write_bytes(spm)  # the last: it is complete
 
