@@ -61,13 +61,14 @@ def model(kind: str, args) -> Path:
 
 
 def evaluated(kind: str, task: list, args) -> list[dict]:
-    """The rows of `qfllama eval`'s report."""
+    """The rows of `qfllama eval`'s report, less what they say of lengths, depths and positions."""
     report = args.folder / f"{kind}-{task[0]}.json"
     run(
         QFLLAMA, "eval", *task, model(kind, args), "--policy", POLICIES, "--text", args.text,
         "--threads", args.threads, "--results", report.with_suffix(".jsonl"), "--json", report,
     )  # fmt: skip
-    return json.loads(report.read_text())["rows"]
+    rows = json.loads(report.read_text())["rows"]
+    return [{k: v for k, v in row.items() if not k.startswith("by_")} for row in rows]
 
 
 def facts(kind: str, args) -> dict:
