@@ -12,9 +12,9 @@ import os
 from pathlib import Path
 
 import numpy as np
-from soak import resident_kib
 
 from qfllama import Llama, QFilterConfig
+from qfllama.bench import resident_bytes
 from qfllama.machine import provenance
 from qfllama.report import write_json
 
@@ -55,7 +55,7 @@ def main() -> None:
             row = {
                 "cycles": done,
                 "evictions": evictions,
-                "rss_kib": resident_kib(),
+                "rss_kib": resident_bytes("VmRSS") // 1024,
                 "open_files": len(os.listdir("/proc/self/fd")),
             }
             rows.append(row)

@@ -36,6 +36,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from qfllama.convert.fit import spearman
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -238,12 +239,6 @@ def smooth(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.avg_pool1d(x, 5, 1, 2, count_include_pad=False) + 0.3 * x
 
 
-def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Spearman's, mean over the heads of [n_head_kv, n]."""
-    a, b = (standard(x.argsort(-1).argsort(-1).float()) for x in (a, b))
-    return (a * b).mean(-1).mean().item()
-
-
 class Read:
     """A document that has been read: keys before and after RoPE, values."""
 
@@ -256,44 +251,35 @@ class Read:
         self.v = [projected["v"] for projected in found]
         self.k = [rotate(k, model.angles(torch.arange(self.n))) for k in self.back]
 
-    def cut(self, n: int) -> Read:
-        """Its first n tokens."""
-        part = object.__new__(Read)
-        part.n = n
-        for name in ("q", "back", "v", "k"):
-            setattr(part, name, [x[:, :n] for x in getattr(self, name)])
-        return part
-
-    def scores(self, model: Model, moments: Moments, form: str) -> list[dict[str, torch.Tensor]]:
-        """Per layer."""
-        angles = model.angles(torch.arange(self.n, self.n + AHEAD, 16))
-        keys = self.back if form == "back" else self.k
+    def scores(self, model: Model, moments: Moments, form: str, n: int) -> list[dict]:
+        """Those of the first n tokens, per layer."""
+        angles = model.angles(torch.arange(n, n + AHEAD, 16))
+        rows = zip(self.back if form == "back" else self.k, self.k, self.v, strict=True)
         return [
-            scores(*moments.of(form, layer, angles), keys[layer], self.k[layer], self.v[layer])
-            for layer in range(model.n_layer)
+            scores(*moments.of(form, layer, angles), *(row[:, :n] for row in mine))
+            for layer, mine in enumerate(rows)
         ]
 
 
 def correlations(model: Model, moments: Moments, tokens: list[int]) -> dict[tuple, float]:
     """(form, score) -> rank correlation with the mean attention that the last AHEAD tokens give to
     the keys before them; sinks and window, which always stay, left out."""
-    whole = Read(model, tokens)
-    read = whole.cut(len(tokens) - AHEAD)
-    angles = model.angles(torch.arange(read.n, len(tokens)))
-    inner = slice(SINKS, read.n - WINDOW)
+    read, n = Read(model, tokens), len(tokens) - AHEAD
+    angles = model.angles(torch.arange(n, read.n))
+    inner = slice(SINKS, n - WINDOW)
     attention = []
-    later = torch.ones(AHEAD, whole.n, dtype=torch.bool).triu(read.n + 1)
-    for q, k in zip(whole.q, whole.k, strict=True):
-        q = rotate(q[:, read.n :], angles).unflatten(0, (model.n_head_kv, -1))
+    later = torch.ones(AHEAD, read.n, dtype=torch.bool).triu(n + 1)
+    for q, k in zip(read.q, read.k, strict=True):
+        q = rotate(q[:, n:], angles).unflatten(0, (model.n_head_kv, -1))
         logits = torch.einsum("hgmd,hnd->hgmn", q, k) / model.head_dim**0.5
         weights = logits.masked_fill(later, -torch.inf).softmax(-1)
         attention.append(weights.mean((1, 2))[:, inner])
     found = {}
     for form in FORMS:
-        layers = read.scores(model, moments, form)
+        layers = read.scores(model, moments, form, n)
         for name in COMPARED:
             each = [
-                rank_correlation(layer[name][:, inner], seen)
+                spearman(layer[name][:, inner].numpy(), seen.numpy()).mean()
                 for layer, seen in zip(layers, attention, strict=True)
             ]
             found[form, name] = statistics.fmean(each)
@@ -305,7 +291,7 @@ def needles(model: Model, moments: Moments, document, ratios, others: bool) -> d
     read = Read(model, model.tokens(document.text, start=True))
     found = {("full", "", 1): ask(model, read, None, document.questions)}
     for form in FORMS:
-        layers = read.scores(model, moments, form)
+        layers = read.scores(model, moments, form, read.n)
         names = COMPARED + (OTHERS if others and form == FORMS[0] else ())
         for name, ratio in itertools.product(names, ratios):
             kept = [keep(layer[name], read.n // ratio) for layer in layers]
@@ -329,13 +315,14 @@ def keep(score: torch.Tensor, n_keep: int) -> torch.Tensor:
 
 
 def ask(model: Model, read: Read, kept, questions) -> list[tuple[float, bool]]:
+    rows = list(zip(read.k, read.v, strict=True))
+    if kept is not None:
+        ats = [at[..., None].expand(-1, -1, model.head_dim) for at in kept]
+        rows = [(k.gather(1, at), v.gather(1, at)) for (k, v), at in zip(rows, ats, strict=True)]
     results = []
     for question in questions:
         cache = DynamicCache()
-        for layer, (k, v) in enumerate(zip(read.k, read.v, strict=True)):
-            if kept is not None:
-                at = kept[layer][..., None].expand(-1, -1, model.head_dim)
-                k, v = k.gather(1, at), v.gather(1, at)
+        for layer, (k, v) in enumerate(rows):
             cache.update(k[None], v[None], layer)
         asked, answer = split(model, question)
         tokens = torch.tensor([asked + answer])
@@ -353,9 +340,8 @@ def trained(path: Path) -> Model:
     source = {"gguf_file": path.name} if path.is_file() else {}
     folder = path.parent if path.is_file() else path
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source)
-    if (
-        model.config.model_type != "llama"
-    ):  # others change queries and keys between projection and RoPE
+    # others change queries and keys between projection and RoPE
+    if model.config.model_type != "llama":
         sys.exit(f"{path} is a {model.config.model_type} model; give a Llama")
     return Model(model, AutoTokenizer.from_pretrained(folder, **source))
 

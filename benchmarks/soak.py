@@ -17,14 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from qfllama import Llama, QFilterConfig
-from qfllama.bench import decode, evicting_seconds, read_up_to, text_tokens
+from qfllama.bench import decode, evicting_seconds, read_up_to, resident_bytes, text_tokens
 from qfllama.machine import provenance
 from qfllama.report import write_json
-
-
-def resident_kib() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0])
 
 
 def go_on(llm: Llama, tokens: list[int], n: int, decoded: int) -> float:
@@ -69,7 +64,7 @@ def main() -> None:
         rows.append(
             {
                 "tokens": llm.n_tokens,
-                "rss_kib": resident_kib(),
+                "rss_kib": resident_bytes("VmRSS") // 1024,
                 "tokens_per_second": round(step / seconds, 2),
                 "evictions": stats["evictions"],
                 "ms_per_eviction": round(1000 * cost / max(1, evictions), 3),

@@ -652,7 +652,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ["TERM"] = "xterm"
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup: ignored
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # nohup: ignored
             os.execv(QFLLAMA, [QFLLAMA, *map(str, args)])
 
     def type(self, text):

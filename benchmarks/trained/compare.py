@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from qfllama.convert import export
 from safetensors.numpy import load_file
 from train import KINDS
 
@@ -27,17 +26,11 @@ from qfllama.machine import provenance
 from qfllama.report import write_json
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1] / "tests"))
+from tiny_models import write_converter  # noqa: E402
+
 QFLLAMA = Path(sys.executable).parent / "qfllama"
 POLICIES = "full,qblend,kvdiff,qfilters,qfilters2,keydiff,knorm,streaming,random"
-CONVERTER = f"""
-import sys
-sys.path.insert(0, {str(export.converter_path().parent)!r})
-import convert_hf_to_gguf
-from conversion import TextModel
-TextModel._set_vocab_gpt2 = TextModel._set_vocab_sentencepiece
-convert_hf_to_gguf.main()
-"""
-"""Upstream's converter, which takes SentencePiece tokenizers for some kinds of models only."""
 
 
 def run(*command) -> None:
@@ -52,7 +45,9 @@ def model(kind: str, args) -> Path:
     if not (folder / "tokenizer.model").exists():
         run(sys.executable, HERE / "train.py", kind, folder, "--text", *args.train)
     plain = args.folder / f"{kind}.gguf"
-    run(sys.executable, "-c", CONVERTER, folder, "--outfile", plain, "--outtype", "f16")
+    # upstream's own takes SentencePiece tokenizers for some kinds of models only
+    converter = write_converter(args.folder / "converter.py")
+    run(sys.executable, converter, folder, "--outfile", plain, "--outtype", "f16")
     texts = [word for path in args.train for word in ("--text", path)]
     run(
         QFLLAMA, "convert", plain, "-o", out, "--max-seq-len", 1024, "--num-sequences", 15, *texts

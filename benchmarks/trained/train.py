@@ -141,8 +141,10 @@ def train(kind: str, out: Path, text: str, n_tokens: int, seed: int) -> None:
         AutoConfig.for_model(KINDS[kind], **SIZES), dtype=torch.float32
     )
     print(f"{kind}: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim == 2 and "embed" not in name
+        (matrices if is_matrix else others).append(parameter)
     optimizers = [
         torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.05),
