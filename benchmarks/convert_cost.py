@@ -96,7 +96,7 @@ def calibrate(args, sequences, backend):
     else:
         from qfllama.convert.capture_torch import TorchModel
 
-        model = TorchModel(args.model, args.model)
+        model = TorchModel(args.model, args.model, args.max_seq_len)
     return lambda: pipeline._read(model, layers, sequences, calibration, lambda n: None)
 
 

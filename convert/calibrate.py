@@ -136,6 +136,25 @@ class QueryMoments:
         return v1 * np.where(sign == 0, 1.0, sign)[:, None]
 
 
+class MeanQueries:
+    """The mean query of every KV head before RoPE: linear, so that RoPE at any position turns it
+    into the mean query of that position."""
+
+    def __init__(self):
+        self._sums: dict[int, np.ndarray] = {}
+        self._counts: dict[int, int] = {}
+
+    def add(self, layer: int, queries: np.ndarray) -> None:
+        """Take in the next queries [n_head_kv, n_tokens, head_dim] of one layer, means over the
+        query heads of the group."""
+        self._sums[layer] = self._sums.get(layer, 0) + queries.sum(1, dtype=np.float64)
+        self._counts[layer] = self._counts.get(layer, 0) + queries.shape[1]
+
+    def means(self) -> dict[int, np.ndarray]:
+        """layer -> float64 [n_head_kv, head_dim]"""
+        return {layer: total / self._counts[layer] for layer, total in self._sums.items()}
+
+
 def _log_mean_exp_rows(mean, square, rank, scale):
     """mean: [n_head, d], square: mean outer products [n_head, d, d]; see `second_order`"""
     covariance = square - mean[:, :, None] * mean[:, None, :]

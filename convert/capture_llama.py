@@ -75,27 +75,27 @@ class LlamaModel:
             self._open = stack.pop_all()
 
     def _context(self, gguf, model, n_ctx):
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = n_ctx
-        params.n_batch = params.n_ubatch = N_BATCH
-        params.n_seq_max = 1
-        params.n_threads = params.n_threads_batch = n_threads()
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.no_perf = True
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
-        params.cb_eval = self._callback
-        with native_model.log_of_llama_cpp() as lines:
-            ctx = native_model.waited(
-                lambda: llama_cpp.llama_init_from_model(model, params), undo=llama_cpp.llama_free
+        try:
+            return native_model.context(
+                gguf,
+                model,
+                n_ctx,
+                N_BATCH,
+                n_threads=n_threads(),
+                n_threads_batch=n_threads(),
+                cb_eval=self._callback,
             )
-        if not ctx:
-            why = lines[0] if lines else "no reason given"
-            raise QFilterError(f"llama.cpp cannot run {gguf}: {why}; try `--backend torch`")
-        return ctx
+        except QFilterError as error:
+            raise QFilterError(f"{error}; try `--backend torch`") from None
 
     def to_cached(self, vectors: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Vectors in the layout of this route's queries -> of rows of the K cache: the same."""
         return vectors
+
+    def before_rope(self, layer: int, positions, queries: np.ndarray) -> np.ndarray | None:
+        """See native_model.before_rope; the queries in the layout of this route."""
+        return native_model.before_rope(self._ctx, layer, positions, queries)
 
     def read(self, tokens: list[int], observe) -> None:
         """Run one sequence from an empty cache; observe(Attention) at every attention layer."""

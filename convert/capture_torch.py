@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import torch
 
 from .. import gguf_header
 from ..config import QFilterError
-from . import layout
+from . import layout, native_model
 from .text import one_line
 
 ATTENTION = "qfllama_observed"
@@ -61,11 +62,18 @@ class TorchModel:
 
     route = "torch"
 
-    def __init__(self, path, gguf):
+    def __init__(self, path, gguf, n_ctx: int):
         model = load_checkpoint(path) if Path(path).is_dir() else load_gguf(path)
         self.model = model
         self.orders = head_orders(gguf, model)
         self._donors = _donors(model)
+        # llama.cpp says how it turns queries, and computes nothing else: its weights stay on disk
+        with ExitStack() as stack:
+            stack.enter_context(native_model.log_of_llama_cpp())
+            loaded = native_model.loaded(gguf, n_gpu_layers=0, use_extra_bufts=False)
+            self._ctx = native_model.context(gguf, stack.enter_context(loaded), n_ctx, 1)
+            stack.callback(llama_cpp.llama_free, self._ctx)
+            self._open = stack.pop_all()
 
     def read(self, tokens: list[int], observe) -> None:
         """Run the model over one sequence from its start and call observe(Attention) for every
@@ -99,9 +107,15 @@ class TorchModel:
             )
         return {layer: vector[..., self.orders[layer]] for layer, vector in vectors.items()}
 
+    def before_rope(self, layer: int, positions, queries: np.ndarray) -> np.ndarray | None:
+        """See native_model.before_rope; the queries in the layout of this route."""
+        cached = self.to_cached({layer: queries})[layer]
+        return native_model.before_rope(self._ctx, layer, positions, cached)
+
     def close(self) -> None:
         """Free the weights."""
         self.model = None
+        self._open.close()
 
 
 def load_checkpoint(folder):

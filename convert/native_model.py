@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 
 import llama_cpp
+import numpy as np
 from llama_cpp._logger import llama_log_callback
 
 from .. import native
@@ -83,6 +84,48 @@ def evicting_layers(path) -> list[int]:
             "so there is nothing to evict; run it as it is"
         )
     return layers
+
+
+def context(path, model, n_ctx: int, n_batch: int, **params):
+    """A llama_context of the `loaded` model in the GGUF file at `path`, for one sequence of up to
+    n_ctx tokens, with Flash Attention; to be freed by the caller. params: other fields of
+    llama_context_params. QFilterError with llama.cpp's own words if it cannot run the model."""
+    fields = {
+        "n_ctx": n_ctx,
+        "n_batch": n_batch,
+        "n_ubatch": n_batch,
+        "n_seq_max": 1,
+        "flash_attn_type": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+        "no_perf": True,
+        **params,
+    }
+    context_params = llama_cpp.llama_context_default_params()
+    for name, value in fields.items():
+        setattr(context_params, name, value)
+    with log_of_llama_cpp() as lines:
+        ctx = waited(
+            lambda: llama_cpp.llama_init_from_model(model, context_params),
+            undo=llama_cpp.llama_free,
+        )
+    if not ctx:
+        why = lines[0] if lines else "no reason given"
+        raise QFilterError(f"llama.cpp cannot run {path}: {why}")
+    return ctx
+
+
+def before_rope(ctx, layer: int, positions, queries: np.ndarray) -> np.ndarray | None:
+    """What queries were before RoPE, as a context has it.
+
+    positions: [n] of the queries [n_head, n, head_dim] after RoPE, in the layout of cached K rows.
+    Returns float32 of the same shape, None if RoPE isn't what is done last to this layer's."""
+    positions = np.ascontiguousarray(positions, np.int32)
+    rows = np.array(queries.transpose(1, 0, 2), np.float32, order="C")
+    n_pos, n_head, _ = rows.shape
+    if not native.rope_back(
+        ctx, layer, positions.ctypes.data, n_pos, n_head, rows.ctypes.data
+    ):
+        return None
+    return rows.transpose(1, 0, 2)
 
 
 @contextmanager

@@ -165,7 +165,7 @@ class _Model:
             return closing(LlamaModel(self.gguf, n_ctx, self.calibration.n_gpu_layers))
         from .capture_torch import TorchModel  # torch takes seconds to load: after all checks
 
-        return closing(TorchModel(self.path, self.gguf))
+        return closing(TorchModel(self.path, self.gguf, n_ctx))
 
 
 def _calibrated(model, calibration, texts, note, progress):
@@ -179,7 +179,7 @@ def _calibrated(model, calibration, texts, note, progress):
         model.opened(max(lengths)) as running,
     ):
         found = _read(running, layers, sequences, calibration, bar.update)
-        weight, moments, quality, n_samples = found
+        weight, moments, queries, quality, n_samples = found
         layers = sorted(weight)
     head_dim = next(iter(weight.values())).shape[-1]
     if n_samples < head_dim:
@@ -207,6 +207,13 @@ def _calibrated(model, calibration, texts, note, progress):
         quality,
         _stacked(moments, layers, note),
     )
+    if sorted(queries) == layers:
+        filters.queries = np.stack([queries[layer] for layer in layers]).astype(np.float32)
+    else:
+        note(
+            "warning: RoPE is not the last step to this model's queries: the filters hold near the "
+            "positions that they were calibrated at"
+        )
     if not quality:
         note("one sequence only: nothing is held out to measure how well the filters fit")
     elif report.fit(filters).verdict == "poor":
@@ -246,8 +253,9 @@ def held_out(n_sequences: int) -> int:
 
 
 def _read(model, layers, sequences, calibration, progress):
-    """Run the model over all sequences. Returns the filters and the moments by layer, in the layout
-    of cached keys, the figures of their fit, and the number of queries they were calibrated on."""
+    """Run the model over all sequences. Returns by layer, in the layout of cached keys, the filters,
+    the moments, and the mean queries before RoPE of those layers that have them; the figures of
+    the fit, and the number of queries that all this was calibrated on."""
     # held out are the longest: the rank correlations need queries far behind their keys
     n_first = len(sequences) - held_out(len(sequences))
     sequences = sorted(sequences, key=len)
@@ -256,6 +264,7 @@ def _read(model, layers, sequences, calibration, progress):
         [len(tokens) for tokens in first], calibration.num_samples, calibration.seed
     )
     moments = calibrate.QueryMoments(len(layers), sum(map(len, positions)))
+    queries = calibrate.MeanQueries()
     wanted = set(layers)
     n_head_kv, scale = {}, {}
     for tokens, chosen in zip(first, positions, strict=True):
@@ -265,7 +274,12 @@ def _read(model, layers, sequences, calibration, progress):
                 n_head_kv[call.layer], scale[call.layer] = call.n_head_kv, call.scale
                 at = chosen[(chosen >= call.start) & (chosen < call.start + call.n_tokens)]
                 if len(at):
-                    moments.add(call.layer, call.queries(at - call.start))
+                    found = call.queries(at - call.start)
+                    moments.add(call.layer, found)
+                    shared = found.reshape(call.n_head_kv, -1, *found.shape[1:]).mean(1)
+                    before = model.before_rope(call.layer, at, shared)
+                    if before is not None:
+                        queries.add(call.layer, before)
 
         model.read(tokens, take)
         progress(len(tokens))
@@ -282,7 +296,13 @@ def _read(model, layers, sequences, calibration, progress):
         progress(len(tokens))
     quality = meter.figures() if last else {}
     n_samples = sum(map(len, positions))
-    return model.to_cached(filters), model.to_cached(second), quality, n_samples
+    return (
+        model.to_cached(filters),
+        model.to_cached(second),
+        queries.means(),
+        quality,
+        n_samples,
+    )
 
 
 def _layers(gguf):

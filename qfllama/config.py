@@ -13,9 +13,10 @@ POLICIES = (
     "qfilters2",
     "qblend",
     "kvdiff",
+    "qahead",
 )
 """How a cached key is scored, in the order of `enum llama_qfilter_policy`."""
-CALIBRATED = ("qfilters", "qfilters2", "qblend")
+CALIBRATED = ("qfilters", "qfilters2", "qblend", "qahead")
 """Policies that need what `qfllama convert` puts into the file."""
 
 MIN_INTERVAL, MAX_INTERVAL = 64, 512

@@ -65,19 +65,21 @@ class BoundedContext(internals.LlamaContext):
         params,
         verbose,
         config: QFilterConfig,
-        weight: dict,
+        weight: dict | None = None,
         moments: dict | None = None,
+        queries: dict | None = None,
     ):
         """
         Args:
-            weight: model layer id -> float32 [n_head_kv, head_dim]; may be empty.
-            moments: model layer id -> float32 [n_head, 1 + rank, head_dim]; may be empty.
+            weight: model layer id -> float32 [n_head_kv, head_dim].
+            moments: model layer id -> float32 [n_head, 1 + rank, head_dim].
+            queries: model layer id -> float32 [n_head_kv, head_dim], before RoPE.
 
         Raises:
             ValueError: llama.cpp refused (its log says why).
         """
         self._config = config
-        self._weight, self._moments = weight, moments or {}
+        self._weight, self._moments, self._queries = weight, moments, queries
         super().__init__(model=model, params=params, verbose=verbose)
 
     def _init_from_model(self, model, cparams):
@@ -95,15 +97,18 @@ class BoundedContext(internals.LlamaContext):
         params.n_filters = n_layer
         params.filters = _pointers(self._weight, n_layer)
         params.moments = _pointers(self._moments, n_layer)
+        params.queries = _pointers(self._queries, n_layer)
         if self._moments:
             params.n_rank = next(iter(self._moments.values())).shape[1] - 1
         return native.init_from_model(model, cparams, ctypes.byref(params))
 
 
-def _pointers(arrays: dict, n_layer: int):
-    """A C array of one float pointer per layer; NULL where there is no array. The arrays (float32)
-    have to live as long as it is used."""
+def _pointers(arrays: dict | None, n_layer: int):
+    """A C array of one float pointer per layer; NULL where there is no array, and without arrays.
+    The arrays (float32) have to live as long as it is used."""
     float_p = ctypes.POINTER(ctypes.c_float)
+    if not arrays:
+        return None
     return (float_p * n_layer)(
         *(
             arrays[il].ctypes.data_as(float_p) if il in arrays else float_p()
@@ -176,17 +181,16 @@ class Llama(llama_cpp.Llama):
         why = ctypes.create_string_buffer(512)
         if not native.supported(model.model, params, why, len(why)):
             raise QFilterError(f"qfilters can't be used: {why.value.decode()}")
-        weight = moments = {}
+        vectors = {}
         if self._filters is not None:
             shape = metadata.model_shape(self.model_path)
-            weight, moments = metadata.for_policy(self._filters, self.qfilter_config.policy, shape)
+            vectors = metadata.for_policy(self._filters, self.qfilter_config.policy, shape)
         return BoundedContext(
             model=model,
             params=params,
             verbose=verbose,
             config=self.qfilter_config,
-            weight=weight,
-            moments=moments,
+            **vectors,
         )
 
     def _need_bound(self) -> None:

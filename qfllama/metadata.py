@@ -4,6 +4,8 @@
     qfilters.layer_count, .head_count_kv, .head_dim  u32  shape of the weights
     qfilters.layers                                i32[]  model layers that have a filter
     qfilters.weight                                f32[]  row-major [layer][kv_head][head_dim]
+    qfilters.queries                               f32[]  mean queries before RoPE, shape of the
+                                                   weights; optional
     qfilters.head_count, qfilters.rank             u32    shape of the moments (version 2)
     qfilters.moments                               u16[]  bits of float16, row-major
                                                    [layer][head][1 + rank][head_dim]
@@ -83,6 +85,8 @@ class Filters:
     moments: float16 [n_layer_with_filter, n_head, 1 + rank, head_dim], for every query head the
         rows r with log E[exp(logit of key k)] = k.r[0] + sum_j (k.r[j])^2 over its queries; None:
         the filters are of the first order only
+    queries: float32, shape of `weight`: the mean query before RoPE, mean over the query heads of
+        the KV head; not of unit length. None: not known
     """
 
     weight: np.ndarray
@@ -90,6 +94,7 @@ class Filters:
     calibration: dict[str, str | int] = field(default_factory=dict)
     quality: dict[str, np.ndarray] = field(default_factory=dict)
     moments: np.ndarray | None = None
+    queries: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
@@ -102,7 +107,7 @@ class Filters:
         return 1 if self.moments is None else 2
 
     def by_layer(self, rows: np.ndarray) -> dict[int, np.ndarray]:
-        """Model layer -> float32 row of `weight` or `moments`."""
+        """Model layer -> float32 row of `weight`, `moments` or `queries`."""
         return {
             layer: np.ascontiguousarray(row, dtype=np.float32)
             for layer, row in zip(self.layers, rows, strict=True)
@@ -206,6 +211,14 @@ def read(path) -> Filters | None:
             f"{list(shape)}; {AGAIN}"
         )
     filters = Filters(weight.reshape(shape), layers.tolist())
+    if PREFIX + "queries" in header.fields:
+        queries = _typed(path, header, "queries", (ARRAY, F32))
+        if queries.size != weight.size:
+            raise QFilterError(
+                f"{path}: qfilters.queries has {queries.size} numbers, its shape is "
+                f"{list(shape)}; {AGAIN}"
+            )
+        filters.queries = queries.reshape(shape)
     if version > 1:
         filters.moments = _read_moments(path, header, shape)
     for key in keys:
@@ -261,6 +274,8 @@ def _check_sound(where, filters):
         )
     if filters.moments is not None:
         _check_moments(where, np.asarray(filters.moments), weight.shape)
+    if filters.queries is not None:
+        _check_queries(where, np.asarray(filters.queries), weight.shape)
     for name, value in filters.calibration.items():
         kinds = PROVENANCE.get(name, (str, int))
         if not isinstance(value, kinds) or isinstance(value, bool):
@@ -290,6 +305,16 @@ def _check_moments(where, moments, shape):
         )
     if not np.isfinite(moments).all():
         raise QFilterError(f"{where}: moments contain NaN or infinite numbers; {AGAIN}")
+
+
+def _check_queries(where, queries, shape):
+    """QFilterError unless mean queries are finite and have the shape of the weights."""
+    if queries.shape != shape:
+        raise QFilterError(
+            f"{where}: mean queries of shape {list(queries.shape)}, expected {list(shape)}; {AGAIN}"
+        )
+    if not np.isfinite(queries).all():
+        raise QFilterError(f"{where}: mean queries contain NaN or infinite numbers; {AGAIN}")
 
 
 def _check_figures(where, name, values, shape):
@@ -346,19 +371,29 @@ def check_policy(path, filters: Filters | None, policy: str) -> None:
             f"{path} has filters of the first order only: make new ones with "
             f"`qfllama convert {path} -o OUT.gguf --force`, or use another policy (qblend)"
         )
+    if policy == "qahead" and filters.queries is None:
+        raise QFilterError(
+            f"{path} has no mean queries, which the policy qahead needs: make them with "
+            f"`qfllama convert {path} -o OUT.gguf --force`, or use another policy (qblend)"
+        )
 
 
-def for_policy(filters: Filters | None, policy: str, shape: ModelShape) -> tuple[dict, dict]:
-    """Weight and moments of each layer, as far as the policy needs them.
+def for_policy(filters: Filters | None, policy: str, shape: ModelShape) -> dict[str, dict]:
+    """What `BoundedContext` needs for the policy: weight, moments or queries of each layer.
+
+    qblend takes the queries of a file that has them, else the weights.
 
     Raises:
         QFilterError: they don't belong to a model of this shape.
     """
     if policy not in CALIBRATED:
-        return {}, {}
+        return {}
     check_fits_model(filters, shape)
-    moments = filters.by_layer(filters.moments) if policy == "qfilters2" else {}
-    return filters.by_layer(filters.weight), moments
+    if policy == "qfilters2":
+        return {"moments": filters.by_layer(filters.moments)}
+    if policy == "qahead" or (policy == "qblend" and filters.queries is not None):
+        return {"queries": filters.by_layer(filters.queries)}
+    return {"weight": filters.by_layer(filters.weight)}
 
 
 def check_fits_model(filters: Filters, shape: ModelShape) -> None:
@@ -525,6 +560,8 @@ def _pack(filters):
         _pair("layers", (ARRAY, I32), np.asarray(filters.layers, "<i4")),
         _pair("weight", (ARRAY, F32), np.asarray(filters.weight, "<f4")),
     ]
+    if filters.queries is not None:
+        pairs.append(_pair("queries", (ARRAY, F32), np.asarray(filters.queries, "<f4")))
     if filters.moments is not None:
         moments = np.ascontiguousarray(filters.moments, "<f2")
         pairs += [

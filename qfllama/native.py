@@ -9,6 +9,7 @@ from ctypes import (
     c_char_p,
     c_float,
     c_int32,
+    c_int64,
     c_size_t,
     c_uint32,
     c_uint64,
@@ -45,6 +46,7 @@ class Params(ctypes.Structure):
         ("filters", POINTER(POINTER(c_float))),
         ("n_rank", c_uint32),
         ("moments", POINTER(POINTER(c_float))),
+        ("queries", POINTER(POINTER(c_float))),
     ]
 
 
@@ -136,6 +138,16 @@ rows = _function(
 )
 get_stats = _function(
     "llama_qfilter_get_stats", c_bool, llama_cpp.llama_context_p_ctypes, POINTER(Stats)
+)
+rope_back = _function(
+    "llama_qfilter_rope_back",
+    c_bool,
+    llama_cpp.llama_context_p_ctypes,
+    c_int32,
+    c_void_p,
+    c_int64,
+    c_int64,
+    c_void_p,
 )
 attn_of = _function("llama_qfilter_attn_of", c_bool, c_void_p, POINTER(Attn))
 attn_get = _function("llama_qfilter_attn_get", None, c_void_p, c_bool, c_void_p)

@@ -93,6 +93,8 @@ def filters_identity(filters: metadata.Filters | None) -> str | None:
     digest.update(np.ascontiguousarray(filters.weight, dtype="<f4").tobytes())
     if filters.moments is not None:
         digest.update(np.ascontiguousarray(filters.moments, dtype="<f2").tobytes())
+    if filters.queries is not None:
+        digest.update(np.ascontiguousarray(filters.queries, dtype="<f4").tobytes())
     return digest.hexdigest()
 
 

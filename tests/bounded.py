@@ -34,6 +34,7 @@ class Bounded:
         type_v="f16",
         weight=None,
         moments=None,
+        queries=None,
         flags=0,
     ):
         params = llama_cpp.llama_context_default_params()
@@ -49,8 +50,9 @@ class Bounded:
             params=params,
             verbose=False,
             config=config,
-            weight=weight or {},
+            weight=weight,
             moments=moments,
+            queries=queries,
         )
         self.ctx = self.context.ctx
         self.memory = llama_cpp.llama_get_memory(self.ctx)

@@ -54,7 +54,7 @@ def test_queries_and_keys_are_those_of_transformers(tiny, model, monkeypatch):
     monkeypatch.setattr(capture_llama, "N_BATCH", 100)
     tokens = text.sequences(tiny[1], text.sources(), 1, 256)[0]
     ours = read_all(model, tokens)
-    reference = capture_torch.TorchModel(*tiny)
+    reference = capture_torch.TorchModel(*tiny, 512)
     theirs = read_all(reference, tokens)
     assert sorted(ours) == sorted(theirs) == [0, 1, 2]
     for layer in ours:

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = Calibration(max_seq_len=256, num_sequences=5, num_samples=600, seed=3, backend="torch")
 PROGRAM = "from qfllama.cli import main; main()"
-INTERLEAVED = ("llama", "mistral", "granite")  # RoPE in ggml pairs neighbours
+INTERLEAVED = ("llama", "mistral", "granite", "smollm3")  # RoPE in ggml pairs neighbours
+NORM_AFTER_ROPE = "hunyuan"
 FULL_LAYERS = {
     "gemma2": [1, 3],
     "gemma3": [5, 11],
@@ -32,6 +33,7 @@ FULL_LAYERS = {
     "gemma4": [1, 3],
     "gpt_oss": [1, 3],
     "lfm2": [1, 3],
+    "smollm3": [0, 1, 2, 3],
 }
 """Layers with attention over the whole context, where these are not all."""
 
@@ -107,7 +109,7 @@ def test_the_converted_model_computes_what_transformers_computes(family):
 def test_queries_and_keys_are_the_same_by_both_routes(family):
     """This fails where a norm, a bias, a sink, a window, a cap or the head permutation is missing."""
     name, checkpoint, path = family
-    in_torch = capture_torch.TorchModel(checkpoint, path)
+    in_torch = capture_torch.TorchModel(checkpoint, path, 512)
     in_llama = LlamaModel(path, 512)
     ours, theirs = seen(in_torch, tokens()), seen(in_llama, tokens())
     in_llama.close()
@@ -124,6 +126,65 @@ def test_queries_and_keys_are_the_same_by_both_routes(family):
             np.testing.assert_allclose(scale * cached, other[call], rtol=0.01, atol=atol)
             if name in INTERLEAVED:
                 assert np.abs(cosines(vectors, other[call])).mean() < 0.7
+
+
+def queries_before_rope(model, ids, monkeypatch):
+    """What transformers gives to its apply_rotary_pos_emb while `model` (TorchModel) reads `ids`,
+    as `seen` has queries. None: a layer without RoPE."""
+    modules = {sys.modules[type(module).__module__] for module in model.model.modules()}
+    given, found = [], {}
+
+    def recording(rotate):
+        def inner(x, *args, unsqueeze_dim=1, **kwargs):
+            given.append(x[0] if unsqueeze_dim == 1 else x[0].transpose(0, 1))
+            return rotate(x, *args, unsqueeze_dim=unsqueeze_dim, **kwargs)
+
+        return inner
+
+    for module in modules:
+        if hasattr(module, "apply_rotary_pos_emb"):
+            monkeypatch.setattr(
+                module, "apply_rotary_pos_emb", recording(module.apply_rotary_pos_emb)
+            )
+
+    def observe(attention):
+        call = attention.layer, sum(layer == attention.layer for layer, _ in found)
+        found[call] = given[0].numpy() if given else None  # gemma4 turns keys by a second call
+        given.clear()
+
+    model.read(ids, observe)
+    return found
+
+
+def test_queries_are_turned_back_to_what_they_were_before_rope(family, monkeypatch):
+    """This fails for frequencies, factors, parts of heads or scales other than the model's."""
+    name, checkpoint, path = family
+    in_torch = capture_torch.TorchModel(checkpoint, path, 512)
+    in_llama = LlamaModel(path, 512)
+    positions = np.arange(len(tokens()))
+    plain = queries_before_rope(in_torch, tokens(), monkeypatch)
+    for model in in_torch, in_llama:
+        after, _ = seen(model, tokens())
+        assert sorted(after) == sorted(plain)
+        for call, queries in after.items():
+            layer, before = call[0], plain[call]
+            if before is None:
+                before = seen(in_torch, tokens())[0][call]
+            expected = in_torch.to_cached({layer: before})[layer]
+            found = model.before_rope(layer, positions, queries)
+            if name == NORM_AFTER_ROPE:
+                assert found is None
+                continue
+            assert found.shape == queries.shape
+            assert cosines(found, expected).min() > 0.999, (model.route, call)
+            lengths = np.linalg.norm(found, axis=-1) / np.linalg.norm(expected, axis=-1)
+            # llama.cpp scales the queries of some models before attention instead of in it
+            scale = 1.0 if model is in_torch else np.median(lengths)
+            np.testing.assert_allclose(lengths, scale, rtol=0.02)
+            if plain[call] is not None:
+                assert cosines(found[:, 40:], queries[:, 40:]).mean() < 0.99, "nothing was turned"
+    in_llama.close()
+    in_torch.close()
 
 
 def assert_moments_alike(ours, theirs):
@@ -146,12 +207,14 @@ def test_filters_are_the_same_by_both_routes(family, tmp_path, monkeypatch):
         f"import shutil, sys; shutil.copy({str(path)!r}, sys.argv[sys.argv.index('--outfile') + 1])"
     )
     monkeypatch.setattr(export, "converter_path", lambda: tmp_path / "converter.py")
+    notes = {"torch": [], "llama": []}
     filters = {
         backend: pipeline.convert(
             source,
             tmp_path / f"{backend}.gguf",
             dataclasses.replace(SMALL, backend=backend),
             outtype=outtype,
+            note=notes[backend].append,
         ).filters
         for backend, source, outtype in (("torch", checkpoint, "f32"), ("llama", path, "auto"))
     }
@@ -162,6 +225,13 @@ def test_filters_are_the_same_by_both_routes(family, tmp_path, monkeypatch):
     assert cosines(by_torch.weight, by_llama.weight).min() > 0.999
     np.testing.assert_allclose(by_torch.weight, by_llama.weight, atol=0.01)
     assert_moments_alike(by_torch.moments, by_llama.moments)
+    if name == NORM_AFTER_ROPE:
+        assert by_torch.queries is None and by_llama.queries is None
+        assert all("RoPE is not the last step" in " ".join(lines) for lines in notes.values())
+        return
+    assert cosines(by_torch.queries, by_llama.queries).min() > 0.999
+    scale = np.linalg.norm(by_llama.queries) / np.linalg.norm(by_torch.queries)
+    np.testing.assert_allclose(scale * by_torch.queries, by_llama.queries, rtol=0.01, atol=0.01)
     for backend in filters:
         assert filters[backend].calibration["route"] == backend
 
@@ -170,10 +240,10 @@ def test_a_gguf_gives_in_transformers_what_its_checkpoint_gives_or_is_refused(fa
     name, checkpoint, path = family
     if name not in ("llama", "mistral", "qwen2", "qwen3"):
         with pytest.raises(QFilterError, match="transformers does not read.*--backend llama"):
-            capture_torch.TorchModel(path, path)
+            capture_torch.TorchModel(path, path, 512)
         return
-    of_checkpoint = seen(capture_torch.TorchModel(checkpoint, path), tokens(100))
-    of_gguf = seen(capture_torch.TorchModel(path, path), tokens(100))
+    of_checkpoint = seen(capture_torch.TorchModel(checkpoint, path, 512), tokens(100))
+    of_gguf = seen(capture_torch.TorchModel(path, path, 512), tokens(100))
     for own, other in zip(of_checkpoint, of_gguf, strict=True):
         assert sorted(own) == sorted(other) == [(0, 0), (1, 0), (2, 0)]
         for call in own:

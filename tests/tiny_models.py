@@ -118,6 +118,9 @@ FAMILIES = {
             "logits_scaling": 3.0,
         },
     ),
+    "smollm3": ("smollm3", HEADS | {"num_hidden_layers": 4}),  # every fourth layer has no RoPE
+    # a norm per head on Q and K, after RoPE
+    "hunyuan": ("hunyuan_v1_dense", WIDE_HEADS | {"num_hidden_layers": 3}),
     "lfm2": (  # a hybrid: two layers out of four have attention
         "lfm2",
         HEADS
@@ -255,8 +258,10 @@ sys.path.insert(0, {str(export.converter_path().parent)!r})
 import convert_hf_to_gguf
 from conversion import TextModel
 from conversion.gemma import Gemma3Model, Gemma4Model
+from conversion.hunyuan import HunYuanModel
 TextModel._set_vocab_gpt2 = TextModel._set_vocab_sentencepiece
 Gemma4Model.set_vocab = Gemma3Model.set_vocab
+HunYuanModel.set_vocab = TextModel._set_vocab_sentencepiece
 """
 
 

@@ -24,6 +24,7 @@ enum llama_qfilter_policy {
     LLAMA_QFILTER_POLICY_QFILTERS2 = 5, // the weight that attention is expected to give the key, times the length of its value
     LLAMA_QFILTER_POLICY_QBLEND    = 6, // LLAMA_QFILTER_POLICY_KVDIFF with that of the filter
     LLAMA_QFILTER_POLICY_KVDIFF    = 7, // how unlike the others value and key are, over neighbouring positions
+    LLAMA_QFILTER_POLICY_QAHEAD    = 8, // projection of the key on the query that is expected at the next positions
 };
 
 struct llama_qfilter_params {
@@ -38,8 +39,8 @@ struct llama_qfilter_params {
     uint32_t seed;        // of LLAMA_QFILTER_POLICY_RANDOM
 
     // one pointer per layer of the model to [n_head_kv][head_dim] unit vectors in the basis of llama.cpp's K rows
-    // (after RoPE); NULL for layers without a filter. needed by LLAMA_QFILTER_POLICY_QFILTERS and _QBLEND only,
-    // copied on init
+    // (after RoPE); NULL for layers without a filter. needed by LLAMA_QFILTER_POLICY_QFILTERS, and by _QBLEND if
+    // there are no queries, copied on init
     uint32_t              n_filters;
     const float * const * filters;
 
@@ -47,6 +48,10 @@ struct llama_qfilter_params {
     // log E[exp(logit of k)] = <k, r[0]> + sum_j <k, r[j]>^2
     uint32_t              n_rank;
     const float * const * moments;
+
+    // the same for LLAMA_QFILTER_POLICY_QAHEAD and _QBLEND: [n_head_kv][head_dim], the mean query before RoPE. every
+    // eviction turns it to the 256 positions that come next; queries of all layers or of none
+    const float * const * queries;
 };
 
 enum llama_qfilter_flag {
@@ -141,6 +146,16 @@ LLAMA_API bool llama_qfilter_attn_of(const struct ggml_tensor * t, struct llama_
 
 // once computed: the queries [n_head][n_tokens][head_dim], or the cached keys [n_head_kv][n_kv][head_dim]
 LLAMA_API void llama_qfilter_attn_get(const struct ggml_tensor * t, bool is_k, float * out);
+
+// queries after RoPE -> what they were before it. x: [n_pos][n_rows][head_dim] of layer il, changed in place
+// returns false if RoPE is not the last that turns the queries of this layer: those of llama_qfilter_params can't be made
+LLAMA_API bool llama_qfilter_rope_back(
+              struct llama_context * ctx,
+                           int32_t   il,
+                   const llama_pos * pos,
+                           int64_t   n_pos,
+                           int64_t   n_rows,
+                             float * x);
 
 #ifdef __cplusplus
 }

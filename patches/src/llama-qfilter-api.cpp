@@ -89,6 +89,7 @@ llama_qfilter_params llama_qfilter_default_params() {
         /*.filters     =*/ nullptr,
         /*.n_rank      =*/ 0,
         /*.moments     =*/ nullptr,
+        /*.queries     =*/ nullptr,
     };
 }
 

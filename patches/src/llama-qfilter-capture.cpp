@@ -1,6 +1,6 @@
 // the inputs of attention while a context computes: what filters are calibrated from
 
-#include "qfilter.h"
+#include "llama-qfilter.h"
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -11,7 +11,7 @@
 
 // the layer whose rows a tensor holds: upstream names the cache of layer 7 "cache_k_l7", see llama-kv-cache.cpp; a view
 // points to it, the copy for another device has its name within its own
-static int32_t llama_qfilter_layer_of(const ggml_tensor * k) {
+int32_t llama_qfilter_layer_of(const ggml_tensor * k) {
     static const char prefix[] = "cache_k_l";
 
     for (const ggml_tensor * t : { (const ggml_tensor *) k->view_src, k, (const ggml_tensor *) k->src[0] }) {

@@ -16,7 +16,8 @@ static ggml_tensor * llama_qfilter_dot(ggml_context * ctx, ggml_tensor * k, ggml
     return ggml_reshape_2d(ctx, s, s->ne[0], s->ne[2]);
 }
 
-// the paper's score (arXiv 2503.02812, section 3): <k, v1>, averaged over the query heads of a group
+// the paper's score (arXiv 2503.02812, section 3): <k, v1>, averaged over the query heads of a group; or <k, q> of the query
+// that is expected
 static ggml_tensor * llama_qfilter_score_qfilters(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
     GGML_UNUSED(v);
 
@@ -187,8 +188,9 @@ static const llama_qfilter_policy_info LLAMA_QFILTER_POLICIES[] = {
     { LLAMA_QFILTER_POLICY_KEYDIFF,   "keydiff",   LLAMA_QFILTER_NEEDS_NOTHING, llama_qfilter_score_keydiff,   nullptr                       },
     { LLAMA_QFILTER_POLICY_RANDOM,    "random",    LLAMA_QFILTER_NEEDS_NOTHING, nullptr,                       llama_qfilter_score_random    },
     { LLAMA_QFILTER_POLICY_QFILTERS2, "qfilters2", LLAMA_QFILTER_NEEDS_MOMENTS, llama_qfilter_score_qfilters2, nullptr                       },
-    { LLAMA_QFILTER_POLICY_QBLEND,    "qblend",    LLAMA_QFILTER_NEEDS_FILTERS, llama_qfilter_score_blend,     nullptr                       },
+    { LLAMA_QFILTER_POLICY_QBLEND,    "qblend",    LLAMA_QFILTER_NEEDS_EITHER,  llama_qfilter_score_blend,     nullptr                       },
     { LLAMA_QFILTER_POLICY_KVDIFF,    "kvdiff",    LLAMA_QFILTER_NEEDS_NOTHING, llama_qfilter_score_blend,     nullptr                       },
+    { LLAMA_QFILTER_POLICY_QAHEAD,    "qahead",    LLAMA_QFILTER_NEEDS_QUERIES, llama_qfilter_score_qfilters,  nullptr                       },
 };
 
 const llama_qfilter_policy_info & llama_qfilter_policy_get(int32_t policy) {

@@ -8,6 +8,8 @@
 enum llama_qfilter_needs {
     LLAMA_QFILTER_NEEDS_NOTHING,
     LLAMA_QFILTER_NEEDS_FILTERS,
+    LLAMA_QFILTER_NEEDS_QUERIES, // before RoPE
+    LLAMA_QFILTER_NEEDS_EITHER,  // queries, or filters if there are none
     LLAMA_QFILTER_NEEDS_MOMENTS,
 };
 

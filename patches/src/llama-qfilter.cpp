@@ -28,6 +28,10 @@ static const size_t LLAMA_QFILTER_MAX_COPIES = 3;
 // layers whose scores are held at once by the CPU: others are given all at once, it costs them more to be given work
 static const uint32_t LLAMA_QFILTER_MAX_LAYERS = 8;
 
+// the positions that queries are expected at: a few hundred, of which every 16th is looked at
+static const uint32_t LLAMA_QFILTER_AHEAD      = 256;
+static const uint32_t LLAMA_QFILTER_AHEAD_STEP = 16;
+
 // graph nodes and leaves per group of heads, at most
 static const size_t LLAMA_QFILTER_MAX_TENSORS = 96;
 
@@ -171,7 +175,9 @@ uint32_t llama_qfilter::n_rep(int32_t ikv) const {
 uint32_t llama_qfilter::n_filter_rows(int32_t ikv) const {
     switch (policy.needs) {
         case LLAMA_QFILTER_NEEDS_NOTHING: return 0;
-        case LLAMA_QFILTER_NEEDS_FILTERS: return 1;
+        case LLAMA_QFILTER_NEEDS_FILTERS:
+        case LLAMA_QFILTER_NEEDS_QUERIES:
+        case LLAMA_QFILTER_NEEDS_EITHER:  return 1;
         case LLAMA_QFILTER_NEEDS_MOMENTS: return n_rep(ikv)*(1 + n_rank);
     }
     GGML_ABORT("fatal error");
@@ -228,19 +234,17 @@ void llama_qfilter::load_filters(const llama_qfilter_params & params) {
     }
 
     const bool is_moments = policy.needs == LLAMA_QFILTER_NEEDS_MOMENTS;
-    const auto * srcs     = is_moments ? params.moments : params.filters;
+    const bool is_queries = policy.needs == LLAMA_QFILTER_NEEDS_QUERIES || (policy.needs == LLAMA_QFILTER_NEEDS_EITHER && params.queries);
+
+    const auto * srcs = is_moments ? params.moments : is_queries ? params.queries : params.filters;
+
+    if (is_queries) {
+        ropes.resize(kv.layers.size());
+        filters_hash = llama_qfilter_hash(filters_hash, "queries", 7);
+    }
 
     if (is_moments && n_rank == 0) {
         throw std::runtime_error(format("qfilter: policy %s needs moments of rank 1 at least", policy.name));
-    }
-
-    // llama.cpp rotates the keys of a quantized cache in blocks of n_rot, see llama_kv_cache::build_input_k_rot()
-    uint32_t n_rot = 0;
-    if (kv.attn_rot_k) {
-        n_rot = 64;
-        while (kv.n_embd_head_k_all % (2*n_rot) == 0) {
-            n_rot *= 2;
-        }
     }
 
     for (size_t ikv = 0; ikv < kv.layers.size(); ++ikv) {
@@ -283,21 +287,70 @@ void llama_qfilter::load_filters(const llama_qfilter_params & params) {
             }
         }
 
-        if (n_rot > 0) {
-            const auto & rot = kv.attn_rot_hadamard.at(n_rot);
-
-            const std::vector<float> plain = dst;
-
-            for (size_t i = 0; i < n; ++i) {
-                const size_t i0 = i/n_rot*n_rot;
-
-                float cur = 0.0f;
-                for (size_t j = 0; j < n_rot; ++j) {
-                    cur += rot[(i - i0)*n_rot + j]*plain[i0 + j];
-                }
-                dst[i] = cur;
-            }
+        if (!is_queries) {
+            rotate_rows(dst.data(), n);
         }
+    }
+}
+
+// as llama.cpp rotates the keys of a quantized cache, in blocks of n_rot: see llama_kv_cache::build_input_k_rot()
+void llama_qfilter::rotate_rows(float * x, size_t n) const {
+    if (!kv.attn_rot_k) {
+        return;
+    }
+
+    size_t n_rot = 64;
+    while (kv.n_embd_head_k_all % (2*n_rot) == 0) {
+        n_rot *= 2;
+    }
+
+    const auto & rot = kv.attn_rot_hadamard.at(n_rot);
+
+    const std::vector<float> plain(x, x + n);
+
+    for (size_t i = 0; i < n; ++i) {
+        const size_t i0 = i/n_rot*n_rot;
+
+        float cur = 0.0f;
+        for (size_t j = 0; j < n_rot; ++j) {
+            cur += rot[(i - i0)*n_rot + j]*plain[i0 + j];
+        }
+        x[i] = cur;
+    }
+}
+
+// queries before RoPE as those of the positions from pos on, in the mean
+void llama_qfilter::turn_filters(llama_pos pos) {
+    std::vector<llama_pos> ahead;
+    for (uint32_t i = 0; i < LLAMA_QFILTER_AHEAD; i += LLAMA_QFILTER_AHEAD_STEP) {
+        ahead.push_back(pos + i);
+    }
+
+    std::vector<float> turned;
+    std::vector<float> mean;
+
+    for (size_t ikv = 0; ikv < kv.layers.size(); ++ikv) {
+        const auto & plain = filters[ikv];
+
+        if (plain.empty()) {
+            continue; // no attention in this layer
+        }
+
+        turned.clear();
+        for (size_t i = 0; i < ahead.size(); ++i) {
+            turned.insert(turned.end(), plain.begin(), plain.end());
+        }
+
+        ropes[ikv].turn(false, ahead.data(), ahead.size(), n_head_kv(ikv), turned.data());
+
+        mean.assign(plain.size(), 0.0f);
+        for (size_t i = 0; i < turned.size(); ++i) {
+            mean[i % plain.size()] += turned[i]/ahead.size();
+        }
+
+        rotate_rows(mean.data(), mean.size());
+
+        ggml_backend_tensor_set(filters_dev[ikv], mean.data(), 0, ggml_nbytes(filters_dev[ikv]));
     }
 }
 
@@ -313,6 +366,11 @@ void llama_qfilter::init(llama_context * lctx) {
     for (int32_t ikv = 0; ikv < (int32_t) kv.layers.size(); ++ikv) {
         if (n_head_kv(ikv) == 0) {
             continue;
+        }
+
+        if (!ropes.empty() && !ropes[ikv].init(lctx, kv.layers[ikv].il)) {
+            throw std::runtime_error(format("qfilter: policy %s can't tell how RoPE turns the queries of layer %u: leave out the queries",
+                        policy.name, kv.layers[ikv].il));
         }
 
         auto * buffer = kv.layers[ikv].k->buffer;
@@ -968,6 +1026,10 @@ int32_t llama_qfilter::evict(llama_seq_id seq_id, uint32_t n_keep) {
     set_n_threads();
 
     const int64_t t_start = ggml_time_us();
+
+    if (!ropes.empty()) {
+        turn_filters(kv.v_cells[seq_id].seq_pos_max(seq_id) + 1);
+    }
 
     // score and select; only reads, so it may be aborted
 

@@ -17,6 +17,29 @@ class llama_io_read_i;
 
 struct llama_cparams;
 
+// the layer whose rows of K in the cache a tensor holds, or -1
+int32_t llama_qfilter_layer_of(const ggml_tensor * k);
+
+//
+// llama_qfilter_rope
+//
+
+// how the queries of a layer are turned by their positions, as a context's graph has it
+struct llama_qfilter_rope {
+    // false: something else is done to them after RoPE, or it is not to be found
+    bool init(llama_context * lctx, int32_t il);
+
+    // x: [n_embd_head, n_rows, n_pos]; back: from what it is after RoPE to what it was before
+    void turn(bool back, const llama_pos * pos, int64_t n_pos, int64_t n_rows, float * x) const;
+
+    ggml_backend_t backend_cpu = nullptr;
+
+    int64_t n_embd_head = 0; // 0: no RoPE in this layer
+    int32_t op_params[GGML_MAX_OP_PARAMS/sizeof(int32_t)];
+
+    std::vector<float> factors; // the frequencies are divided by them
+};
+
 //
 // llama_qfilter
 //
@@ -147,7 +170,8 @@ private:
 
     const uint32_t n_rank; // of moments
 
-    std::vector<std::vector<float>> filters; // [n_layer_kv][n_filter_rows*head_dim], rotated as the cached K
+    std::vector<std::vector<float>> filters; // [n_layer_kv][n_filter_rows*head_dim], rotated as the cached K; or before RoPE
+    std::vector<llama_qfilter_rope> ropes;   // [n_layer_kv] in the latter case, else empty
     uint64_t filters_hash = 0;               // of the filters as given, or of what else the scores depend on
 
     std::vector<ggml_tensor *> filters_dev;  // [n_layer_kv] on the layer's device
@@ -178,6 +202,8 @@ private:
     const stream & get_stream(uint32_t is) const;
 
     void load_filters(const llama_qfilter_params & params);
+    void rotate_rows (float * x, size_t n) const;
+    void turn_filters(llama_pos pos);
     void init_worker(worker & w);
     void init_score (worker & w);
     void init_gather(worker & w);

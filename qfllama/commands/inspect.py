@@ -68,6 +68,8 @@ def _lines(files, shape, filters, heads):
         n_head, rank = filters.moments.shape[1], filters.rank
         size = filters.moments.nbytes / 2**20
         yield f"second order: rank {rank} for {n_head} query heads, {size:.1f} MiB"
+    if filters.queries is not None:
+        yield "mean queries before RoPE: for the positions to come, whichever they are"
     for name, value in filters.calibration.items():
         yield f"  {escaped(name.replace('_', ' '), 40):14} {escaped(value)}"
     yield from report.other_figures(filters)
@@ -95,6 +97,7 @@ def _facts(files, shape, filters):
             "version": filters.version,
             "shape": list(filters.weight.shape),
             "rank": filters.rank,
+            "queries": filters.queries is not None,
             "layers": filters.layers,
             "calibration": filters.calibration,
             "quality": filters.quality,

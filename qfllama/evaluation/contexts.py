@@ -85,12 +85,12 @@ class Model:
             QFilterError: the policy needs filters that the file doesn't have, or memory is short.
         """
         metadata.check_policy(self.path, self.filters, config.policy)
-        weight, moments = metadata.for_policy(self.filters, config.policy, self.shape)
+        vectors = metadata.for_policy(self.filters, config.policy, self.shape)
         try:
             with self._log():  # which warns of every context longer than the model was trained for
                 context = BoundedContext(
                     model=self.model, params=self._params(n_ctx, config.interval), verbose=False,
-                    config=config, weight=weight, moments=moments,
+                    config=config, **vectors,
                 )  # fmt: skip
         except ValueError as error:
             raise QFilterError(
