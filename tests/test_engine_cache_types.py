@@ -1,6 +1,7 @@
 """Every pair of cache types: stored bytes move unchanged, scores are those of what is stored."""
 
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import tiny_models
 from bounded import Bounded, config, load
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
-from reference.cache import POLICIES, Head, rotate, select
+from reference.cache import POLICIES, BoundedCache, Head, rotate, select
+from reference.model import rope as rope_of_model
 
 from qfllama import native
 from qfllama.llama import CACHE_TYPES
@@ -100,8 +102,14 @@ def test_what_stays_is_what_float64_scores_of_the_stored_rows_choose(model, toke
     weight = dict(enumerate(filters))
     moments = tiny_models.some_moments(N_LAYER, 2 * N_HEAD_KV, HEAD_DIM)
     by_layer = dict(enumerate(moments))
+    queries = rng.standard_normal(filters.shape).astype(np.float32)
+    rope = partial(rope_of_model, base=10000.0)
+    cache = BoundedCache(policy="qahead", queries=queries, rope=lambda layer, *args: rope(*args))
     agreed = total = 0
-    with Bounded(model, sizes, type_k=type_k, weight=weight, moments=by_layer) as llm:
+    vectors = {"weight": weight, "moments": by_layer, "queries": None}
+    if policy == "qahead":
+        vectors["queries"] = dict(enumerate(queries))
+    with Bounded(model, sizes, type_k=type_k, **vectors) as llm:
         for i in range(0, 9 * 31, 31):
             before = []
             for layer in range(N_LAYER if i else 0):
@@ -118,7 +126,10 @@ def test_what_stays_is_what_float64_scores_of_the_stored_rows_choose(model, toke
                     before[layer][2][head],
                 )
                 mine = moments[layer][2 * head : 2 * head + 2]
-                rows = Head(keys, positions, filters[layer][head], layer, head, 7, values, mine)
+                vector = filters[layer][head]
+                if policy == "qahead":
+                    vector = cache.expected_query(layer, head, i)
+                rows = Head(keys, positions, vector, layer, head, 7, values, mine)
                 chosen = positions[select(POLICIES[policy](rows), positions, 96, 2, 20)]
                 kept = llm.kept(layer, head)[:96]
                 agreed += len(np.intersect1d(chosen, kept))

@@ -36,9 +36,10 @@ FAMILIES = [
     "gpt_oss",
     "granite",
     "lfm2",
+    "smollm3",
 ]
 EXPERTS = {"qwen3moe", "gpt_oss"}  # rounding may send a token to another expert
-INTERLEAVED = {"mistral", "granite"}
+INTERLEAVED = {"mistral", "granite", "smollm3"}
 WIDE_WINDOW = "gemma3, a window wider than the bound"
 N_TOKENS = 400
 SIZES = [24, 17, 24, 1, 9]
@@ -79,11 +80,12 @@ class Family:
         self.filters = filters.astype(np.float32)
         self.moments = tiny_models.some_moments(len(self.layers), shape.n_head, shape.head_dim)
         self.moments = self.moments.astype(np.float16)  # as they are stored
+        self.queries = rng.standard_normal(self.filters.shape).astype(np.float32)
         cached = [
             interleaved(rows) if name in INTERLEAVED else rows
-            for rows in (self.filters, self.moments)
+            for rows in (self.filters, self.moments, self.queries)
         ]
-        written = metadata.Filters(cached[0], self.layers, moments=cached[1])
+        written = metadata.Filters(cached[0], self.layers, moments=cached[1], queries=cached[2])
         metadata.write(plain, self.path, written)
 
     def open(self, policy, type_kv=llama_cpp.GGML_TYPE_F16, seed=0, **kwargs):
@@ -127,6 +129,8 @@ class Family:
             dtype=dtype,
             layers=self.layers,
             moments=self.moments,
+            queries=self.queries,
+            rope=self.model.rope,
         )
         return run(self.model, tokens, split(len(tokens), SIZES), cache, kept)
 
@@ -166,6 +170,14 @@ def test_a_family_keeps_the_positions_of_the_reference_and_gives_its_logits(fami
     model = family(name)
     logits, kept = model.run(tokens, "qfilters")
     assert_alike(name, model.reference(tokens, "qfilters", kept), logits, kept)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_expects_the_queries_of_the_next_positions(family, tokens, name):
+    """This fails for any RoPE but the model's own, at any positions but the next."""
+    model = family(name)
+    logits, kept = model.run(tokens, "qahead")
+    assert_alike(f"{name}, qahead", model.reference(tokens, "qahead", kept), logits, kept)
 
 
 @pytest.mark.parametrize(

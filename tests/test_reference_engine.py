@@ -12,7 +12,7 @@ from reference.cache import POLICIES, BoundedCache, Eviction, Head, select, stor
 from reference.compare import agreement, disagreements, logits_difference
 from reference.engine import run, split
 from reference.filters import query_filters, random_filters
-from reference.model import Model, read_shape
+from reference.model import Model, read_shape, rope
 from reference.text import english_tokens
 from transformers import AutoModelForCausalLM
 
@@ -64,8 +64,16 @@ def bounded_runs(model, tokens):
     filters = random_filters(s.n_layer, s.n_head_kv, s.head_dim)
     moments = tiny_models.some_moments(s.n_layer, s.n_head, s.head_dim)
     runs = {}
+    queries = 10 * random_filters(s.n_layer, s.n_head_kv, s.head_dim, seed=1)
     for policy in POLICIES:
-        cache = RecordingCache(**BOUND, policy=policy, filters=filters, moments=moments)
+        cache = RecordingCache(
+            **BOUND,
+            policy=policy,
+            filters=filters,
+            moments=moments,
+            queries=queries if policy == "qahead" else None,
+            rope=lambda layer, rows, positions: rope(rows, positions, s.rope_base),
+        )
         runs[policy] = run(model, tokens, split(len(tokens), SIZES), cache), cache
     return runs
 
@@ -164,8 +172,11 @@ def test_a_run_keeps_sinks_window_and_the_best_of_the_rest(model, bounded_runs, 
             middle = before[sinks : len(before) - window_length]
             inside = np.isin(middle, kept)
             keys = cache.written[layer][0][head][middle]
-            if policy == "qfilters":
-                projection = keys @ torch.from_numpy(filters[layer, head])
+            if policy in ("qfilters", "qahead"):
+                vector = torch.from_numpy(filters[layer, head])
+                if policy == "qahead":
+                    vector = turned(cache.queries[layer, head], eviction.n_seen)
+                projection = keys @ vector
                 assert projection[inside].min() > projection[~inside].max() - 1e-5
             elif policy == "knorm":
                 assert keys.norm(dim=-1)[inside].max() < keys.norm(dim=-1)[~inside].min() + 1e-5
@@ -185,6 +196,16 @@ def test_a_run_keeps_sinks_window_and_the_best_of_the_rest(model, bounded_runs, 
                 assert worth[inside].min() > worth[~inside].max()
             else:
                 assert middle[inside].min() > middle[~inside].max()
+
+
+def turned(query, n_seen):
+    """The mean of a query [head_dim] turned to every 16th of the 256 positions from n_seen on, by
+    complex numbers, float32."""
+    pairs = torch.view_as_complex(torch.from_numpy(query).double().view(-1, 2))
+    frequencies = 100000.0 ** (-torch.arange(len(pairs)).double() / len(pairs))
+    angles = torch.arange(n_seen, n_seen + 256, 16)[:, None] * frequencies
+    mean = (pairs * torch.polar(torch.ones_like(angles), angles)).mean(0)
+    return torch.view_as_real(mean).flatten().float()
 
 
 def inside_of(positions, some):

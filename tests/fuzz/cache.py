@@ -162,7 +162,7 @@ class Cache:
         which count where scores are too close to tell."""
         settings, sequence = self.settings, self.sequences[seq]
         cells, n = sequence.cells, len(sequence.cells)
-        scores = Scores(self, settings)
+        scores = Scores(self, settings, sequence.last + 1)
         for (layer, head), rows in sequence.heads.items():
             inner = range(settings.n_sink, n - settings.n_window)
             score, error = scores(layer, head, rows)
@@ -193,11 +193,12 @@ class Cache:
 class Scores:
     """Scores of rows in float64, and by how much those of the engine may differ from them.
 
-    Called with layer, head and rows; returns two float64 arrays [len(rows)].
+    Called with layer, head and rows; returns two float64 arrays [len(rows)]. next_position: the one
+    that is decoded next.
     """
 
-    def __init__(self, cache: Cache, settings: Settings):
-        self.cache, self.settings = cache, settings
+    def __init__(self, cache: Cache, settings: Settings, next_position: int):
+        self.cache, self.settings, self.next_position = cache, settings, next_position
         self.method = getattr(self, settings.policy)
 
     def __call__(self, layer, head, rows):
@@ -207,7 +208,18 @@ class Scores:
         return self.method(layer, head, positions, keys)
 
     def qfilters(self, layer, head, positions, keys):
-        weight = self.cache.weight[layer, head].astype(np.float64)
+        return self._project(keys, self.cache.weight[layer, head].astype(np.float64))
+
+    def qahead(self, layer, head, positions, keys):
+        """The weight in reverse is the mean query before RoPE."""
+        query = self.cache.weight[layer, head, ::-1].astype(np.float64)
+        ahead = np.mean([rope(query, self.next_position + i) for i in range(0, 256, 16)], axis=0)
+        # angles in float32
+        wrong = (self.next_position + 256) * 2**-22 * np.linalg.norm(query)
+        score, error = self._project(keys, ahead)
+        return score, error + wrong * np.linalg.norm(keys, axis=-1)
+
+    def _project(self, keys, weight):
         n, type_k = len(weight), self.settings.type_k
         quantized = type_k not in ("f32", "f16", "bf16")
         if quantized and n % 64 == 0:
@@ -294,6 +306,13 @@ def moments(weight: np.ndarray) -> np.ndarray:
         for i in range(weight.shape[1] * N_REP)
     ]
     return np.ascontiguousarray(np.stack(rows, axis=1))
+
+
+def rope(vector: np.ndarray, position: int) -> np.ndarray:
+    """RoPE of neighbouring pairs, as Llama models in GGUF have it, base 10,000."""
+    pairs = vector[0::2] + 1j * vector[1::2]
+    turned = pairs * np.exp(1j * position * 10000.0 ** (-np.arange(len(pairs)) / len(pairs)))
+    return np.stack([turned.real, turned.imag], axis=-1).ravel()
 
 
 def splitmix(*values: int) -> float:

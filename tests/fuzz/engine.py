@@ -193,8 +193,11 @@ def init(model: internals.LlamaModel, settings: Settings, weight: np.ndarray):
     float_p = ctypes.POINTER(ctypes.c_float)
     second = moments(weight)
     params.n_filters, params.n_rank = N_LAYER, second.shape[2] - 1
-    params.filters, params.moments = (
+    before_rope = np.ascontiguousarray(weight[..., ::-1])
+    params.filters, params.moments, queries = (
         (float_p * N_LAYER)(*(layer.ctypes.data_as(float_p) for layer in rows))
-        for rows in (weight, second)
+        for rows in (weight, second, before_rope)
     )
+    if settings.policy == "qahead":  # qblend would take them, too
+        params.queries = queries
     return native.init_from_model(model.model, cparams, ctypes.byref(params))

@@ -15,7 +15,8 @@ from gguf.quants import dequantize, quantize
 class Head:
     """What a policy may look at: the rows of one KV head.
 
-    keys: [n, head_dim] float64; positions: [n]; filter: [head_dim] or None;
+    keys: [n, head_dim] float64; positions: [n]; filter: [head_dim] or None, for policies that
+    look ahead the query that is expected next;
     layer: of the model; index: of the KV head; seed: of the cache; values: [n, head_dim];
     moments: [query heads of this KV head, 1 + rank, head_dim] or None.
     """
@@ -116,7 +117,11 @@ POLICIES = {
     "qfilters2": score_qfilters2,
     "qblend": score_qblend,
     "kvdiff": score_kvdiff,
+    "qahead": score_qfilters,
 }
+
+AHEAD = range(0, 256, 16)
+"""The next positions, at which the query before RoPE is expected."""
 
 
 # ---- selection, the same for all policies
@@ -221,6 +226,8 @@ class BoundedCache:
     Each KV head has its own rows, all heads the same number of them, ascending by position.
     max_length: most rows a head may have, None for no bound. n_keep: rows left by an eviction.
     policy: a name of POLICIES. filters: [n_layer, n_head_kv, head_dim], for qfilters.
+    queries: the same before RoPE, for qahead, and for qblend instead of filters.
+    rope: (layer, rows [n, head_dim], positions [n]) -> the rows after RoPE.
     moments: [n_layer, n_head, 1 + rank, head_dim], for qfilters2.
     seed: for random. layers: ids of the layers in the model, if they are not 0, 1, 2, ...
     dtype: a name of STORE, how K and V rows are rounded when they are stored.
@@ -238,20 +245,26 @@ class BoundedCache:
         seed: int = 0,
         layers: Sequence[int] | None = None,
         moments: np.ndarray | None = None,
+        queries: np.ndarray | None = None,
+        rope: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ):
         if max_length is not None:
             n_keep = max_length - default_interval(max_length) if n_keep is None else n_keep
             window_length = max_length // 4 if window_length is None else window_length
             if not sinks + window_length <= n_keep < max_length:
                 raise ValueError(f"{sinks} + {window_length} <= {n_keep} < {max_length} is false")
-        if (policy in ("qfilters", "qblend") and filters is None) or (
-            policy == "qfilters2" and moments is None
+        self.looks_ahead = policy == "qahead" or (policy == "qblend" and queries is not None)
+        if (
+            (policy in ("qfilters", "qblend") and filters is None and not self.looks_ahead)
+            or (policy == "qfilters2" and moments is None)
+            or (policy == "qahead" and queries is None)
         ):
             raise ValueError(f"the policy {policy} needs filters")
         self.max_length, self.n_keep = max_length, n_keep
         self.sinks, self.window_length = sinks, window_length
         self.score, self.store, self.dtype = POLICIES[policy], STORE[dtype], dtype
         self.filters, self.moments, self.seed, self.layers = filters, moments, seed, layers
+        self.queries, self.rope = queries, rope
         self.k: list[torch.Tensor] = []
         self.v: list[torch.Tensor] = []
         self.positions: list[torch.Tensor] = []
@@ -284,11 +297,22 @@ class BoundedCache:
         """[n_layer, n_head_kv, rows]"""
         return torch.stack(self.positions).numpy()
 
-    def all_scores(self) -> np.ndarray:
-        """[n_layer, n_head_kv, rows] float64"""
+    def expected_query(self, layer: int, head: int, n_seen: int) -> np.ndarray:
+        """[head_dim] float64: the mean query at the positions after n_seen."""
+        query = torch.from_numpy(self.queries[layer][head])
+        positions = n_seen + torch.tensor(AHEAD)
+        turned = self.rope(layer, query.expand(len(positions), -1), positions)
+        return turned.double().mean(0).numpy()
+
+    def all_scores(self, n_seen: int) -> np.ndarray:
+        """[n_layer, n_head_kv, rows] float64, of an eviction at position n_seen"""
         scores = np.empty((len(self.k), *self.k[0].shape[:2]))
         for layer, head in np.ndindex(scores.shape[:2]):
-            filter = None if self.filters is None else self.filters[layer][head].astype(np.float64)
+            filter = None
+            if self.looks_ahead:
+                filter = self.expected_query(layer, head, n_seen)
+            elif self.filters is not None:
+                filter = self.filters[layer][head].astype(np.float64)
             moments = None
             if self.moments is not None:
                 n_rep = len(self.moments[layer]) // scores.shape[1]
@@ -312,7 +336,7 @@ class BoundedCache:
 
         forced: [n_layer, n_head_kv, n_keep] positions. ValueError if a head does not have one.
         """
-        positions, scores = self.all_positions(), self.all_scores()
+        positions, scores = self.all_positions(), self.all_scores(n_seen)
         shape = (*positions.shape[:2], self.n_keep)
         if forced is not None and forced.shape != shape:
             raise ValueError(f"positions to keep of shape {forced.shape}, expected {shape}")

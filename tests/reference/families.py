@@ -6,6 +6,9 @@ head with rows of its own, and looks at all rows that the cache holds by then. L
 window keep all their rows and see the last ones; layers without attention keep their own state.
 """
 
+import inspect
+import sys
+
 import numpy as np
 import torch
 from transformers import AttentionInterface, DynamicCache
@@ -79,6 +82,9 @@ class FamilyModel:
             else:
                 self.layers.append(module.layer_idx)
         self.n_head_kv = config.num_key_value_heads
+        # those of the layers that evict
+        self.layer_types = getattr(config, "layer_types", None)
+        self.ropes = getattr(config, "no_rope_layers", None)
         name = f"bounded {id(self)}"  # the registry is one for all models
         AttentionInterface.register(name, self._attention)
         model.set_attn_implementation(name)
@@ -100,6 +106,21 @@ class FamilyModel:
         visible = (distance >= 0) & (distance < self.windows.get(layer, torch.inf))
         out = attend(q, k, v, visible, scaling, softcap, s_aux)
         return out.transpose(0, 1)[None], None
+
+    def rope(self, index, rows, positions) -> torch.Tensor:
+        """Rows [n, head_dim] after RoPE as queries of the index-th layer that evicts, by
+        transformers' own functions."""
+        layer = self.layers[index]
+        if self.ropes and not self.ropes[layer]:
+            return rows
+        rotary = next(
+            module for name, module in self.model.named_modules() if name.endswith("rotary_emb")
+            or name.endswith("pos_emb")
+        )  # fmt: skip
+        of_type = [self.layer_types[layer]] if "layer_type" in inspect.signature(rotary.forward).parameters else []  # fmt: skip
+        cos, sin = rotary(rows, positions[None], *of_type)
+        apply = sys.modules[type(rotary).__module__].apply_rotary_pos_emb
+        return apply(rows[None, None], rows[None, None], cos, sin)[0][0, 0]
 
     @torch.no_grad()
     def forward(self, tokens, positions, cache, last_only: bool = False) -> torch.Tensor:
