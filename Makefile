@@ -91,7 +91,8 @@ quality: $(INSTALLED) $(FILTERED)  ## needles, tasks and perplexity of every pol
 	$(call NEEDLE,1024$(COMMA)) --ratio 2,4,8,16 --json docs/needle.json
 	$(call NEEDLE) --ratio 2,32 --policy full,qblend,qfilters,streaming --json docs/needle_x32.json
 	$(call NEEDLE,1024$(COMMA)) --ratio 2,4,8 --policy full,qblend,qfilters,keydiff,streaming --plot docs/needle.png
-	$(call EVAL,needle,needle_stream) --setting stream --lengths 2048 --ratio 4 --documents 6 --json docs/needle_stream.json
+	$(call EVAL,needle,needle_stream) --setting stream --lengths 2048 --ratio 2,4,8 --documents 6 \
+		--policy full,qblend,kvdiff,qahead,qfilters,keydiff,streaming --json docs/needle_stream.json
 	$(call EVAL,ruler,ruler) --window-length 32 --lengths 2048 --ratio 4 --documents 6 \
 		--tasks variables,qa,multikey,multivalue,multiquery --json docs/ruler.json
 	$(call EVAL,ppl,ppl) --texts 20 --length 1536 --max-length 512 --json docs/ppl.json --plot docs/ppl.png

@@ -134,6 +134,7 @@ def add_filters(plain: Path, path: Path, n_layer: int, n_head: int, rank: int) -
     moments = rng.standard_normal((n_layer, n_head, 1 + rank, HEAD_DIM)) / HEAD_DIM
     filters = metadata.Filters(weight.astype(np.float32), list(range(n_layer)))
     filters.moments = moments.astype(np.float16)
+    filters.queries = filters.weight
     metadata.write(plain, path, filters)
 
 

@@ -1,10 +1,11 @@
 """Scores that were tried: forms of the statistics, aggregations, budgets of layers, blends.
 
-The filters in a file are statistics of queries at positions 0 to 2,047, and are used at all
-positions. Three forms of them are compared:
+Filters are statistics of queries at positions 0 to 2,047, and are used at all positions. Forms of
+them are compared:
 
-    as measured   of queries after RoPE, against keys after RoPE: what a file has
+    as measured   of queries after RoPE, against keys after RoPE: the paper's
     ahead         of queries before RoPE, rotated to the next 256 positions (their mean)
+    mean ahead    the same of the mean query alone: what `qahead` has
     back          of queries before RoPE, against keys before RoPE: positions left out
 
 with the paper's filter, the second-order score and `qblend`, at every length. What else was tried
@@ -57,7 +58,7 @@ AHEAD = 256
 """Next positions: where `ahead` rotates to, and whose queries are the measure."""
 RANK = 16
 SINKS, WINDOW = 4, 32
-FORMS = ("as measured", "ahead", "back")
+FORMS = ("as measured", "ahead", "mean ahead", "back")
 COMPARED = ("qfilters", "qfilters2", "qblend")
 OTHERS = (
     "qfilters, maximum",
@@ -179,8 +180,15 @@ class Moments:
             return mean, raw
         turns = angles.to(torch.complex128)[:, None, None]
         means = rotate(mean, turns[:, 0])  # [positions, n_head, head_dim]
+        if form == "mean ahead":
+            mean = means.mean(0)
+            return mean, mean[..., :, None] * mean[..., None, :]
         turned = rotate(rotate(raw, turns).transpose(-1, -2), turns)
         return means.mean(0), turned.mean(0)
+
+
+def compared(form: str) -> tuple[str, ...]:
+    return tuple(name for name in COMPARED if (form, name) != ("mean ahead", "qfilters2"))
 
 
 def outer(q: torch.Tensor) -> torch.Tensor:
@@ -277,7 +285,7 @@ def correlations(model: Model, moments: Moments, tokens: list[int]) -> dict[tupl
     found = {}
     for form in FORMS:
         layers = read.scores(model, moments, form, n)
-        for name in COMPARED:
+        for name in compared(form):
             each = [
                 spearman(layer[name][:, inner].numpy(), seen.numpy()).mean()
                 for layer, seen in zip(layers, attention, strict=True)
@@ -292,7 +300,7 @@ def needles(model: Model, moments: Moments, document, ratios, others: bool) -> d
     found = {("full", "", 1): ask(model, read, None, document.questions)}
     for form in FORMS:
         layers = read.scores(model, moments, form, read.n)
-        names = COMPARED + (OTHERS if others and form == FORMS[0] else ())
+        names = compared(form) + (OTHERS if others and form == FORMS[0] else ())
         for name, ratio in itertools.product(names, ratios):
             kept = [keep(layer[name], read.n // ratio) for layer in layers]
             found[form, name, ratio] = ask(model, read, kept, document.questions)

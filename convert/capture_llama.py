@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import llama_cpp
 import numpy as np
@@ -67,6 +67,7 @@ class LlamaModel:
             model = stack.enter_context(native_model.loaded(gguf, n_gpu_layers=n_gpu_layers))
             self._ctx = self._context(gguf, model, n_ctx)
             stack.callback(llama_cpp.llama_free, self._ctx)
+            self._ropes = stack.enter_context(closing(native_model.Ropes(self._ctx)))
             self._batch = llama_cpp.llama_batch_init(N_BATCH, 0, 1)
             stack.callback(llama_cpp.llama_batch_free, self._batch)
             # the thread that computes is never interrupted: Ctrl-C reaches the one that waits; it
@@ -94,8 +95,8 @@ class LlamaModel:
         return vectors
 
     def before_rope(self, layer: int, positions, queries: np.ndarray) -> np.ndarray | None:
-        """See native_model.before_rope; the queries in the layout of this route."""
-        return native_model.before_rope(self._ctx, layer, positions, queries)
+        """See native_model.Ropes.back; the queries in the layout of this route."""
+        return self._ropes.back(layer, positions, queries)
 
     def read(self, tokens: list[int], observe) -> None:
         """Run one sequence from an empty cache; observe(Attention) at every attention layer."""

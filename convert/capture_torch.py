@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,13 +67,23 @@ class TorchModel:
         self.model = model
         self.orders = head_orders(gguf, model)
         self._donors = _donors(model)
-        # llama.cpp says how it turns queries, and computes nothing else: its weights stay on disk
+        self._open = ExitStack()
+        self._ropes = self._llama_cpp_ropes(gguf, n_ctx)
+
+    def _llama_cpp_ropes(self, gguf, n_ctx):
+        """How llama.cpp will turn the queries of the GGUF; None if it can't run it here. Nothing is
+        computed, but the file is mapped into memory."""
         with ExitStack() as stack:
             stack.enter_context(native_model.log_of_llama_cpp())
             loaded = native_model.loaded(gguf, n_gpu_layers=0, use_extra_bufts=False)
-            self._ctx = native_model.context(gguf, stack.enter_context(loaded), n_ctx, 1)
-            stack.callback(llama_cpp.llama_free, self._ctx)
+            try:
+                ctx = native_model.context(gguf, stack.enter_context(loaded), n_ctx, 1)
+            except QFilterError:
+                return None
+            stack.callback(llama_cpp.llama_free, ctx)
+            ropes = stack.enter_context(closing(native_model.Ropes(ctx)))
             self._open = stack.pop_all()
+            return ropes
 
     def read(self, tokens: list[int], observe) -> None:
         """Run the model over one sequence from its start and call observe(Attention) for every
@@ -108,9 +118,11 @@ class TorchModel:
         return {layer: vector[..., self.orders[layer]] for layer, vector in vectors.items()}
 
     def before_rope(self, layer: int, positions, queries: np.ndarray) -> np.ndarray | None:
-        """See native_model.before_rope; the queries in the layout of this route."""
+        """See native_model.Ropes.back; the queries in the layout of this route."""
+        if self._ropes is None:
+            return None
         cached = self.to_cached({layer: queries})[layer]
-        return native_model.before_rope(self._ctx, layer, positions, cached)
+        return self._ropes.back(layer, positions, cached)
 
     def close(self) -> None:
         """Free the weights."""

@@ -113,19 +113,29 @@ def context(path, model, n_ctx: int, n_batch: int, **params):
     return ctx
 
 
-def before_rope(ctx, layer: int, positions, queries: np.ndarray) -> np.ndarray | None:
-    """What queries were before RoPE, as a context has it.
+class Ropes:
+    """How RoPE turns the queries of a llama_context's layers: made before it decodes anything,
+    closed before it is freed."""
 
-    positions: [n] of the queries [n_head, n, head_dim] after RoPE, in the layout of cached K rows.
-    Returns float32 of the same shape, None if RoPE isn't what is done last to this layer's."""
-    positions = np.ascontiguousarray(positions, np.int32)
-    rows = np.array(queries.transpose(1, 0, 2), np.float32, order="C")
-    n_pos, n_head, _ = rows.shape
-    if not native.rope_back(
-        ctx, layer, positions.ctypes.data, n_pos, n_head, rows.ctypes.data
-    ):
-        return None
-    return rows.transpose(1, 0, 2)
+    def __init__(self, ctx):
+        self._ropes = native.ropes_init(ctx)
+
+    def back(self, layer: int, positions, queries: np.ndarray) -> np.ndarray | None:
+        """What queries were before RoPE.
+
+        positions: [n] of the queries [n_head, n, head_dim], in the layout of cached K rows.
+        Returns float32 of the same shape, None if something else is done to this layer's queries
+        after RoPE, or llama.cpp's graph does not show it."""
+        positions = np.ascontiguousarray(positions, np.int32)
+        rows = np.array(queries.transpose(1, 0, 2), np.float32, order="C")
+        n_pos, n_head, _ = rows.shape
+        known = native.ropes_back(
+            self._ropes, layer, positions.ctypes.data, n_pos, n_head, rows.ctypes.data
+        )
+        return rows.transpose(1, 0, 2) if known else None
+
+    def close(self) -> None:
+        native.ropes_free(self._ropes)
 
 
 @contextmanager

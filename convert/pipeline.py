@@ -210,9 +210,10 @@ def _calibrated(model, calibration, texts, note, progress):
     if sorted(queries) == layers:
         filters.queries = np.stack([queries[layer] for layer in layers]).astype(np.float32)
     else:
+        missing = ", ".join(str(layer) for layer in layers if layer not in queries)
         note(
-            "warning: RoPE is not the last step to this model's queries: the filters hold near the "
-            "positions that they were calibrated at"
+            f"warning: llama.cpp's graph does not show that RoPE comes last to the queries of layer "
+            f"{missing}: no mean queries, the filters hold near the positions of the calibration"
         )
     if not quality:
         note("one sequence only: nothing is held out to measure how well the filters fit")

@@ -313,8 +313,8 @@ def _check_queries(where, queries, shape):
         raise QFilterError(
             f"{where}: mean queries of shape {list(queries.shape)}, expected {list(shape)}; {AGAIN}"
         )
-    if not np.isfinite(queries).all():
-        raise QFilterError(f"{where}: mean queries contain NaN or infinite numbers; {AGAIN}")
+    if not np.isfinite(queries).all() or not queries.any(axis=2).all():
+        raise QFilterError(f"{where}: mean queries contain NaN, infinite numbers or zero; {AGAIN}")
 
 
 def _check_figures(where, name, values, shape):
@@ -373,8 +373,9 @@ def check_policy(path, filters: Filters | None, policy: str) -> None:
         )
     if policy == "qahead" and filters.queries is None:
         raise QFilterError(
-            f"{path} has no mean queries, which the policy qahead needs: make them with "
-            f"`qfllama convert {path} -o OUT.gguf --force`, or use another policy (qblend)"
+            f"{path} has no mean queries, which the policy qahead needs: use another policy "
+            f"(qblend), or make them with `qfllama convert {path} -o OUT.gguf --force` unless it "
+            "says that this model has none"
         )
 
 

@@ -139,10 +139,12 @@ rows = _function(
 get_stats = _function(
     "llama_qfilter_get_stats", c_bool, llama_cpp.llama_context_p_ctypes, POINTER(Stats)
 )
-rope_back = _function(
-    "llama_qfilter_rope_back",
+ropes_init = _function("llama_qfilter_ropes_init", c_void_p, llama_cpp.llama_context_p_ctypes)
+ropes_free = _function("llama_qfilter_ropes_free", None, c_void_p)
+ropes_back = _function(
+    "llama_qfilter_ropes_back",
     c_bool,
-    llama_cpp.llama_context_p_ctypes,
+    c_void_p,
     c_int32,
     c_void_p,
     c_int64,

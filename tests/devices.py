@@ -13,7 +13,7 @@ from llama_cpp import _ggml
 from qfllama.llama import cache_type
 
 N_LAYER, N_HEAD, N_HEAD_KV = 4, 6, 2
-POLICIES = ["qfilters", "qfilters2", "qblend", "knorm", "keydiff", "streaming"]
+POLICIES = ["qfilters", "qfilters2", "qahead", "qblend", "knorm", "keydiff", "streaming"]
 BATCHES = np.random.default_rng(1).integers(3, 380, (20, 8)).tolist()
 """Enough for 14 evictions with the sizes of `bounded.config`."""
 
@@ -66,6 +66,7 @@ def context(model, head_dim, policy, type_k, type_v="f16") -> bounded.Bounded:
         type_v=type_v,
         weight=dict(enumerate(weight.astype(np.float32))),
         moments=dict(enumerate(moments)) if policy == "qfilters2" else None,
+        queries=dict(enumerate(10 * weight.astype(np.float32))) if policy == "qahead" else None,
     )
 
 

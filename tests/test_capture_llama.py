@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +55,8 @@ def test_queries_and_keys_are_those_of_transformers(tiny, model, monkeypatch):
     monkeypatch.setattr(capture_llama, "N_BATCH", 100)
     tokens = text.sequences(tiny[1], text.sources(), 1, 256)[0]
     ours = read_all(model, tokens)
-    reference = capture_torch.TorchModel(*tiny, 512)
-    theirs = read_all(reference, tokens)
+    with closing(capture_torch.TorchModel(*tiny, 512)) as reference:
+        theirs = read_all(reference, tokens)
     assert sorted(ours) == sorted(theirs) == [0, 1, 2]
     for layer in ours:
         for mine, other in zip(ours[layer], theirs[layer], strict=True):

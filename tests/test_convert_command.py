@@ -125,6 +125,8 @@ def test_the_rank_decides_what_second_order_filters_hold(converted, tmp_path):
     assert (low.version, low.moments.shape) == (2, (2, 6, 1 + 3, 16))
     assert (none.version, none.moments) == (1, None)
     np.testing.assert_array_equal(low.weight, none.weight)
+    np.testing.assert_array_equal(low.queries, none.queries)
+    assert none.queries.shape == none.weight.shape
     with pytest.raises(QFilterError, match="first order only.*--force"):
         Llama(str(tmp_path / "0.gguf"), qfilters=QFilterConfig(policy="qfilters2"), verbose=False)
     small = QFilterConfig(max_length=128, policy="qfilters2")

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 
 import gguf
 import numpy as np
@@ -113,6 +114,7 @@ def test_queries_and_keys_are_the_same_by_both_routes(family):
     in_llama = LlamaModel(path, 512)
     ours, theirs = seen(in_torch, tokens()), seen(in_llama, tokens())
     in_llama.close()
+    in_torch.close()
     order = next(iter(in_torch.orders.values()))
     assert np.array_equal(order, np.arange(len(order))) == (name not in INTERLEAVED)
     for what, own, other in zip(("queries", "keys"), ours, theirs, strict=True):
@@ -227,7 +229,9 @@ def test_filters_are_the_same_by_both_routes(family, tmp_path, monkeypatch):
     assert_moments_alike(by_torch.moments, by_llama.moments)
     if name == NORM_AFTER_ROPE:
         assert by_torch.queries is None and by_llama.queries is None
-        assert all("RoPE is not the last step" in " ".join(lines) for lines in notes.values())
+        assert all(
+            "does not show that RoPE comes last" in " ".join(lines) for lines in notes.values()
+        )
         return
     assert cosines(by_torch.queries, by_llama.queries).min() > 0.999
     scale = np.linalg.norm(by_llama.queries) / np.linalg.norm(by_torch.queries)
@@ -242,8 +246,10 @@ def test_a_gguf_gives_in_transformers_what_its_checkpoint_gives_or_is_refused(fa
         with pytest.raises(QFilterError, match="transformers does not read.*--backend llama"):
             capture_torch.TorchModel(path, path, 512)
         return
-    of_checkpoint = seen(capture_torch.TorchModel(checkpoint, path, 512), tokens(100))
-    of_gguf = seen(capture_torch.TorchModel(path, path, 512), tokens(100))
+    with closing(capture_torch.TorchModel(checkpoint, path, 512)) as model:
+        of_checkpoint = seen(model, tokens(100))
+    with closing(capture_torch.TorchModel(path, path, 512)) as model:
+        of_gguf = seen(model, tokens(100))
     for own, other in zip(of_checkpoint, of_gguf, strict=True):
         assert sorted(own) == sorted(other) == [(0, 0), (1, 0), (2, 0)]
         for call in own:

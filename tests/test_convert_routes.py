@@ -53,10 +53,11 @@ def cosines(a, b):
     return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
-def rotated_queries(model, sequences, positions, path):
+def rotated_queries(model, sequences, positions, path, turn=1):
     """Queries after RoPE [n_layer, n_head, n_samples, head_dim], float64, halves layout: what
     comes out of the q projections, rotated here by formula, with the divisors of the frequencies
-    that upstream's converter wrote into the GGUF `path`. Independent of `capture_torch`."""
+    that upstream's converter wrote into the GGUF `path`; turn=0: before RoPE. Independent of
+    `capture_torch`."""
     config = model.config
     outputs = {}
     hooks = [
@@ -74,7 +75,7 @@ def rotated_queries(model, sequences, positions, path):
     for tokens, chosen in zip(sequences, positions, strict=True):
         with torch.no_grad():
             model(input_ids=torch.tensor([tokens]), use_cache=False)
-        angle = torch.from_numpy(chosen).double()[:, None, None] * frequencies
+        angle = turn * torch.from_numpy(chosen).double()[:, None, None] * frequencies
         cos, sin = angle.cos(), angle.sin()
         for layer, output in outputs.items():
             q = output[chosen].double().view(len(chosen), config.num_attention_heads, dim)
@@ -190,6 +191,12 @@ def test_filters_of_a_tiny_model_equal_the_full_svd_of_the_same_queries(tiny):
     head = layout.interleaved(model.config.head_dim)
     assert cosines(summary.filters.weight, expected[..., head]).min() > 0.9999
     np.testing.assert_allclose(summary.filters.weight, expected[..., head], atol=2e-3)
+
+    plain = rotated_queries(model, sequences, positions, path, turn=0).mean(2)
+    n_layer, n_head, head_dim = plain.shape
+    n_head_kv = model.config.num_key_value_heads
+    means = plain.view(n_layer, n_head_kv, n_head // n_head_kv, head_dim).mean(2).numpy()
+    np.testing.assert_allclose(summary.filters.queries, means[..., head], rtol=1e-3, atol=1e-3)
 
 
 def test_cached_keys_of_llama_cpp_are_torch_keys_in_the_order_found(tiny):

@@ -39,7 +39,16 @@ FAMILIES = [
     "smollm3",
 ]
 EXPERTS = {"qwen3moe", "gpt_oss"}  # rounding may send a token to another expert
-INTERLEAVED = {"mistral", "granite", "smollm3"}
+SCALED = "llama, scaled RoPE"
+SCALED_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+INTERLEAVED = {"mistral", "granite", "smollm3", SCALED}
 WIDE_WINDOW = "gemma3, a window wider than the bound"
 N_TOKENS = 400
 SIZES = [24, 17, 24, 1, 9]
@@ -53,7 +62,9 @@ def folder(tmp_path_factory):
     for family in FAMILIES:
         tiny_models.write(family, path / family)
     tiny_models.write("gemma3", path / WIDE_WINDOW, sliding_window=300)
-    tiny_models.convert([path / family for family in [*FAMILIES, WIDE_WINDOW]])
+    tiny_models.write("llama", path / SCALED, rope_parameters=SCALED_ROPE)
+    tiny_models.write("hunyuan", path / "hunyuan")
+    tiny_models.convert([path / family for family in [*FAMILIES, WIDE_WINDOW, SCALED, "hunyuan"]])
     yield path
     shutil.rmtree(path)
 
@@ -172,12 +183,27 @@ def test_a_family_keeps_the_positions_of_the_reference_and_gives_its_logits(fami
     assert_alike(name, model.reference(tokens, "qfilters", kept), logits, kept)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, SCALED])
 def test_a_family_expects_the_queries_of_the_next_positions(family, tokens, name):
     """This fails for any RoPE but the model's own, at any positions but the next."""
     model = family(name)
     logits, kept = model.run(tokens, "qahead")
     assert_alike(f"{name}, qahead", model.reference(tokens, "qahead", kept), logits, kept)
+
+
+def test_a_norm_after_rope_is_no_place_for_queries_before_it(folder, capfd):
+    plain, path = folder / "hunyuan.gguf", folder / "hunyuan.qf.gguf"
+    shape = metadata.model_shape(plain)
+    rows = np.ones((shape.n_layer, shape.n_head_kv, shape.head_dim), np.float32)
+    metadata.write(plain, path, metadata.Filters(rows, [0, 1, 2], queries=rows))
+    for policy in ("qahead", "qblend", "qfilters"):
+        config = QFilterConfig(**BOUND, interval=INTERVAL, policy=policy)
+        if policy == "qfilters":
+            Llama(str(path), n_ctx=1024, qfilters=config, verbose=False).close()
+            continue
+        with pytest.raises(ValueError):
+            Llama(str(path), n_ctx=1024, qfilters=config)
+        assert f"policy {policy} can't tell how RoPE turns" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -400,9 +426,10 @@ def test_multi_dimensional_positions_do_not_matter_for_text(family, tokens, fold
     plain, mrope = family("qwen2"), Family.__new__(Family)
     write_mrope(plain.path, folder / "qwen2vl.gguf")
     vars(mrope).update(vars(plain), path=folder / "qwen2vl.gguf")
-    logits, kept = mrope.run(tokens, "qfilters")
-    theirs = plain.reference(tokens, "qfilters", kept)
-    assert_alike("qwen2 as qwen2vl", theirs, logits, kept)
+    for policy in ("qfilters", "qahead"):
+        logits, kept = mrope.run(tokens, policy)
+        theirs = plain.reference(tokens, policy, kept)
+        assert_alike(f"qwen2 as qwen2vl, {policy}", theirs, logits, kept)
 
 
 def test_an_image_is_refused_before_anything_is_evicted(family, tokens, folder):

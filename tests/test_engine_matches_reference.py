@@ -18,7 +18,7 @@ from reference.cache import BoundedCache, decode
 from reference.compare import agreement, disagreements, logits_difference
 from reference.engine import run, split
 from reference.filters import query_filters
-from reference.model import Model, write_f32_copy
+from reference.model import Model, rope, write_f32_copy
 from reference.text import english_tokens
 
 from qfllama import Llama, QFilterConfig, metadata
@@ -64,21 +64,27 @@ def model(smollm2):
 
 
 @pytest.fixture(scope="module")
-def filters(model, text):
+def vectors(model, text):
+    """Filters, and mean queries before RoPE."""
     return query_filters(model, text[0])
 
 
 @pytest.fixture(scope="module")
-def with_filters(smollm2, filters, tmp_path_factory):
+def filters(vectors):
+    return vectors[0]
+
+
+@pytest.fixture(scope="module")
+def with_filters(smollm2, vectors, tmp_path_factory):
     """dtype of the weights -> path of the model with filters: "f32", or "as it is"."""
     folder = tmp_path_factory.mktemp("models")
     paths = {"as it is": folder / "quantized.gguf", "f32": folder / "f32.gguf"}
-    layers = list(range(len(filters)))
+    filters = metadata.Filters(vectors[0], list(range(len(vectors[0]))), queries=vectors[1])
     plain = folder / "plain.gguf"
     write_f32_copy(smollm2, plain)
-    metadata.write(plain, paths["f32"], metadata.Filters(filters, layers))
+    metadata.write(plain, paths["f32"], filters)
     plain.unlink()
-    metadata.write(smollm2, paths["as it is"], metadata.Filters(filters, layers))
+    metadata.write(smollm2, paths["as it is"], filters)
     yield paths
     for path in paths.values():
         path.unlink()
@@ -139,12 +145,20 @@ def native(with_filters, model, tokens):
 
 
 @pytest.fixture(scope="module")
-def reference(model, tokens, filters):
+def reference(model, tokens, vectors):
     """reference(dtype, policy, forced) -> the run of the reference."""
     all_tokens = tokens
 
     def get(dtype, policy, forced=None, tokens=all_tokens, sizes=SIZES):
-        cache = BoundedCache(**BOUND, n_keep=N_KEEP, policy=policy, filters=filters, dtype=dtype)
+        cache = BoundedCache(
+            **BOUND,
+            n_keep=N_KEEP,
+            policy=policy,
+            filters=vectors[0],
+            dtype=dtype,
+            queries=vectors[1],
+            rope=lambda layer, rows, positions: rope(rows, positions, model.shape.rope_base),
+        )
         return run(model, tokens, split(len(tokens), sizes), cache, forced)
 
     return get
@@ -173,6 +187,9 @@ def compare(what, reference_run, logits, kept):
         ("qfilters", "float32", 0.995),
         ("qfilters", "float16", 0.995),
         ("qfilters", "q8_0", 0.99),
+        ("qahead", "float32", 0.995),
+        ("qahead", "float16", 0.995),
+        ("qahead", "q8_0", 0.99),
         ("qblend", "float32", 0.995),
         ("qblend", "float16", 0.995),
         ("kvdiff", "float32", 0.995),

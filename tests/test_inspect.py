@@ -142,6 +142,16 @@ def test_json_has_everything_and_null_for_undefined(model):
     assert facts["files"] == [str(model)]
 
 
+def test_mean_queries_are_named_where_there_are_any(model, tmp_path):
+    assert "mean queries" not in inspect(model)
+    assert json.loads(inspect(model, "--json"))["filters"]["queries"] is False
+    filters = metadata.read(model)
+    filters.queries = filters.weight
+    metadata.write(model, tmp_path / "queries.gguf", filters, force=True)
+    assert "mean queries before RoPE" in inspect(tmp_path / "queries.gguf")
+    assert json.loads(inspect(tmp_path / "queries.gguf", "--json"))["filters"]["queries"] is True
+
+
 def test_a_file_without_filters_says_what_to_do(tmp_path):
     path = write_gguf(tmp_path / "plain.gguf")
     assert f"no filters; add them with `qfllama convert {path} -o OUT.gguf`" in inspect(path)

@@ -334,6 +334,74 @@ def test_unusable_moments_are_not_written(model, tmp_path, moments, message):
     assert not (tmp_path / "dst.gguf").exists()
 
 
+def test_mean_queries_come_back_as_they_are_and_need_no_newer_reader(model, tmp_path):
+    filters = some_filters()
+    filters.queries = np.random.default_rng(3).normal(size=filters.weight.shape).astype(np.float32)
+    metadata.write(model, tmp_path / "dst.gguf", filters)
+    back = metadata.read(tmp_path / "dst.gguf")
+    np.testing.assert_array_equal(back.queries, filters.queries)
+    assert back.version == some_filters().version == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ((9, 5, 48), "qfilters.queries has the wrong type"),
+        ((9, 6, 47), "has 47 numbers, its shape"),
+    ],
+    ids=["type", "size"],
+)
+def test_mean_queries_that_are_not_of_the_shape_of_the_filters_are_refused(
+    model, tmp_path, change, message
+):
+    filters = some_filters()
+    filters.quality = {}
+    filters.queries = filters.weight
+    metadata.write(model, tmp_path / "dst.gguf", filters)
+    data = (tmp_path / "dst.gguf").read_bytes()
+    head = b"qfilters.queries" + struct.pack("<IIQ", 9, 6, 48)
+    at = data.index(head)
+    start = at + len(head)
+    rows = data[start : start + 4 * change[2]]
+    changed = b"qfilters.queries" + struct.pack("<IIQ", *change) + rows
+    rest = data[start + 4 * 48 :]
+    (tmp_path / "dst.gguf").write_bytes(data[:at] + changed + rest)
+    with pytest.raises(QFilterError, match=message):
+        metadata.read(tmp_path / "dst.gguf")
+
+
+@pytest.mark.parametrize(
+    ("queries", "message"),
+    [
+        (np.full((N_LAYER, N_HEAD_KV, HEAD_DIM), np.inf), "mean queries contain NaN, infinite"),
+        (np.ones((N_LAYER, N_HEAD_KV, HEAD_DIM + 1)), r"expected \[3, 2, 8\]"),
+    ],
+    ids=["infinite", "another shape"],
+)
+def test_unusable_mean_queries_are_not_written(model, tmp_path, queries, message):
+    filters = some_filters()
+    filters.queries = queries
+    with pytest.raises(QFilterError, match=message):
+        metadata.write(model, tmp_path / "dst.gguf", filters)
+    assert not (tmp_path / "dst.gguf").exists()
+
+
+def test_a_policy_takes_from_the_file_what_it_needs_or_says_what_is_missing(model):
+    shape, filters = metadata.model_shape(model), some_filters()
+    for policy in ("qfilters", "qblend"):
+        assert list(metadata.for_policy(filters, policy, shape)) == ["weight"]
+    with pytest.raises(QFilterError, match="no mean queries, which the policy qahead needs"):
+        metadata.check_policy(model, filters, "qahead")
+    filters.queries = 2 * filters.weight
+    metadata.check_policy(model, filters, "qahead")
+    for policy in ("qahead", "qblend"):
+        vectors = metadata.for_policy(filters, policy, shape)
+        assert list(vectors) == ["queries"]
+        np.testing.assert_array_equal(vectors["queries"][filters.layers[0]], filters.queries[0])
+    assert list(metadata.for_policy(filters, "qfilters", shape)) == ["weight"]
+    assert metadata.for_policy(filters, "kvdiff", shape) == {}
+
+
 @pytest.mark.parametrize("change", [{"rank": ("uint32", 3)}, {"head_count": ("uint32", 5)}])
 def test_moments_of_another_size_than_they_say_are_refused(model, tmp_path, change):
     filters = some_filters()

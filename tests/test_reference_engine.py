@@ -336,10 +336,10 @@ def test_q8_0_rows_are_rotated_before_they_are_rounded():
 
 def test_query_filters_are_first_singular_vectors_that_most_queries_agree_with(model, tokens):
     queries = []
-    model.on_query = lambda layer, q: queries.append(q)
+    model.on_query = lambda layer, plain, q: queries.append(q)
     run(model, tokens[:160], [160], BoundedCache())
     model.on_query = None
-    filters = query_filters(model, tokens[:160])
+    filters, _ = query_filters(model, tokens[:160])
     assert filters.shape == (model.shape.n_layer, model.shape.n_head_kv, model.shape.head_dim)
     for layer in (0, 7, 29):
         for head in range(model.shape.n_head_kv):

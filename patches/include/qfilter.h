@@ -22,7 +22,7 @@ enum llama_qfilter_policy {
     LLAMA_QFILTER_POLICY_KEYDIFF   = 3, // minus the cosine of the key with the mean of its head's normalized keys
     LLAMA_QFILTER_POLICY_RANDOM    = 4, // a hash of seed, layer, head and position
     LLAMA_QFILTER_POLICY_QFILTERS2 = 5, // the weight that attention is expected to give the key, times the length of its value
-    LLAMA_QFILTER_POLICY_QBLEND    = 6, // LLAMA_QFILTER_POLICY_KVDIFF with that of the filter
+    LLAMA_QFILTER_POLICY_QBLEND    = 6, // LLAMA_QFILTER_POLICY_KVDIFF with LLAMA_QFILTER_POLICY_QAHEAD, or with that of the filter
     LLAMA_QFILTER_POLICY_KVDIFF    = 7, // how unlike the others value and key are, over neighbouring positions
     LLAMA_QFILTER_POLICY_QAHEAD    = 8, // projection of the key on the query that is expected at the next positions
 };
@@ -38,7 +38,7 @@ struct llama_qfilter_params {
     uint32_t flags;       // enum llama_qfilter_flag
     uint32_t seed;        // of LLAMA_QFILTER_POLICY_RANDOM
 
-    // one pointer per layer of the model to [n_head_kv][head_dim] unit vectors in the basis of llama.cpp's K rows
+    // n_filters pointers, one per layer of the model, to [n_head_kv][head_dim] unit vectors in the basis of llama.cpp's K rows
     // (after RoPE); NULL for layers without a filter. needed by LLAMA_QFILTER_POLICY_QFILTERS, and by _QBLEND if
     // there are no queries, copied on init
     uint32_t              n_filters;
@@ -147,10 +147,17 @@ LLAMA_API bool llama_qfilter_attn_of(const struct ggml_tensor * t, struct llama_
 // once computed: the queries [n_head][n_tokens][head_dim], or the cached keys [n_head_kv][n_kv][head_dim]
 LLAMA_API void llama_qfilter_attn_get(const struct ggml_tensor * t, bool is_k, float * out);
 
+// how RoPE turns the queries of a context's layers; to be made before the context decodes, and freed before it
+struct llama_qfilter_ropes;
+
+LLAMA_API struct llama_qfilter_ropes * llama_qfilter_ropes_init(struct llama_context * ctx);
+
+LLAMA_API void llama_qfilter_ropes_free(struct llama_qfilter_ropes * ropes);
+
 // queries after RoPE -> what they were before it. x: [n_pos][n_rows][head_dim] of layer il, changed in place
-// returns false if RoPE is not the last that turns the queries of this layer: those of llama_qfilter_params can't be made
-LLAMA_API bool llama_qfilter_rope_back(
-              struct llama_context * ctx,
+// returns false if something else is done to them after RoPE, or the graph does not show it
+LLAMA_API bool llama_qfilter_ropes_back(
+        const struct llama_qfilter_ropes * ropes,
                            int32_t   il,
                    const llama_pos * pos,
                            int64_t   n_pos,

@@ -2,27 +2,33 @@
 
 #include "llama-context.h"
 #include "llama-impl.h"
+#include "llama-model.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 
-// what the scheduler copied to another device, see ggml_backend_sched_split_graph(): "DEVICE#NAME#NUMBER"
-static const ggml_tensor * llama_qfilter_original(ggml_cgraph * gf, const ggml_tensor * t) {
+// what node i of a graph uses: the tensor itself, or for its copy on another device, see ggml_backend_sched_split_graph(), the
+// node before i that was copied. names of nodes come back in every layer
+static const ggml_tensor * llama_qfilter_original(ggml_cgraph * gf, int i, const ggml_tensor * t) {
     const std::string name = t->name;
 
     const size_t i0 = name.find('#');
-    const size_t i1 = name.rfind('#');
-
-    if (t->op != GGML_OP_NONE || i0 == i1) {
+    if (t->op != GGML_OP_NONE || i0 == std::string::npos) {
         return t;
     }
 
+    // "DEVICE#NAME#NUMBER", cut at the end if it is too long
+    const size_t i1 = name.size() + 1 < GGML_MAX_NAME ? name.rfind('#') : name.size();
+
     const std::string original = name.substr(i0 + 1, i1 - i0 - 1);
 
-    for (int i = ggml_graph_n_nodes(gf) - 1; i >= 0; --i) {
-        if (original == ggml_graph_node(gf, i)->name) {
-            return ggml_graph_node(gf, i);
+    for (int j = i - 1; j >= 0; --j) {
+        const ggml_tensor * node = ggml_graph_node(gf, j);
+
+        if (i1 < name.size() ? original == node->name : strncmp(original.c_str(), node->name, original.size()) == 0) {
+            return node;
         }
     }
 
@@ -31,22 +37,13 @@ static const ggml_tensor * llama_qfilter_original(ggml_cgraph * gf, const ggml_t
     return leaf ? leaf : t;
 }
 
-// does attention see vectors of the same direction where t is computed from its first input?
-static bool llama_qfilter_keeps_direction(const ggml_tensor * t) {
-    switch (t->op) {
-        case GGML_OP_VIEW:
-        case GGML_OP_RESHAPE:
-        case GGML_OP_PERMUTE:
-        case GGML_OP_CONT:
-        case GGML_OP_SCALE:
-        case GGML_OP_L2_NORM:
-        case GGML_OP_RMS_NORM:
-            return true;
-        case GGML_OP_MUL:
-            return t->src[1]->ne[0] == 1; // one number per token
-        default:
-            return false;
+static int llama_qfilter_index_of(ggml_cgraph * gf, const ggml_tensor * t) {
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        if (ggml_graph_node(gf, i) == t) {
+            return i;
+        }
     }
+    return -1;
 }
 
 bool llama_qfilter_rope::init(llama_context * lctx, int32_t il) {
@@ -55,47 +52,77 @@ bool llama_qfilter_rope::init(llama_context * lctx, int32_t il) {
 
     backend_cpu = ggml_backend_sched_get_backend(sched, ggml_backend_sched_get_n_backends(sched) - 1);
 
-    const ggml_tensor * attn = nullptr;
-    for (int i = 0; i < ggml_graph_n_nodes(gf) && !attn; ++i) {
-        const ggml_tensor * t = ggml_graph_node(gf, i);
+    int i = 0;
+    while (i < ggml_graph_n_nodes(gf)) {
+        const ggml_tensor * node = ggml_graph_node(gf, i);
 
-        if (t->op == GGML_OP_FLASH_ATTN_EXT && llama_qfilter_layer_of(llama_qfilter_original(gf, t->src[1])) == il) {
-            attn = t;
+        if (node->op == GGML_OP_FLASH_ATTN_EXT && llama_qfilter_layer_of(node->src[1]) == il) {
+            break;
         }
+        i++;
     }
-    if (!attn) {
+    if (i == ggml_graph_n_nodes(gf)) {
         return false;
     }
 
+    const int64_t n_embd = ggml_graph_node(gf, i)->src[0]->ne[0];
+
     // from the queries back to their RoPE, or to the weights that project to them
-    const ggml_tensor * t = llama_qfilter_original(gf, attn->src[0]);
+    const ggml_tensor * t = ggml_graph_node(gf, i)->src[0];
 
-    bool is_last = true;
+    bool is_last = true; // what attention sees has the direction of t
 
-    while (t && t->op != GGML_OP_ROPE) {
-        if (t->op == GGML_OP_MUL_MAT) {
-            // that of a quantized cache, see llama_kv_cache::build_input_k_rot(), is its own business
-            const bool is_rot = t->op_params[1] == GGML_HINT_SRC0_IS_HADAMARD;
-            if (!is_rot) {
-                return true;
-            }
-            t = t->src[1];
-        } else {
-            is_last = is_last && llama_qfilter_keeps_direction(t);
-            t = t->src[0];
+    while (true) {
+        t = llama_qfilter_original(gf, i, t);
+        i = llama_qfilter_index_of(gf, t);
+
+        if (i < 0) {
+            return false;
         }
-        t = t ? llama_qfilter_original(gf, t) : nullptr;
+        if (t->op == GGML_OP_ROPE) {
+            break;
+        }
+
+        switch (t->op) {
+            case GGML_OP_VIEW:
+            case GGML_OP_RESHAPE:
+            case GGML_OP_PERMUTE:
+            case GGML_OP_CONT:
+            case GGML_OP_SCALE:
+            case GGML_OP_L2_NORM:
+            case GGML_OP_RMS_NORM:
+                break;
+            case GGML_OP_MUL:
+                is_last = is_last && t->src[1]->ne[0] == 1; // by one number per query
+                break;
+            case GGML_OP_ADD:
+            case GGML_OP_NORM:
+            case GGML_OP_CLAMP:
+                is_last = false;
+                break;
+            case GGML_OP_MUL_MAT:
+                // what turns the rows of a quantized cache turns the filters, too: see llama_qfilter::rotate_rows()
+                if (t->op_params[1] == GGML_HINT_SRC0_IS_HADAMARD) {
+                    t = t->src[1];
+                    continue;
+                }
+                return true; // no RoPE in this layer
+            default:
+                return false;
+        }
+
+        t = t->src[0];
     }
 
-    if (!t || !is_last || t->ne[0] != attn->src[0]->ne[0]) {
+    if (!is_last || t->ne[0] != n_embd) {
         return false;
     }
 
     memcpy(op_params, t->op_params, sizeof(op_params));
 
     if (t->src[2]) {
-        const ggml_tensor * c = llama_qfilter_original(gf, t->src[2]);
-        if (!c->buffer) {
+        const ggml_tensor * c = llama_qfilter_original(gf, i, t->src[2]);
+        if (!c->buffer || !c->data) {
             return false;
         }
         factors.resize(c->ne[0]);
@@ -107,9 +134,9 @@ bool llama_qfilter_rope::init(llama_context * lctx, int32_t il) {
     return true;
 }
 
-void llama_qfilter_rope::turn(bool back, const llama_pos * pos, int64_t n_pos, int64_t n_rows, float * x) const {
+bool llama_qfilter_rope::turn(bool back, const llama_pos * pos, int64_t n_pos, int64_t n_rows, float * x) const {
     if (n_embd_head == 0) {
-        return; // no RoPE
+        return true; // no RoPE
     }
 
     const int  mode     = op_params[2];
@@ -166,18 +193,51 @@ void llama_qfilter_rope::turn(bool back, const llama_pos * pos, int64_t n_pos, i
     auto * gf = ggml_new_graph_custom(ctx.get(), 4, false);
     ggml_build_forward_expand(gf, res);
 
-    ggml_backend_graph_compute(backend_cpu, gf); // one node, so it has run in full even if it was aborted
-
-    std::copy(out.begin(), out.end(), x);
-}
-
-bool llama_qfilter_rope_back(llama_context * ctx, int32_t il, const llama_pos * pos, int64_t n_pos, int64_t n_rows, float * x) {
-    llama_qfilter_rope rope;
-
-    if (!rope.init(ctx, il)) {
+    // a graph of one node has run in full even if it was aborted
+    const auto status = ggml_backend_graph_compute(backend_cpu, gf);
+    if (status != GGML_STATUS_SUCCESS && status != GGML_STATUS_ABORTED) {
         return false;
     }
-    rope.turn(true, pos, n_pos, n_rows, x);
+
+    std::copy(out.begin(), out.end(), x);
 
     return true;
+}
+
+bool llama_qfilter_rope::operator==(const llama_qfilter_rope & other) const {
+    return n_embd_head == other.n_embd_head && factors == other.factors &&
+        (n_embd_head == 0 || memcmp(op_params, other.op_params, sizeof(op_params)) == 0);
+}
+
+//
+// C API
+//
+
+struct llama_qfilter_ropes {
+    std::map<int32_t, llama_qfilter_rope> layers; // those that can be turned
+};
+
+llama_qfilter_ropes * llama_qfilter_ropes_init(llama_context * ctx) {
+    auto * ropes = new llama_qfilter_ropes;
+
+    for (int32_t il = 0; il < (int32_t) ctx->get_model().hparams.n_layer(); ++il) {
+        llama_qfilter_rope rope;
+
+        if (rope.init(ctx, il)) {
+            ropes->layers[il] = std::move(rope);
+        }
+    }
+
+    return ropes;
+}
+
+void llama_qfilter_ropes_free(llama_qfilter_ropes * ropes) {
+    delete ropes;
+}
+
+bool llama_qfilter_ropes_back(
+        const llama_qfilter_ropes * ropes, int32_t il, const llama_pos * pos, int64_t n_pos, int64_t n_rows, float * x) {
+    const auto it = ropes->layers.find(il);
+
+    return it != ropes->layers.end() && it->second.turn(true, pos, n_pos, n_rows, x);
 }

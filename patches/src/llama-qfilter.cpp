@@ -237,6 +237,7 @@ void llama_qfilter::load_filters(const llama_qfilter_params & params) {
     const bool is_queries = policy.needs == LLAMA_QFILTER_NEEDS_QUERIES || (policy.needs == LLAMA_QFILTER_NEEDS_EITHER && params.queries);
 
     const auto * srcs = is_moments ? params.moments : is_queries ? params.queries : params.filters;
+    const auto * what = is_moments ? "moments"      : is_queries ? "query"        : "filter";
 
     if (is_queries) {
         ropes.resize(kv.layers.size());
@@ -259,7 +260,7 @@ void llama_qfilter::load_filters(const llama_qfilter_params & params) {
 
         const float * src = srcs && il < params.n_filters ? srcs[il] : nullptr;
         if (!src) {
-            throw std::runtime_error(format("qfilter: layer %u has no filter", il));
+            throw std::runtime_error(format("qfilter: layer %u has no %s", il, what));
         }
 
         float sum = 0.0f;
@@ -267,7 +268,7 @@ void llama_qfilter::load_filters(const llama_qfilter_params & params) {
             sum += fabsf(src[i]);
         }
         if (!std::isfinite(sum)) {
-            throw std::runtime_error(format("qfilter: the filter of layer %u has values that are not finite", il));
+            throw std::runtime_error(format("qfilter: the %s of layer %u has values that are not finite", what, il));
         }
 
         filters_hash = llama_qfilter_hash(filters_hash, src, n*sizeof(float));
@@ -320,38 +321,42 @@ void llama_qfilter::rotate_rows(float * x, size_t n) const {
 }
 
 // queries before RoPE as those of the positions from pos on, in the mean
-void llama_qfilter::turn_filters(llama_pos pos) {
+bool llama_qfilter::turn_filters(llama_pos pos) {
     std::vector<llama_pos> ahead;
     for (uint32_t i = 0; i < LLAMA_QFILTER_AHEAD; i += LLAMA_QFILTER_AHEAD_STEP) {
         ahead.push_back(pos + i);
     }
 
-    std::vector<float> turned;
-    std::vector<float> mean;
-
-    for (size_t ikv = 0; ikv < kv.layers.size(); ++ikv) {
-        const auto & plain = filters[ikv];
-
-        if (plain.empty()) {
-            continue; // no attention in this layer
+    for (const auto & ikvs : rope_ikvs) {
+        std::vector<float> plain;
+        for (const int32_t ikv : ikvs) {
+            plain.insert(plain.end(), filters[ikv].begin(), filters[ikv].end());
         }
 
-        turned.clear();
+        std::vector<float> turned;
         for (size_t i = 0; i < ahead.size(); ++i) {
             turned.insert(turned.end(), plain.begin(), plain.end());
         }
 
-        ropes[ikv].turn(false, ahead.data(), ahead.size(), n_head_kv(ikv), turned.data());
-
-        mean.assign(plain.size(), 0.0f);
-        for (size_t i = 0; i < turned.size(); ++i) {
-            mean[i % plain.size()] += turned[i]/ahead.size();
+        if (!ropes[ikvs[0]].turn(false, ahead.data(), ahead.size(), plain.size()/head_dim(kv.layers[ikvs[0]].k, ikvs[0]), turned.data())) {
+            return false;
         }
 
-        rotate_rows(mean.data(), mean.size());
+        std::vector<float> mean(plain.size(), 0.0f);
+        for (size_t i = 0; i < turned.size(); ++i) {
+            mean[i % mean.size()] += turned[i]/ahead.size();
+        }
 
-        ggml_backend_tensor_set(filters_dev[ikv], mean.data(), 0, ggml_nbytes(filters_dev[ikv]));
+        float * data = mean.data();
+        for (const int32_t ikv : ikvs) {
+            rotate_rows(data, filters[ikv].size());
+            ggml_backend_tensor_set(filters_dev[ikv], data, 0, ggml_nbytes(filters_dev[ikv]));
+
+            data += filters[ikv].size();
+        }
     }
+
+    return true;
 }
 
 void llama_qfilter::init(llama_context * lctx) {
@@ -368,9 +373,17 @@ void llama_qfilter::init(llama_context * lctx) {
             continue;
         }
 
-        if (!ropes.empty() && !ropes[ikv].init(lctx, kv.layers[ikv].il)) {
-            throw std::runtime_error(format("qfilter: policy %s can't tell how RoPE turns the queries of layer %u: leave out the queries",
-                        policy.name, kv.layers[ikv].il));
+        if (!ropes.empty()) {
+            if (!ropes[ikv].init(lctx, kv.layers[ikv].il)) {
+                throw std::runtime_error(format("qfilter: policy %s can't tell how RoPE turns the queries of layer %u: use another policy",
+                            policy.name, kv.layers[ikv].il));
+            }
+
+            auto same = std::find_if(rope_ikvs.begin(), rope_ikvs.end(), [&](const auto & ikvs) { return ropes[ikvs[0]] == ropes[ikv]; });
+            if (same == rope_ikvs.end()) {
+                same = rope_ikvs.insert(same, { {} });
+            }
+            same->push_back(ikv);
         }
 
         auto * buffer = kv.layers[ikv].k->buffer;
@@ -1027,8 +1040,9 @@ int32_t llama_qfilter::evict(llama_seq_id seq_id, uint32_t n_keep) {
 
     const int64_t t_start = ggml_time_us();
 
-    if (!ropes.empty()) {
-        turn_filters(kv.v_cells[seq_id].seq_pos_max(seq_id) + 1);
+    if (!turn_filters(kv.v_cells[seq_id].seq_pos_max(seq_id) + 1)) {
+        LLAMA_LOG_ERROR("%s: failed to turn the queries\n", __func__);
+        return -2;
     }
 
     // score and select; only reads, so it may be aborted

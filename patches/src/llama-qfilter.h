@@ -26,11 +26,13 @@ int32_t llama_qfilter_layer_of(const ggml_tensor * k);
 
 // how the queries of a layer are turned by their positions, as a context's graph has it
 struct llama_qfilter_rope {
-    // false: something else is done to them after RoPE, or it is not to be found
+    // before the context decodes. false: something else is done to them after RoPE, or it is not to be found
     bool init(llama_context * lctx, int32_t il);
 
     // x: [n_embd_head, n_rows, n_pos]; back: from what it is after RoPE to what it was before
-    void turn(bool back, const llama_pos * pos, int64_t n_pos, int64_t n_rows, float * x) const;
+    bool turn(bool back, const llama_pos * pos, int64_t n_pos, int64_t n_rows, float * x) const;
+
+    bool operator==(const llama_qfilter_rope & other) const;
 
     ggml_backend_t backend_cpu = nullptr;
 
@@ -170,8 +172,9 @@ private:
 
     const uint32_t n_rank; // of moments
 
-    std::vector<std::vector<float>> filters; // [n_layer_kv][n_filter_rows*head_dim], rotated as the cached K; or before RoPE
-    std::vector<llama_qfilter_rope> ropes;   // [n_layer_kv] in the latter case, else empty
+    std::vector<std::vector<float>> filters;     // [n_layer_kv][n_filter_rows*head_dim], rotated as the cached K; or before RoPE
+    std::vector<llama_qfilter_rope> ropes;       // [n_layer_kv] in the latter case, else empty
+    std::vector<std::vector<int32_t>> rope_ikvs; // layers with the same
     uint64_t filters_hash = 0;               // of the filters as given, or of what else the scores depend on
 
     std::vector<ggml_tensor *> filters_dev;  // [n_layer_kv] on the layer's device
@@ -203,7 +206,7 @@ private:
 
     void load_filters(const llama_qfilter_params & params);
     void rotate_rows (float * x, size_t n) const;
-    void turn_filters(llama_pos pos);
+    bool turn_filters(llama_pos pos);
     void init_worker(worker & w);
     void init_score (worker & w);
     void init_gather(worker & w);

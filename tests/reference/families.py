@@ -82,9 +82,13 @@ class FamilyModel:
             else:
                 self.layers.append(module.layer_idx)
         self.n_head_kv = config.num_key_value_heads
-        # those of the layers that evict
         self.layer_types = getattr(config, "layer_types", None)
-        self.ropes = getattr(config, "no_rope_layers", None)
+        self.has_rope = getattr(config, "no_rope_layers", None)  # for each layer, despite its name
+        self.rotary = next(
+            module
+            for name, module in model.named_modules()
+            if name.endswith(("rotary_emb", "pos_emb"))
+        )
         name = f"bounded {id(self)}"  # the registry is one for all models
         AttentionInterface.register(name, self._attention)
         model.set_attn_implementation(name)
@@ -111,15 +115,12 @@ class FamilyModel:
         """Rows [n, head_dim] after RoPE as queries of the index-th layer that evicts, by
         transformers' own functions."""
         layer = self.layers[index]
-        if self.ropes and not self.ropes[layer]:
+        if self.has_rope and not self.has_rope[layer]:
             return rows
-        rotary = next(
-            module for name, module in self.model.named_modules() if name.endswith("rotary_emb")
-            or name.endswith("pos_emb")
-        )  # fmt: skip
-        of_type = [self.layer_types[layer]] if "layer_type" in inspect.signature(rotary.forward).parameters else []  # fmt: skip
-        cos, sin = rotary(rows, positions[None], *of_type)
-        apply = sys.modules[type(rotary).__module__].apply_rotary_pos_emb
+        kinds = inspect.signature(self.rotary.forward).parameters
+        kind = [self.layer_types[layer]] if "layer_type" in kinds else []
+        cos, sin = self.rotary(rows, positions[None], *kind)
+        apply = sys.modules[type(self.rotary).__module__].apply_rotary_pos_emb
         return apply(rows[None, None], rows[None, None], cos, sin)[0][0, 0]
 
     @torch.no_grad()

@@ -113,7 +113,8 @@ class Model:
         self.shape = shape
         self.tensors = tensors
         self.flash_attention = flash_attention
-        self.on_query = None  # called with (layer, q [n_head, n, head_dim] after RoPE)
+        # called with (layer, q [n_head, n, head_dim] before RoPE, the same after)
+        self.on_query = None
 
     @classmethod
     def load(cls, path: str | Path, flash_attention: bool = False) -> "Model":
@@ -145,11 +146,12 @@ class Model:
         x [n, n_embd], positions [n]; a query sees the rows whose position is not above its own.
         """
         s = self.shape
-        q = rope(self.project(i, "attn_q", x, s.n_head), positions, s.rope_base)
+        plain = self.project(i, "attn_q", x, s.n_head)
+        q = rope(plain, positions, s.rope_base)
         k = rope(self.project(i, "attn_k", x, s.n_head_kv), positions, s.rope_base)
         v = self.project(i, "attn_v", x, s.n_head_kv)
         if self.on_query:
-            self.on_query(i, q)
+            self.on_query(i, plain, q)
         cache.append(i, k, v, positions)
         k, v, key_positions = cache.rows(i)  # [n_head_kv, rows, head_dim] twice, [n_head_kv, rows]
         if self.flash_attention and cache.dtype == "float32":
