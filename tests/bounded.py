@@ -36,11 +36,13 @@ class Bounded:
         moments=None,
         queries=None,
         flags=0,
+        offload_kqv=True,
     ):
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max = n_ctx * n_seq, n_seq
         params.n_batch = params.n_ubatch = config.interval
         params.n_threads = params.n_threads_batch = 1
+        params.offload_kqv = offload_kqv
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.type_k, params.type_v = cache_type(type_k), cache_type(type_v)
         self.why_not = self.refusal(model, params)

@@ -54,7 +54,7 @@ def load(path, device, n_layers) -> internals.LlamaModel:
     return internals.LlamaModel(path_model=str(path), params=params, verbose=False)
 
 
-def context(model, head_dim, policy, type_k, type_v="f16") -> bounded.Bounded:
+def context(model, head_dim, policy, type_k, type_v="f16", **kwargs) -> bounded.Bounded:
     """A bounded context with random filters: 48 rows, of which 8 go at a time."""
     weight = np.random.default_rng(0).normal(size=(N_LAYER, N_HEAD_KV, head_dim))
     weight /= np.linalg.norm(weight, axis=-1, keepdims=True)
@@ -67,6 +67,7 @@ def context(model, head_dim, policy, type_k, type_v="f16") -> bounded.Bounded:
         weight=dict(enumerate(weight.astype(np.float32))),
         moments=dict(enumerate(moments)) if policy == "qfilters2" else None,
         queries=dict(enumerate(10 * weight.astype(np.float32))) if policy == "qahead" else None,
+        **kwargs,
     )
 
 
@@ -93,10 +94,10 @@ def remember(llm, seen: dict) -> None:
                     assert seen.setdefault((name, il, ih, pos), data) == data
 
 
-def run(model, head_dim, policy, type_k, type_v="f16"):
+def run(model, head_dim, policy, type_k, type_v="f16", **kwargs):
     """After every batch: the logits, the positions and the rows. Rows that stay don't change."""
     result, seen = [], {}
-    with context(model, head_dim, policy, type_k, type_v) as llm:
+    with context(model, head_dim, policy, type_k, type_v, **kwargs) as llm:
         for tokens in BATCHES:
             assert llm.decode(tokens) == 0
             remember(llm, seen)

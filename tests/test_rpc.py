@@ -14,6 +14,7 @@ import time
 import devices
 import numpy as np
 import pytest
+import tiny_models
 from devices import N_LAYER, POLICIES
 from llama_cpp import _ggml
 
@@ -80,6 +81,24 @@ def test_a_second_device_keeps_the_same_rows_and_computes_the_same_logits(
         assert all(map(np.array_equal, kept, kept_cpu))
         assert all(map(np.array_equal, rows, rows_cpu))
         np.testing.assert_array_equal(logits, logits_cpu)
+    there.close()
+    here.close()
+
+
+@pytest.mark.parametrize("type_k", ["f16", "q8_0"])
+def test_queries_that_are_copied_to_their_keys_have_the_rope_of_their_layer(
+    device, tmp_path, type_k
+):
+    """Weights are over there, keys here. Of four layers the last has no RoPE, and copies have the
+    same names in all of them where the cache is quantized."""
+    tiny_models.write("smollm3", tmp_path / "smollm3", head_dim=64)
+    (path,) = tiny_models.convert([tmp_path / "smollm3"])
+    there, here = devices.load(path, device, N_LAYER + 1), devices.load(path, None, 0)
+    runs = [
+        devices.run(model, 64, "qahead", type_k, offload_kqv=False) for model in (there, here)
+    ]
+    for (_, kept, _), (_, kept_cpu, _) in zip(*runs, strict=True):
+        assert all(map(np.array_equal, kept, kept_cpu))
     there.close()
     here.close()
 
