@@ -86,11 +86,10 @@ def test_a_second_device_keeps_the_same_rows_and_computes_the_same_logits(
 
 
 @pytest.mark.parametrize("type_k", ["f16", "q8_0"])
-def test_queries_that_are_copied_to_their_keys_have_the_rope_of_their_layer(
+def test_layers_over_there_whose_cache_is_here_keep_the_rope_of_each_layer(
     device, tmp_path, type_k
 ):
-    """Weights are over there, keys here. Of four layers the last has no RoPE, and copies have the
-    same names in all of them where the cache is quantized."""
+    """What attention needs of the cache is copied. Of four layers the last has no RoPE."""
     tiny_models.write("smollm3", tmp_path / "smollm3", head_dim=64)
     (path,) = tiny_models.convert([tmp_path / "smollm3"])
     there, here = devices.load(path, device, N_LAYER + 1), devices.load(path, None, 0)
