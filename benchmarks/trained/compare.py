@@ -30,7 +30,7 @@ sys.path.insert(0, str(HERE.parents[1] / "tests"))
 from tiny_models import write_converter  # noqa: E402
 
 QFLLAMA = Path(sys.executable).parent / "qfllama"
-POLICIES = "full,qblend,kvdiff,qfilters,qfilters2,keydiff,knorm,streaming,random"
+POLICIES = "full,qblend,kvdiff,qahead,qfilters,qfilters2,keydiff,knorm,streaming,random"
 
 
 def run(*command) -> None:
