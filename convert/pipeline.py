@@ -213,7 +213,7 @@ def _calibrated(model, calibration, texts, note, progress):
         missing = ", ".join(str(layer) for layer in layers if layer not in queries)
         note(
             f"warning: llama.cpp's graph does not show that RoPE comes last to the queries of layer "
-            f"{missing}: no mean queries, the filters hold near the positions of the calibration"
+            f"{missing}: no mean queries for qahead, the filters hold near the calibration's positions"
         )
     if not quality:
         note("one sequence only: nothing is held out to measure how well the filters fit")

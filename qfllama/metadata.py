@@ -374,8 +374,8 @@ def check_policy(path, filters: Filters | None, policy: str) -> None:
     if policy == "qahead" and filters.queries is None:
         raise QFilterError(
             f"{path} has no mean queries, which the policy qahead needs: use another policy "
-            f"(qblend), or make them with `qfllama convert {path} -o OUT.gguf --force` unless it "
-            "says that this model has none"
+            f"(qblend), or calibrate with `qfllama convert {path} -o OUT.gguf --force`, which says "
+            "so if this model can have none"
         )
 
 

@@ -143,12 +143,13 @@ def test_json_has_everything_and_null_for_undefined(model):
 
 
 def test_mean_queries_are_named_where_there_are_any(model, tmp_path):
-    assert "mean queries" not in inspect(model)
+    assert "no mean queries before RoPE: qblend uses the filters" in inspect(model)
     assert json.loads(inspect(model, "--json"))["filters"]["queries"] is False
     filters = metadata.read(model)
     filters.queries = filters.weight
     metadata.write(model, tmp_path / "queries.gguf", filters, force=True)
-    assert "mean queries before RoPE" in inspect(tmp_path / "queries.gguf")
+    assert "no mean queries" not in inspect(tmp_path / "queries.gguf")
+    assert "mean queries before RoPE: qblend" in inspect(tmp_path / "queries.gguf")
     assert json.loads(inspect(tmp_path / "queries.gguf", "--json"))["filters"]["queries"] is True
 
 

@@ -93,9 +93,7 @@ def test_layers_over_there_whose_cache_is_here_keep_the_rope_of_each_layer(
     tiny_models.write("smollm3", tmp_path / "smollm3", head_dim=64)
     (path,) = tiny_models.convert([tmp_path / "smollm3"])
     there, here = devices.load(path, device, N_LAYER + 1), devices.load(path, None, 0)
-    runs = [
-        devices.run(model, 64, "qahead", type_k, offload_kqv=False) for model in (there, here)
-    ]
+    runs = [devices.run(model, 64, "qahead", type_k, offload_kqv=False) for model in (there, here)]
     for (_, kept, _), (_, kept_cpu, _) in zip(*runs, strict=True):
         assert all(map(np.array_equal, kept, kept_cpu))
     there.close()

@@ -69,7 +69,9 @@ def _lines(files, shape, filters, heads):
         size = filters.moments.nbytes / 2**20
         yield f"second order: rank {rank} for {n_head} query heads, {size:.1f} MiB"
     if filters.queries is not None:
-        yield "mean queries before RoPE: for the positions to come, whichever they are"
+        yield "mean queries before RoPE: qblend and qahead turn them to the positions to come"
+    else:
+        yield "no mean queries before RoPE: qblend uses the filters, qahead can't be used"
     for name, value in filters.calibration.items():
         yield f"  {escaped(name.replace('_', ' '), 40):14} {escaped(value)}"
     yield from report.other_figures(filters)
