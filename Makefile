@@ -89,7 +89,7 @@ NEEDLE = $(call EVAL,needle,needle) --window-length 32 --documents 5 --lengths $
 quality: $(INSTALLED) $(FILTERED)  ## needles, tasks and perplexity of every policy, hours; TEXT=FILE is the haystack
 	mkdir -p build/eval
 	$(call NEEDLE,1024$(COMMA)) --ratio 2,4,8,16 --json docs/needle.json
-	$(call NEEDLE) --ratio 2,32 --policy full,qblend,qfilters,streaming --json docs/needle_x32.json
+	$(call NEEDLE) --ratio 2,32 --json docs/needle_x32.json
 	$(call NEEDLE,1024$(COMMA)) --ratio 2,4,8 --policy full,qblend,qfilters,keydiff,streaming --plot docs/needle.png
 	$(call EVAL,needle,needle_stream) --setting stream --lengths 2048 --ratio 2,4,8 --documents 6 \
 		--policy full,qblend,kvdiff,qahead,qfilters,keydiff,streaming --json docs/needle_stream.json
