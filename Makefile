@@ -96,6 +96,8 @@ quality: $(INSTALLED) $(FILTERED)  ## needles, tasks and perplexity of every pol
 	$(call EVAL,ruler,ruler) --window-length 32 --lengths 2048 --ratio 4 --documents 6 \
 		--tasks variables,qa,multikey,multivalue,multiquery --json docs/ruler.json
 	$(call EVAL,ppl,ppl) --texts 20 --length 1536 --max-length 512 --json docs/ppl.json --plot docs/ppl.png
+	$(call EVAL,ppl,ppl) --texts 20 --length 1536 --max-length 256,1024 --json docs/ppl_sizes.json \
+		--policy full,qblend,kvdiff,qahead,qfilters,keydiff,streaming
 	$(BIN)/python benchmarks/sweep.py $(FILTERED) $(if $(TEXT),--text $(TEXT)) --texts 3 \
 		--json docs/sweep.json --plot docs/sweep.png
 
