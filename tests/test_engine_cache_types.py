@@ -3,6 +3,7 @@
 import shutil
 from functools import partial
 
+import llama_cpp
 import numpy as np
 import pytest
 import tiny_models
@@ -140,6 +141,27 @@ def test_what_stays_is_what_float64_scores_of_the_stored_rows_choose(model, toke
     assert agreed >= 0.999 * total
 
 
+@pytest.mark.parametrize("policy", ["keydiff", "kvdiff", "qblend", "qfilters", "knorm"])
+def test_evictions_of_any_numbers_of_rows_after_one_another(model, tokens, policy):
+    """Graphs of different numbers of rows may have as many nodes in another order."""
+    filters = np.random.default_rng(2).standard_normal((N_LAYER, N_HEAD_KV, HEAD_DIM))
+    weight = dict(enumerate(filters.astype(np.float32)))
+    sizes = config(max_length=64, interval=40, policy=policy)
+    counts = [29, 39, 29, *range(20, 65), *np.random.default_rng(1).permutation(range(20, 65))]
+    with Bounded(model, sizes, weight=weight) as llm:
+        for n in map(int, counts):
+            llama_cpp.llama_memory_clear(llm.memory, False)
+            for start in range(0, n, 40):
+                assert llm.decode(tokens[start : min(start + 40, n)]) == 0
+            stored = [[stored_keys(part, "f16") for part in llm.rows(il)] for il in range(N_LAYER)]
+            assert native.compress(llm.ctx, 0, 18) == 0
+            for layer, head in np.ndindex(N_LAYER, N_HEAD_KV):
+                keys, values = (part[head] for part in stored[layer])
+                rows = Head(keys, np.arange(n), filters[layer][head], layer, head, 0, values)
+                chosen = select(POLICIES[policy](rows), np.arange(n), 18, 2, 12)
+                assert len(np.intersect1d(chosen, llm.kept(layer, head))) >= 17, (n, layer, head)
+
+
 def test_a_head_that_blocks_do_not_divide_is_refused_with_the_reason(folder):
     model = load(folder / "48.gguf")
     for kwargs, message in (
@@ -149,8 +171,6 @@ def test_a_head_that_blocks_do_not_divide_is_refused_with_the_reason(folder):
     ):
         with pytest.raises(ValueError):
             Bounded(model, config(), **kwargs)
-        import llama_cpp
-
         params = llama_cpp.llama_context_default_params()
         for name, value in kwargs.items():
             setattr(params, name, CACHE_TYPES.get(value, value))

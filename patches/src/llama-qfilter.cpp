@@ -470,6 +470,12 @@ void llama_qfilter::parallel(size_t n, const std::function<void(size_t i, int it
     ggml_backend_graph_compute(backend_cpu, gf);
 }
 
+// ggml_gallocr_alloc_graph() alone places a graph as it did the one before if the sizes fit, but which nodes share memory
+// depends on their order, and that on the number of rows
+static bool llama_qfilter_alloc(ggml_gallocr_t galloc, ggml_cgraph * gf) {
+    return ggml_gallocr_reserve(galloc, gf) && ggml_gallocr_alloc_graph(galloc, gf);
+}
+
 static const ggml_tensor * llama_qfilter_unsupported_op(ggml_backend_t backend, ggml_cgraph * gf) {
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         if (!ggml_backend_supports_op(backend, ggml_graph_node(gf, i))) {
@@ -597,7 +603,7 @@ void llama_qfilter::test_worker(worker & w) {
 
     uint32_t moved[4][4] = {};
 
-    if (ggml_gallocr_alloc_graph(w.galloc.get(), gf) && ggml_backend_graph_compute(w.backend, gf) == GGML_STATUS_SUCCESS) {
+    if (llama_qfilter_alloc(w.galloc.get(), gf) && ggml_backend_graph_compute(w.backend, gf) == GGML_STATUS_SUCCESS) {
         ggml_backend_tensor_get(src, moved, 0, sizeof(moved));
     }
 
@@ -1106,7 +1112,7 @@ int32_t llama_qfilter::score_layers(worker & w, size_t i0, const eviction & ev) 
     std::vector<ggml_tensor *> outs;
     auto * gf = build_score_graph(ctx.get(), w, i0, ev.seq_id, n, &idx, outs);
 
-    if (!ggml_gallocr_alloc_graph(w.galloc.get(), gf)) {
+    if (!llama_qfilter_alloc(w.galloc.get(), gf)) {
         LLAMA_LOG_ERROR("%s: failed to allocate the scores\n", __func__);
         return -2;
     }
@@ -1258,7 +1264,7 @@ bool llama_qfilter::gather_graph(worker & w, const eviction & ev) {
     std::vector<ggml_tensor *> idxs;
     auto * gf = build_gather_graph(ctx.get(), w, ev.seq_id, ev.n_keep, idxs);
 
-    if (!ggml_gallocr_alloc_graph(w.galloc.get(), gf)) {
+    if (!llama_qfilter_alloc(w.galloc.get(), gf)) {
         return false;
     }
 
