@@ -204,21 +204,10 @@ def read(path) -> Filters | None:
         _typed(path, header, key, U32) for key in ("layer_count", "head_count_kv", "head_dim")
     )
     layers = _typed(path, header, "layers", (ARRAY, I32))
-    weight = _typed(path, header, "weight", (ARRAY, F32))
-    if weight.size != np.prod(shape, dtype=object):
-        raise QFilterError(
-            f"{path}: qfilters.weight has {weight.size} numbers, its shape is "
-            f"{list(shape)}; {AGAIN}"
-        )
-    filters = Filters(weight.reshape(shape), layers.tolist())
+    weight = _shaped(path, header, "weight", F32, shape)
+    filters = Filters(weight, layers.tolist())
     if PREFIX + "queries" in header.fields:
-        queries = _typed(path, header, "queries", (ARRAY, F32))
-        if queries.size != weight.size:
-            raise QFilterError(
-                f"{path}: qfilters.queries has {queries.size} numbers, its shape is "
-                f"{list(shape)}; {AGAIN}"
-            )
-        filters.queries = queries.reshape(shape)
+        filters.queries = _shaped(path, header, "queries", F32, shape)
     if version > 1:
         filters.moments = _read_moments(path, header, shape)
     for key in keys:
@@ -235,13 +224,18 @@ def read(path) -> Filters | None:
 
 def _read_moments(path, header, shape):
     n_head, rank = (_typed(path, header, key, U32) for key in ("head_count", "rank"))
-    bits = _typed(path, header, "moments", (ARRAY, U16))
     shape = (shape[0], n_head, 1 + rank, shape[2])
-    if bits.size != np.prod(shape, dtype=object):
+    return _shaped(path, header, "moments", U16, shape).view(np.float16)
+
+
+def _shaped(path, header, key, kind, shape):
+    """The array of numbers of a key in the shape that other keys say."""
+    values = _typed(path, header, key, (ARRAY, kind))
+    if values.size != np.prod(shape, dtype=object):
         raise QFilterError(
-            f"{path}: qfilters.moments has {bits.size} numbers, its shape is {list(shape)}; {AGAIN}"
+            f"{path}: {PREFIX}{key} has {values.size} numbers, its shape is {list(shape)}; {AGAIN}"
         )
-    return bits.view(np.float16).reshape(shape)
+    return values.reshape(shape)
 
 
 def _typed(path, header, key, kind):
