@@ -1,4 +1,5 @@
-"""ctypes declarations of qfilter.h, the C API of the patched llama.cpp; nothing else."""
+"""ctypes declarations of qfilter.h and qfilter-calibration.h, the C API of the patched llama.cpp;
+nothing else."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from ctypes import (
     c_int32,
     c_int64,
     c_size_t,
+    c_uint8,
     c_uint32,
     c_uint64,
     c_void_p,
@@ -18,16 +20,46 @@ from ctypes import (
 
 import llama_cpp
 
+ABI_VERSION = 2
+"""LLAMA_QFILTER_ABI_VERSION of the qfilter.h that this module declares."""
+
+INSTALL = "install the engine of this qfllama with `pip install ./patches`"
+
 _lib = llama_cpp.llama_cpp._lib
 
-if not hasattr(_lib, "llama_qfilter_init_from_model"):
+
+def _abi_version() -> int:
+    """Of the engine: 0 for stock llama.cpp, 1 for engines that did not tell theirs yet."""
+    if hasattr(_lib, "llama_qfilter_abi_version"):
+        return _lib.llama_qfilter_abi_version()
+    return int(hasattr(_lib, "llama_qfilter_init_from_model"))
+
+
+if (_found := _abi_version()) != ABI_VERSION:
+    what = f"an engine of version {_found}, this qfllama needs version {ABI_VERSION}"
     raise ImportError(
-        f"llama-cpp-python {llama_cpp.__version__} has no Q-Filters in it: "
-        "install the patched build with `pip install ./patches`"
+        f"llama-cpp-python {llama_cpp.__version__} has "
+        f"{what if _found else 'no Q-Filters in it'}: {INSTALL}"
     )
 
+KINDS = ("filters", "queries", "moments")
+"""What a policy can need, in the order of `enum llama_qfilter_kind`."""
 FLAG_GRAPH_GATHER = 1
 """Treat the CPU as another device: move rows with ggml graphs (tests)."""
+STATE_RESIZE = 1
+"""Load a sequence into a cache of another size."""
+
+
+class Vectors(ctypes.Structure):
+    """`struct llama_qfilter_vectors`."""
+
+    _fields_ = [
+        ("kind", c_int32),
+        ("il", c_int32),
+        ("n_rows", c_uint32),
+        ("n_embd", c_uint32),
+        ("data", POINTER(c_float)),
+    ]
 
 
 class Params(ctypes.Structure):
@@ -42,11 +74,8 @@ class Params(ctypes.Structure):
         ("policy", c_int32),
         ("flags", c_uint32),
         ("seed", c_uint32),
-        ("n_filters", c_uint32),
-        ("filters", POINTER(POINTER(c_float))),
-        ("n_rank", c_uint32),
-        ("moments", POINTER(POINTER(c_float))),
-        ("queries", POINTER(POINTER(c_float))),
+        ("n_vectors", c_uint32),
+        ("vectors", POINTER(Vectors)),
     ]
 
 
@@ -67,6 +96,18 @@ class Stats(ctypes.Structure):
         ("n_bytes_kv", c_uint64),
         ("n_bytes_kv_full", c_uint64),
         ("n_bytes_scratch", c_uint64),
+    ]
+
+
+class SeqStats(ctypes.Structure):
+    """`struct llama_qfilter_seq_stats`."""
+
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("n_evictions", c_uint64),
+        ("n_dropped", c_uint64),
+        ("n_cells_used", c_uint32),
+        ("pos_max", c_int32),
     ]
 
 
@@ -91,35 +132,39 @@ def _function(name, restype, *argtypes):
     return fn
 
 
-default_params = _function("llama_qfilter_default_params", Params)
+_model_p, _context_p = llama_cpp.llama_model_p_ctypes, llama_cpp.llama_context_p_ctypes
+
+last_error = _function("llama_qfilter_last_error", c_char_p)
+
+policy_name = _function("llama_qfilter_policy_name", c_char_p, c_int32)
+policy_needs = _function("llama_qfilter_policy_needs", c_int32, c_int32, c_int32)
+
+params_init = _function("llama_qfilter_params_init", None, POINTER(Params), c_size_t)
 supported = _function(
     "llama_qfilter_supported",
     c_bool,
-    llama_cpp.llama_model_p_ctypes,
+    _model_p,
     llama_cpp.llama_context_params,
     c_char_p,
     c_size_t,
 )
-model_supported = _function(
-    "llama_qfilter_model_supported", c_bool, llama_cpp.llama_model_p_ctypes, c_char_p, c_size_t
-)
-layer_evicts = _function(
-    "llama_qfilter_layer_evicts", c_bool, llama_cpp.llama_model_p_ctypes, c_int32
-)
+model_supported = _function("llama_qfilter_model_supported", c_bool, _model_p, c_char_p, c_size_t)
+layer_evicts = _function("llama_qfilter_layer_evicts", c_bool, _model_p, c_int32)
 init_from_model = _function(
     "llama_qfilter_init_from_model",
-    llama_cpp.llama_context_p_ctypes,
-    llama_cpp.llama_model_p_ctypes,
+    _context_p,
+    _model_p,
     llama_cpp.llama_context_params,
     POINTER(Params),
 )
-compress = _function(
-    "llama_qfilter_compress", c_int32, llama_cpp.llama_context_p_ctypes, c_int32, c_uint32
-)
+
+compress = _function("llama_qfilter_compress", c_int32, _context_p, c_int32, c_uint32, c_uint32)
+room = _function("llama_qfilter_room", c_int32, _context_p, c_int32)
+rewind_limit = _function("llama_qfilter_rewind_limit", c_int32, _context_p, c_int32)
 kept = _function(
     "llama_qfilter_kept",
     c_int32,
-    llama_cpp.llama_context_p_ctypes,
+    _context_p,
     c_int32,
     c_int32,
     c_int32,
@@ -127,19 +172,27 @@ kept = _function(
     c_size_t,
 )
 rows = _function(
-    "llama_qfilter_rows",
-    c_size_t,
-    llama_cpp.llama_context_p_ctypes,
-    c_int32,
-    c_int32,
-    c_bool,
-    c_void_p,
-    c_size_t,
+    "llama_qfilter_rows", c_size_t, _context_p, c_int32, c_int32, c_bool, c_void_p, c_size_t
 )
-get_stats = _function(
-    "llama_qfilter_get_stats", c_bool, llama_cpp.llama_context_p_ctypes, POINTER(Stats)
+state_seq_set_data = _function(
+    "llama_qfilter_state_seq_set_data",
+    c_size_t,
+    _context_p,
+    POINTER(c_uint8),
+    c_size_t,
+    c_int32,
+    c_uint32,
 )
-ropes_init = _function("llama_qfilter_ropes_init", c_void_p, llama_cpp.llama_context_p_ctypes)
+get_stats = _function("llama_qfilter_get_stats", c_bool, _context_p, POINTER(Stats))
+get_seq_stats = _function(
+    "llama_qfilter_get_seq_stats", c_bool, _context_p, c_int32, POINTER(SeqStats)
+)
+
+# qfilter-calibration.h
+
+attn_of = _function("llama_qfilter_attn_of", c_bool, c_void_p, POINTER(Attn))
+attn_get = _function("llama_qfilter_attn_get", None, c_void_p, c_bool, c_void_p)
+ropes_init = _function("llama_qfilter_ropes_init", c_void_p, _context_p)
 ropes_free = _function("llama_qfilter_ropes_free", None, c_void_p)
 ropes_back = _function(
     "llama_qfilter_ropes_back",
@@ -151,5 +204,3 @@ ropes_back = _function(
     c_int64,
     c_void_p,
 )
-attn_of = _function("llama_qfilter_attn_of", c_bool, c_void_p, POINTER(Attn))
-attn_get = _function("llama_qfilter_attn_get", None, c_void_p, c_bool, c_void_p)

@@ -37,7 +37,10 @@ class Bounded:
         queries=None,
         flags=0,
         offload_kqv=True,
+        params=None,
     ):
+        """params: fields of llama_qfilter_params in place of those that follow from config."""
+        fields = params or {}
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max = n_ctx * n_seq, n_seq
         params.n_batch = params.n_ubatch = config.interval
@@ -46,7 +49,7 @@ class Bounded:
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.type_k, params.type_v = cache_type(type_k), cache_type(type_v)
         self.why_not = self.refusal(model, params)
-        kind = type("Context", (BoundedContext,), {"flags": flags})
+        kind = type("Context", (BoundedContext,), {"flags": flags, "fields": fields})
         self.context = kind(
             model=model,
             params=params,
@@ -122,7 +125,7 @@ class Bounded:
     def restore(self, state: bytes, seq=0, flags=0) -> bool:
         size = len(state)
         data = (ctypes.c_uint8 * size).from_buffer_copy(state)
-        return llama_cpp.llama_state_seq_set_data_ext(self.ctx, data, size, seq, flags) == size
+        return native.state_seq_set_data(self.ctx, data, size, seq, flags) == size
 
     def close(self):
         llama_cpp.llama_batch_free(self.batch)

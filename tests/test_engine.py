@@ -250,9 +250,9 @@ def test_compressing_after_a_cut_remembers_the_true_positions(make, tokens):
     assert llama_cpp.llama_memory_seq_rm(mem, 0, 200, -1)
     rows = head_rows(llm, 11, "f16")
     kept = [llm.kept_positions(11, head).tolist() for head in range(N_HEAD_KV)]
-    assert native.compress(llm.ctx, 0, 100) == 0
-    assert native.compress(llm.ctx, 0, 100) == 1, "nothing to do"
-    assert native.compress(llm.ctx, 0, 67) < 0, "less than sinks and window"
+    assert native.compress(llm.ctx, 0, 100, 64) == 0
+    assert native.compress(llm.ctx, 0, 100, 64) == 1, "nothing to do"
+    assert native.compress(llm.ctx, 0, 67, 64) < 0, "less than sinks and window"
     for head in range(N_HEAD_KV):
         left = llm.kept_positions(11, head).tolist()
         assert len(left) == 100

@@ -154,7 +154,7 @@ def test_evictions_of_any_numbers_of_rows_after_one_another(model, tokens, polic
             for start in range(0, n, 40):
                 assert llm.decode(tokens[start : min(start + 40, n)]) == 0
             stored = [[stored_keys(part, "f16") for part in llm.rows(il)] for il in range(N_LAYER)]
-            assert native.compress(llm.ctx, 0, 18) == 0
+            assert native.compress(llm.ctx, 0, 18, 12) == 0
             for layer, head in np.ndindex(N_LAYER, N_HEAD_KV):
                 keys, values = (part[head] for part in stored[layer])
                 rows = Head(keys, np.arange(n), filters[layer][head], layer, head, 0, values)

@@ -192,10 +192,10 @@ def test_compressing_one_sequence_leaves_the_others(model, tokens):
     with Bounded(model, config(), n_seq=2) as llm:
         decode(llm, tokens[:60], seq=1)
         decode(llm, tokens[300:345], seq=0)
-        assert native.compress(llm.ctx, 0, 20) == 0
-        assert native.compress(llm.ctx, 0, 20) == 1
-        assert native.compress(llm.ctx, 0, 13) < 0
-        assert native.compress(llm.ctx, 2, 20) < 0
+        assert native.compress(llm.ctx, 0, 20, 12) == 0
+        assert native.compress(llm.ctx, 0, 20, 12) == 1
+        assert native.compress(llm.ctx, 0, 13, 12) < 0
+        assert native.compress(llm.ctx, 2, 20, 12) < 0
         np.testing.assert_array_equal(decode(llm, tokens[60:100], seq=1), expected)
 
 

@@ -3,6 +3,10 @@
 // A context made by llama_qfilter_init_from_model() has a KV cache of a fixed number of cells. When a batch does not
 // fit, every layer and KV head scores its own cached keys and keeps the best of them; positions go on to n_ctx.
 // Layers whose cache does not grow with the context, windowed and recurrent ones, are as upstream has them.
+//
+// How this header grows: functions and enum values are only added. A struct whose first field is struct_size gets new
+// fields at its end; callers set struct_size to the size they were compiled with, fields beyond it count as zero.
+// LLAMA_QFILTER_ABI_VERSION changes when a caller of the previous version would no longer work.
 #pragma once
 
 #include "llama.h"
@@ -14,23 +18,62 @@
 extern "C" {
 #endif
 
-// how a cached key is scored; the rows with the lowest scores go
+#define LLAMA_QFILTER_ABI_VERSION 2
+
+// LLAMA_QFILTER_ABI_VERSION of the library
+LLAMA_API uint32_t llama_qfilter_abi_version(void);
+
+// why the last call on this thread failed, in one line; "" if none has. valid until the next call on this thread
+LLAMA_API const char * llama_qfilter_last_error(void);
+
+//
+// policies
+//
+
+// how a cached key is scored; the rows with the lowest scores are evicted
 enum llama_qfilter_policy {
     LLAMA_QFILTER_POLICY_QFILTERS  = 0, // projection of the key on its head's filter
     LLAMA_QFILTER_POLICY_KNORM     = 1, // minus the L2 norm of the key
-    LLAMA_QFILTER_POLICY_STREAMING = 2, // all equal: sinks and the newest stay
+    LLAMA_QFILTER_POLICY_STREAMING = 2, // all equal: sinks and the newest rows stay
     LLAMA_QFILTER_POLICY_KEYDIFF   = 3, // minus the cosine of the key with the mean of its head's normalized keys
     LLAMA_QFILTER_POLICY_RANDOM    = 4, // a hash of seed, layer, head and position
     LLAMA_QFILTER_POLICY_QFILTERS2 = 5, // the weight that attention is expected to give the key, times the length of its value
-    LLAMA_QFILTER_POLICY_QBLEND    = 6, // LLAMA_QFILTER_POLICY_KVDIFF with LLAMA_QFILTER_POLICY_QAHEAD, or with that of the filter
-    LLAMA_QFILTER_POLICY_KVDIFF    = 7, // how unlike the others value and key are, over neighbouring positions
+    LLAMA_QFILTER_POLICY_QBLEND    = 6, // LLAMA_QFILTER_POLICY_KVDIFF with LLAMA_QFILTER_POLICY_QAHEAD, or with LLAMA_QFILTER_POLICY_QFILTERS
+    LLAMA_QFILTER_POLICY_KVDIFF    = 7, // how much value and key differ from the others, averaged over neighbouring positions
     LLAMA_QFILTER_POLICY_QAHEAD    = 8, // projection of the key on the query that is expected at the next positions
 };
 
-struct llama_qfilter_params {
-    size_t   struct_size; // sizeof(struct llama_qfilter_params), set by llama_qfilter_default_params()
+// vectors that calibration finds for a layer
+enum llama_qfilter_kind {
+    LLAMA_QFILTER_KIND_FILTERS = 0, // [n_head_kv][head_dim] in the basis of llama.cpp's K rows (after RoPE)
+    LLAMA_QFILTER_KIND_QUERIES = 1, // [n_head_kv][head_dim] the mean query before RoPE
+    LLAMA_QFILTER_KIND_MOMENTS = 2, // [n_head][1 + rank][head_dim] the rows r of each query head with
+                                    // log E[exp(logit of k)] = <k, r[0]> + sum_j <k, r[j]>^2
+};
 
-    uint32_t n_cells;     // most cells a sequence may use (max_length)
+// the name of a policy, NULL: there is no such policy. policies are numbered from 0 without gaps
+LLAMA_API const char * llama_qfilter_policy_name(int32_t policy);
+
+// the kinds of vectors that a policy can work with, best first: enum llama_qfilter_kind, -1 beyond the last of them.
+// the first kind that all layers have is used; a policy without any needs no vectors
+LLAMA_API int32_t llama_qfilter_policy_needs(int32_t policy, int32_t i);
+
+//
+// contexts
+//
+
+struct llama_qfilter_vectors {
+    int32_t       kind;   // enum llama_qfilter_kind
+    int32_t       il;     // layer of the model
+    uint32_t      n_rows; // rows in data: the product of all dimensions but the last
+    uint32_t      n_embd; // numbers in a row: head_dim of K
+    const float * data;   // [n_rows][n_embd], copied
+};
+
+struct llama_qfilter_params {
+    size_t   struct_size;
+
+    uint32_t n_cells;     // most cells a sequence may use (max_length); UINT32_MAX: as many as positions
     uint32_t n_keep;      // cells left after an eviction: at least n_sink + n_window, at most n_cells - n_batch
     uint32_t n_sink;      // first positions, always kept
     uint32_t n_window;    // last positions, always kept
@@ -38,50 +81,17 @@ struct llama_qfilter_params {
     uint32_t flags;       // enum llama_qfilter_flag
     uint32_t seed;        // of LLAMA_QFILTER_POLICY_RANDOM
 
-    // n_filters pointers, one per layer of the model, to [n_head_kv][head_dim] unit vectors in the basis of llama.cpp's K rows
-    // (after RoPE); NULL for layers without a filter. needed by LLAMA_QFILTER_POLICY_QFILTERS, and by _QBLEND if
-    // there are no queries, copied on init
-    uint32_t              n_filters;
-    const float * const * filters;
-
-    // the same for LLAMA_QFILTER_POLICY_QFILTERS2: [n_head][1 + n_rank][head_dim], for each query head the rows r with
-    // log E[exp(logit of k)] = <k, r[0]> + sum_j <k, r[j]>^2
-    uint32_t              n_rank;
-    const float * const * moments;
-
-    // the same for LLAMA_QFILTER_POLICY_QAHEAD and _QBLEND: [n_head_kv][head_dim], the mean query before RoPE. every
-    // eviction turns it to the 256 positions that come next; queries of all layers or of none
-    const float * const * queries;
+    // in any order; kinds that the policy does not use are ignored
+    uint32_t n_vectors;
+    const struct llama_qfilter_vectors * vectors;
 };
 
 enum llama_qfilter_flag {
     LLAMA_QFILTER_FLAG_GRAPH_GATHER = 1, // treat the CPU as another device: move rows with ggml graphs (tests)
 };
 
-// for llama_state_seq_set_data_ext(), beside LLAMA_STATE_SEQ_FLAGS_*: the state may come from a context with another
-// n_cells, n_keep and n_window, if its cells fit; policy, filters and n_sink have to be the same if it was ever evicted
-#define LLAMA_QFILTER_STATE_SEQ_FLAGS_RESIZE (1 << 16)
-
-struct llama_qfilter_stats {
-    size_t   struct_size;    // set by the caller
-
-    uint64_t n_evictions;    // compactions of one sequence
-    uint64_t n_dropped;      // cells freed by them
-    uint64_t n_bytes_moved;  // K and V bytes written by them
-    uint64_t t_score_us;     // time in microseconds
-    uint64_t t_select_us;
-    uint64_t t_gather_us;
-
-    uint32_t n_cells_used;   // over all sequences, at the moment
-    uint32_t n_cells;        // the bound: n_cells * n_seq_max
-    uint32_t n_cells_alloc;  // allocated: the bound rounded up to 256 per sequence
-
-    uint64_t n_bytes_kv;      // allocated for K and V, and for windowed and recurrent layers
-    uint64_t n_bytes_kv_full; // the same if every position of the context had a cell
-    uint64_t n_bytes_scratch; // allocated for evictions, those of the largest one included
-};
-
-LLAMA_API struct llama_qfilter_params llama_qfilter_default_params(void);
+// fills in the defaults, and struct_size
+LLAMA_API void llama_qfilter_params_init(struct llama_qfilter_params * params, size_t struct_size);
 
 // can a context with these parameters have a bounded cache? if not, why (size bytes, zero-terminated) says it in a line
 LLAMA_API bool llama_qfilter_supported(
@@ -97,15 +107,26 @@ LLAMA_API bool llama_qfilter_model_supported(const struct llama_model * model, c
 // are windowed, recurrent, without attention, or attend the keys of another layer
 LLAMA_API bool llama_qfilter_layer_evicts(const struct llama_model * model, int32_t il);
 
-// like llama_init_from_model(); NULL when the parameters are refused (the reason is logged)
+// like llama_init_from_model(); NULL when the parameters are refused, see llama_qfilter_last_error()
 LLAMA_API struct llama_context * llama_qfilter_init_from_model(
                     struct llama_model * model,
               struct llama_context_params cparams,
        const struct llama_qfilter_params * params);
 
-// compact a sequence to n_keep cells now
+//
+// sequences
+//
+
+// compact a sequence to n_keep cells now, of which the last n_window are the newest rows
 // returns 0: done, 1: nothing to do, < 0: error (the sequence is cleared if rows may already have moved)
-LLAMA_API int32_t llama_qfilter_compress(struct llama_context * ctx, llama_seq_id seq_id, uint32_t n_keep);
+LLAMA_API int32_t llama_qfilter_compress(struct llama_context * ctx, llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window);
+
+// tokens that a sequence takes before the next eviction, 0: the next token evicts; < 0: no such sequence or no bounded cache
+LLAMA_API int32_t llama_qfilter_room(const struct llama_context * ctx, llama_seq_id seq_id);
+
+// the smallest p0 for which llama_memory_seq_rm(mem, seq_id, p0, -1) succeeds, 0: any
+// < 0: no such sequence or no bounded cache
+LLAMA_API llama_pos llama_qfilter_rewind_limit(const struct llama_context * ctx, llama_seq_id seq_id);
 
 // the positions that layer il, KV head ih holds for a sequence, ascending, into out (at most capacity)
 // returns their number (which may exceed capacity), < 0: no such sequence, layer, head, or no bounded cache
@@ -127,42 +148,62 @@ LLAMA_API size_t llama_qfilter_rows(
                               void * out,
                             size_t   size);
 
+enum llama_qfilter_state_flag {
+    // the state may come from a context with another n_cells, n_keep and n_window, if its cells fit; policy, vectors and
+    // n_sink have to be the same if it was ever evicted
+    LLAMA_QFILTER_STATE_RESIZE = 1,
+};
+
+// like llama_state_seq_set_data(); flags: enum llama_qfilter_state_flag. 0: refused, the sequence is cleared unless the
+// state was refused before any of it was restored
+LLAMA_API size_t llama_qfilter_state_seq_set_data(
+              struct llama_context * ctx,
+                     const uint8_t * src,
+                            size_t   size,
+                      llama_seq_id   seq_id,
+                          uint32_t   flags);
+
+//
+// statistics
+//
+
+struct llama_qfilter_stats {
+    size_t   struct_size;    // set by the caller
+
+    uint64_t n_evictions;    // compactions of one sequence
+    uint64_t n_dropped;      // cells freed by them
+    uint64_t n_bytes_moved;  // K and V bytes written by them
+    uint64_t t_score_us;     // time in microseconds
+    uint64_t t_select_us;
+    uint64_t t_gather_us;
+
+    uint32_t n_cells_used;   // over all sequences, at the moment
+    uint32_t n_cells;        // the bound: n_cells * n_seq_max
+    uint32_t n_cells_alloc;  // allocated: the bound rounded up to 256 per sequence
+
+    uint64_t n_bytes_kv;      // allocated for K and V, and for windowed and recurrent layers
+    uint64_t n_bytes_kv_full; // the same if every position of the context had a cell
+    uint64_t n_bytes_scratch; // allocated for evictions, those of the largest one included
+};
+
 // returns false if the context has no bounded cache
 LLAMA_API bool llama_qfilter_get_stats(const struct llama_context * ctx, struct llama_qfilter_stats * stats);
 
-// one call of attention, for llama_context_params.cb_eval with Flash Attention on
-struct llama_qfilter_attn {
-    int32_t il;        // the layer whose cached keys are attended
-    int32_t head_dim;
-    int32_t n_head;
-    int32_t n_tokens;  // queries, in the order of the batch
-    int32_t n_head_kv;
-    int32_t n_kv;      // cells, of which the last may be empty
-    float   kq_scale;  // of <q, k> before the softmax
+struct llama_qfilter_seq_stats {
+    size_t   struct_size;    // set by the caller
+
+    uint64_t n_evictions;    // since the sequence was last empty, copied or restored
+    uint64_t n_dropped;
+
+    uint32_t n_cells_used;
+    int32_t  pos_max;        // the last position, -1: empty
 };
 
-// false: not the attention of a single sequence over a KV cache
-LLAMA_API bool llama_qfilter_attn_of(const struct ggml_tensor * t, struct llama_qfilter_attn * attn);
-
-// once computed: the queries [n_head][n_tokens][head_dim], or the cached keys [n_head_kv][n_kv][head_dim]
-LLAMA_API void llama_qfilter_attn_get(const struct ggml_tensor * t, bool is_k, float * out);
-
-// how RoPE turns the queries of a context's layers; to be made before the context decodes, and freed before it
-struct llama_qfilter_ropes;
-
-LLAMA_API struct llama_qfilter_ropes * llama_qfilter_ropes_init(struct llama_context * ctx);
-
-LLAMA_API void llama_qfilter_ropes_free(struct llama_qfilter_ropes * ropes);
-
-// queries after RoPE -> what they were before it. x: [n_pos][n_rows][head_dim] of layer il, changed in place
-// returns false if something else is done to them after RoPE, or the graph does not show it
-LLAMA_API bool llama_qfilter_ropes_back(
-        const struct llama_qfilter_ropes * ropes,
-                           int32_t   il,
-                   const llama_pos * pos,
-                           int64_t   n_pos,
-                           int64_t   n_rows,
-                             float * x);
+// returns false if there is no such sequence or the context has no bounded cache
+LLAMA_API bool llama_qfilter_get_seq_stats(
+        const struct llama_context * ctx,
+                      llama_seq_id   seq_id,
+    struct llama_qfilter_seq_stats * stats);
 
 #ifdef __cplusplus
 }

@@ -1,96 +1,129 @@
-#include "llama-qfilter.h"
+#include "qfilter.h"
+
+#include "llama-memory-qfilter.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
-#include "llama-kv-cache.h"
 #include "llama-model.h"
 
+#include <cstddef>
+#include <cstring>
 #include <stdexcept>
 
 //
-// between llama_context and the caches
+// errors
 //
 
-static llama_qfilter * llama_qfilter_of(llama_memory_t mem) {
-    auto * kv = llama_qfilter::cache_of(mem);
+static thread_local std::string llama_qfilter_error;
 
-    return kv ? kv->qfilter.get() : nullptr;
+void llama_qfilter_set_error(const std::string & message) {
+    llama_qfilter_error = message;
 }
+
+void llama_qfilter_note_error(const std::string & message) {
+    LLAMA_LOG_ERROR("qfilter: %s\n", message.c_str());
+
+    llama_qfilter_set_error(message);
+}
+
+const char * llama_qfilter_last_error() {
+    return llama_qfilter_error.c_str();
+}
+
+uint32_t llama_qfilter_abi_version() {
+    return LLAMA_QFILTER_ABI_VERSION;
+}
+
+// the bounded memory of a context; nullptr, with a note, if it has none
+static llama_memory_qfilter * llama_qfilter_memory(const llama_context * ctx) {
+    llama_qfilter_error.clear();
+
+    auto * mem = ctx ? llama_memory_qfilter_of(ctx->get_memory()) : nullptr;
+    if (!mem) {
+        llama_qfilter_error = "the context has no bounded cache";
+    }
+
+    return mem;
+}
+
+//
+// called by llama_context
+//
 
 llama_memory_i * llama_qfilter_create_memory(
         const llama_model          & model,
         const llama_memory_params  & params_mem,
         const llama_cparams        & cparams,
         const llama_qfilter_params * params) {
+    if (llama_memory_qfilter_of(params_mem.mem_other)) {
+        throw std::runtime_error("a draft context can't share a bounded cache");
+    }
     if (!params) {
         return model.create_memory(params_mem, cparams);
     }
 
-    std::unique_ptr<llama_memory_i> mem(llama_qfilter::create_memory(model, params_mem, cparams, params->n_cells));
-
-    llama_qfilter::cache_of(mem.get())->qfilter = std::make_shared<llama_qfilter>(*mem, cparams, *params);
-
-    return mem.release();
-}
-
-int32_t llama_qfilter_make_room(llama_memory_t mem, const llama_batch & batch) {
-    auto * qf = llama_qfilter_of(mem);
-
-    return qf ? qf->make_room(batch) : 0;
-}
-
-bool llama_qfilter_seq_rm(llama_memory_t mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    const auto * qf = llama_qfilter_of(mem);
-
-    return !qf || qf->can_rm(seq_id, p0, p1);
-}
-
-bool llama_qfilter_seq_cp(llama_memory_t mem, llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos & p0, llama_pos & p1) {
-    auto * qf = llama_qfilter_of(mem);
-
-    return !qf || qf->seq_cp(seq_id_src, seq_id_dst, p0, p1);
-}
-
-bool llama_qfilter_seq_keep(llama_memory_t mem, llama_seq_id seq_id) {
-    const auto * qf = llama_qfilter_of(mem);
-
-    if (qf && !qf->has(seq_id)) {
-        LLAMA_LOG_ERROR("%s: no sequence %d\n", __func__, seq_id);
-        return false;
+    try {
+        return new llama_memory_qfilter(model, params_mem, cparams, *params);
+    } catch (const std::exception & err) {
+        llama_qfilter_set_error(err.what()); // upstream logs it
+        throw;
     }
-
-    return true;
 }
 
-bool llama_qfilter_seq_move(llama_memory_t mem) {
-    if (llama_qfilter_of(mem)) {
-        LLAMA_LOG_ERROR("%s: positions of a bounded cache can't be changed\n", __func__);
-        return false;
-    }
+int32_t llama_qfilter_decode_error(llama_memory_t mem) {
+    const auto * qf = llama_memory_qfilter_of(mem);
 
-    return true;
+    return qf ? qf->decode_error() : -2;
 }
 
 //
-// C API
+// C API: policies
 //
 
-llama_qfilter_params llama_qfilter_default_params() {
-    return {
-        /*.struct_size =*/ sizeof(llama_qfilter_params),
-        /*.n_cells     =*/ 4096,
-        /*.n_keep      =*/ 3584,
-        /*.n_sink      =*/ 4,
-        /*.n_window    =*/ 1024,
-        /*.policy      =*/ LLAMA_QFILTER_POLICY_QFILTERS,
-        /*.flags       =*/ 0,
-        /*.seed        =*/ 0,
-        /*.n_filters   =*/ 0,
-        /*.filters     =*/ nullptr,
-        /*.n_rank      =*/ 0,
-        /*.moments     =*/ nullptr,
-        /*.queries     =*/ nullptr,
-    };
+const char * llama_qfilter_policy_name(int32_t policy) {
+    const auto * info = llama_qfilter_policy_find(policy);
+
+    return info ? info->name : nullptr;
+}
+
+int32_t llama_qfilter_policy_needs(int32_t policy, int32_t i) {
+    const auto * info = llama_qfilter_policy_find(policy);
+
+    for (int32_t j = 0; info && j <= i; ++j) {
+        if (info->needs[j] < 0) {
+            return -1;
+        }
+    }
+
+    return info && i >= 0 ? info->needs[i] : -1;
+}
+
+//
+// C API: contexts
+//
+
+// what both sides know of a struct whose first field is its size
+template <typename T>
+static void llama_qfilter_copy(T & dst, const T & src, size_t struct_size) {
+    memcpy((void *) &dst, (const void *) &src, std::min(struct_size, sizeof(T)));
+}
+
+void llama_qfilter_params_init(llama_qfilter_params * params, size_t struct_size) {
+    if (!params || struct_size < sizeof(params->struct_size)) {
+        return;
+    }
+
+    llama_qfilter_params res = {};
+
+    res.struct_size = struct_size;
+    res.n_cells     = 4096;
+    res.n_keep      = 3584;
+    res.n_sink      = 4;
+    res.n_window    = 1024;
+    res.policy      = LLAMA_QFILTER_POLICY_QBLEND;
+
+    memset((void *) params, 0, struct_size);
+    llama_qfilter_copy(*params, res, struct_size);
 }
 
 // empty: supported
@@ -199,14 +232,18 @@ static bool llama_qfilter_answer(const std::string & refusal, char * why, size_t
 }
 
 bool llama_qfilter_supported(const llama_model * model, llama_context_params cparams, char * why, size_t size) {
-    return llama_qfilter_answer(llama_qfilter_refusal(*model, cparams), why, size);
+    return llama_qfilter_answer(model ? llama_qfilter_refusal(*model, cparams) : "there is no model", why, size);
 }
 
 bool llama_qfilter_model_supported(const llama_model * model, char * why, size_t size) {
-    return llama_qfilter_answer(llama_qfilter_refusal(*model), why, size);
+    return llama_qfilter_answer(model ? llama_qfilter_refusal(*model) : "there is no model", why, size);
 }
 
 bool llama_qfilter_layer_evicts(const llama_model * model, int32_t il) {
+    if (!model) {
+        return false;
+    }
+
     const auto & hparams = model->hparams;
 
     // falcon-h1 has both in every layer
@@ -220,15 +257,19 @@ llama_context * llama_init_from_model(llama_model * model, llama_context_params 
     return llama_qfilter_init_context(model, cparams, nullptr);
 }
 
-llama_context * llama_qfilter_init_from_model(llama_model * model, llama_context_params cparams, const llama_qfilter_params * params) {
+// NULL, with a note: these parameters don't make a context
+static llama_context * llama_qfilter_try_init(llama_model * model, llama_context_params cparams, const llama_qfilter_params * params_in) {
     if (!model) {
-        LLAMA_LOG_ERROR("%s: model cannot be NULL\n", __func__);
+        llama_qfilter_note_error("model cannot be NULL");
         return nullptr;
     }
-    if (!params || params->struct_size != sizeof(llama_qfilter_params)) {
-        LLAMA_LOG_ERROR("%s: the parameters are of another version of qfilter.h\n", __func__);
+    if (!params_in || params_in->struct_size < offsetof(llama_qfilter_params, n_vectors) || params_in->struct_size > sizeof(llama_qfilter_params)) {
+        llama_qfilter_note_error("the parameters are of another version of qfilter.h");
         return nullptr;
     }
+
+    llama_qfilter_params params = {};
+    llama_qfilter_copy(params, *params_in, params_in->struct_size);
 
     if (cparams.n_seq_max <= 1) {
         cparams.kv_unified = false; // one stream either way; this way ids of other sequences are refused
@@ -236,17 +277,17 @@ llama_context * llama_qfilter_init_from_model(llama_model * model, llama_context
 
     const std::string refusal = llama_qfilter_refusal(*model, cparams);
     if (!refusal.empty()) {
-        LLAMA_LOG_ERROR("%s: %s\n", __func__, refusal.c_str());
+        llama_qfilter_note_error(refusal);
         return nullptr;
     }
 
-    llama_context * ctx = llama_qfilter_init_context(model, cparams, params);
+    llama_context * ctx = llama_qfilter_init_context(model, cparams, &params);
 
     if (ctx) {
         try {
-            llama_qfilter_of(ctx->get_memory())->init(ctx);
+            llama_memory_qfilter_of(ctx->get_memory())->init(ctx);
         } catch (const std::exception & err) {
-            LLAMA_LOG_ERROR("%s: %s\n", __func__, err.what());
+            llama_qfilter_note_error(err.what());
             llama_free(ctx);
             return nullptr;
         }
@@ -255,33 +296,101 @@ llama_context * llama_qfilter_init_from_model(llama_model * model, llama_context
     return ctx;
 }
 
-int32_t llama_qfilter_compress(llama_context * ctx, llama_seq_id seq_id, uint32_t n_keep) {
-    auto * qf = llama_qfilter_of(ctx->get_memory());
+llama_context * llama_qfilter_init_from_model(llama_model * model, llama_context_params cparams, const llama_qfilter_params * params) {
+    llama_qfilter_error.clear();
 
-    return qf ? qf->compress(seq_id, n_keep) : -1;
+    auto * ctx = llama_qfilter_try_init(model, cparams, params);
+
+    if (!ctx && llama_qfilter_error.empty()) {
+        llama_qfilter_error = "llama.cpp made no context: its log says why";
+    }
+
+    return ctx;
+}
+
+//
+// C API: sequences
+//
+
+int32_t llama_qfilter_compress(llama_context * ctx, llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window) {
+    auto * qf = llama_qfilter_memory(ctx);
+
+    return qf ? qf->compress(seq_id, n_keep, n_window) : -1;
+}
+
+int32_t llama_qfilter_room(const llama_context * ctx, llama_seq_id seq_id) {
+    const auto * qf = llama_qfilter_memory(ctx);
+
+    return qf ? qf->room(seq_id) : -1;
+}
+
+llama_pos llama_qfilter_rewind_limit(const llama_context * ctx, llama_seq_id seq_id) {
+    const auto * qf = llama_qfilter_memory(ctx);
+
+    return qf ? qf->rewind_limit(seq_id) : -1;
 }
 
 int32_t llama_qfilter_kept(const llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t ih, llama_pos * out, size_t capacity) {
-    const auto * qf = llama_qfilter_of(ctx->get_memory());
+    const auto * qf = llama_qfilter_memory(ctx);
 
-    return qf ? qf->kept(seq_id, il, ih, out, capacity) : -1;
+    return qf ? qf->kept(seq_id, il, ih, out, out ? capacity : 0) : -1;
 }
 
 size_t llama_qfilter_rows(llama_context * ctx, llama_seq_id seq_id, int32_t il, bool is_v, void * out, size_t size) {
-    const auto * qf = llama_qfilter_of(ctx->get_memory());
+    const auto * qf = llama_qfilter_memory(ctx);
 
     return qf ? qf->rows(seq_id, il, is_v, out, size) : 0;
 }
 
-bool llama_qfilter_get_stats(const llama_context * ctx, llama_qfilter_stats * stats) {
-    const auto * qf = llama_qfilter_of(ctx->get_memory());
+size_t llama_qfilter_state_seq_set_data(llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq_id, uint32_t flags) {
+    auto * qf = llama_qfilter_memory(ctx);
+    if (!qf || !src) {
+        return 0;
+    }
 
-    if (!qf || stats->struct_size != sizeof(llama_qfilter_stats)) {
+    qf->resize = flags & LLAMA_QFILTER_STATE_RESIZE;
+
+    const size_t res = llama_state_seq_set_data(ctx, src, size, seq_id);
+
+    qf->resize = false;
+
+    if (res == 0 && llama_qfilter_error.empty()) {
+        llama_qfilter_error = "llama.cpp refused the state: its log says why";
+    }
+
+    return res;
+}
+
+//
+// C API: statistics
+//
+
+bool llama_qfilter_get_stats(const llama_context * ctx, llama_qfilter_stats * stats) {
+    const auto * qf = llama_qfilter_memory(ctx);
+    if (!qf || !stats) {
         return false;
     }
 
-    qf->get_stats(*stats);
-    stats->struct_size = sizeof(llama_qfilter_stats);
+    llama_qfilter_stats res = {};
+    qf->get_stats(res);
+
+    res.struct_size = stats->struct_size;
+    llama_qfilter_copy(*stats, res, stats->struct_size);
+
+    return true;
+}
+
+bool llama_qfilter_get_seq_stats(const llama_context * ctx, llama_seq_id seq_id, llama_qfilter_seq_stats * stats) {
+    const auto * qf = llama_qfilter_memory(ctx);
+
+    llama_qfilter_seq_stats res = {};
+
+    if (!qf || !stats || !qf->get_stats(seq_id, res)) {
+        return false;
+    }
+
+    res.struct_size = stats->struct_size;
+    llama_qfilter_copy(*stats, res, stats->struct_size);
 
     return true;
 }

@@ -1,8 +1,8 @@
 #include "llama-qfilter-policy.h"
 
-#include "llama-impl.h"
+#include "ggml.h"
 
-#include <stdexcept>
+#include <initializer_list>
 
 // <k, v> with one v per head
 //   k: [n_embd_head, n_head, n_rows], v: [n_embd_head, n_head], returns [n_rows, n_head]
@@ -114,17 +114,25 @@ static ggml_tensor * llama_qfilter_sum(ggml_context * ctx, ggml_tensor * x) {
     return rest ? ggml_add(ctx, x, rest) : x;
 }
 
+// every row of x at unit length. two dimensions: CUDA has a grid dimension of at most 65,535 for the third
+//   x: [n_embd, n_head, n_rows]
+static ggml_tensor * llama_qfilter_unit(ggml_context * ctx, ggml_tensor * x) {
+    const float eps = 1e-12f;
+
+    ggml_tensor * cur = ggml_l2_norm(ctx, ggml_reshape_2d(ctx, x, x->ne[0], x->ne[1]*x->ne[2]), eps);
+
+    return ggml_reshape_3d(ctx, cur, x->ne[0], x->ne[1], x->ne[2]);
+}
+
 // keys unlike the others stay (arXiv 2504.15364, section 3): minus the cosine of the key with the mean of the head's
 // normalized keys
 static ggml_tensor * llama_qfilter_score_keydiff(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
     GGML_UNUSED(v);
     GGML_UNUSED(f);
 
-    const float eps = 1e-12f;
+    k = llama_qfilter_unit(ctx, k);
 
-    k = ggml_l2_norm(ctx, k, eps);
-
-    ggml_tensor * mean = ggml_l2_norm(ctx, llama_qfilter_sum(ctx, k), eps); // its length does not matter
+    ggml_tensor * mean = llama_qfilter_unit(ctx, llama_qfilter_sum(ctx, k)); // its length does not matter
 
     return ggml_scale(ctx, llama_qfilter_dot(ctx, k, mean), -1.0f);
 }
@@ -181,23 +189,26 @@ static float llama_qfilter_score_random(uint32_t seed, uint32_t il, uint32_t ih,
     return (float) (x >> 40)*0x1p-24f;
 }
 
+// in the order of their numbers
 static const llama_qfilter_policy_info LLAMA_QFILTER_POLICIES[] = {
-    { LLAMA_QFILTER_POLICY_QFILTERS,  "qfilters",  LLAMA_QFILTER_NEEDS_FILTERS, llama_qfilter_score_qfilters,  nullptr                       },
-    { LLAMA_QFILTER_POLICY_KNORM,     "knorm",     LLAMA_QFILTER_NEEDS_NOTHING, llama_qfilter_score_knorm,     nullptr                       },
-    { LLAMA_QFILTER_POLICY_STREAMING, "streaming", LLAMA_QFILTER_NEEDS_NOTHING, nullptr,                       llama_qfilter_score_streaming },
-    { LLAMA_QFILTER_POLICY_KEYDIFF,   "keydiff",   LLAMA_QFILTER_NEEDS_NOTHING, llama_qfilter_score_keydiff,   nullptr                       },
-    { LLAMA_QFILTER_POLICY_RANDOM,    "random",    LLAMA_QFILTER_NEEDS_NOTHING, nullptr,                       llama_qfilter_score_random    },
-    { LLAMA_QFILTER_POLICY_QFILTERS2, "qfilters2", LLAMA_QFILTER_NEEDS_MOMENTS, llama_qfilter_score_qfilters2, nullptr                       },
-    { LLAMA_QFILTER_POLICY_QBLEND,    "qblend",    LLAMA_QFILTER_NEEDS_EITHER,  llama_qfilter_score_blend,     nullptr                       },
-    { LLAMA_QFILTER_POLICY_KVDIFF,    "kvdiff",    LLAMA_QFILTER_NEEDS_NOTHING, llama_qfilter_score_blend,     nullptr                       },
-    { LLAMA_QFILTER_POLICY_QAHEAD,    "qahead",    LLAMA_QFILTER_NEEDS_QUERIES, llama_qfilter_score_qfilters,  nullptr                       },
+    { LLAMA_QFILTER_POLICY_QFILTERS,  "qfilters",  { LLAMA_QFILTER_KIND_FILTERS, -1 },                             llama_qfilter_score_qfilters,  nullptr                       },
+    { LLAMA_QFILTER_POLICY_KNORM,     "knorm",     { -1 },                                                         llama_qfilter_score_knorm,     nullptr                       },
+    { LLAMA_QFILTER_POLICY_STREAMING, "streaming", { -1 },                                                         nullptr,                       llama_qfilter_score_streaming },
+    { LLAMA_QFILTER_POLICY_KEYDIFF,   "keydiff",   { -1 },                                                         llama_qfilter_score_keydiff,   nullptr                       },
+    { LLAMA_QFILTER_POLICY_RANDOM,    "random",    { -1 },                                                         nullptr,                       llama_qfilter_score_random    },
+    { LLAMA_QFILTER_POLICY_QFILTERS2, "qfilters2", { LLAMA_QFILTER_KIND_MOMENTS, -1 },                             llama_qfilter_score_qfilters2, nullptr                       },
+    { LLAMA_QFILTER_POLICY_QBLEND,    "qblend",    { LLAMA_QFILTER_KIND_QUERIES, LLAMA_QFILTER_KIND_FILTERS, -1 }, llama_qfilter_score_blend,     nullptr                       },
+    { LLAMA_QFILTER_POLICY_KVDIFF,    "kvdiff",    { -1 },                                                         llama_qfilter_score_blend,     nullptr                       },
+    { LLAMA_QFILTER_POLICY_QAHEAD,    "qahead",    { LLAMA_QFILTER_KIND_QUERIES, -1 },                             llama_qfilter_score_qfilters,  nullptr                       },
 };
 
-const llama_qfilter_policy_info & llama_qfilter_policy_get(int32_t policy) {
-    for (const auto & p : LLAMA_QFILTER_POLICIES) {
-        if (p.policy == policy) {
-            return p;
-        }
+const llama_qfilter_policy_info * llama_qfilter_policy_find(int32_t policy) {
+    const int32_t n = sizeof(LLAMA_QFILTER_POLICIES)/sizeof(LLAMA_QFILTER_POLICIES[0]);
+
+    if (policy < 0 || policy >= n) {
+        return nullptr;
     }
-    throw std::runtime_error(format("qfilter: unknown policy %d", policy));
+    GGML_ASSERT(LLAMA_QFILTER_POLICIES[policy].policy == policy);
+
+    return &LLAMA_QFILTER_POLICIES[policy];
 }

@@ -4,20 +4,11 @@
 
 #include "ggml.h"
 
-// what a policy needs of the model's file
-enum llama_qfilter_needs {
-    LLAMA_QFILTER_NEEDS_NOTHING,
-    LLAMA_QFILTER_NEEDS_FILTERS,
-    LLAMA_QFILTER_NEEDS_QUERIES, // before RoPE
-    LLAMA_QFILTER_NEEDS_EITHER,  // queries, or filters if there are none
-    LLAMA_QFILTER_NEEDS_MOMENTS,
-};
-
 // how the rows of a policy are scored: one of the two functions, large = keep
 struct llama_qfilter_policy_info {
     llama_qfilter_policy policy;
     const char *         name;
-    llama_qfilter_needs  needs;
+    int32_t              needs[3]; // enum llama_qfilter_kind, best first, -1 after the last: see llama_qfilter_policy_needs()
 
     // from the keys, on their device
     //   k: cached keys   [n_embd_head_k, n_head, n_rows] F32, in the order of their positions
@@ -31,5 +22,5 @@ struct llama_qfilter_policy_info {
     float (*score_pos)(uint32_t seed, uint32_t il, uint32_t ih, llama_pos pos);
 };
 
-// throws std::runtime_error if there is no such policy
-const llama_qfilter_policy_info & llama_qfilter_policy_get(int32_t policy);
+// nullptr if there is no such policy
+const llama_qfilter_policy_info * llama_qfilter_policy_find(int32_t policy);

@@ -13,7 +13,7 @@ from llama_cpp._logger import set_verbose
 from fuzz.cache import N_REP, Row, Settings, moments
 from qfllama import native
 from qfllama.config import POLICIES
-from qfllama.llama import STATE_RESIZE, cache_type
+from qfllama.llama import cache_type
 
 set_verbose(False)
 
@@ -94,7 +94,7 @@ class Engine:
 
     def compress(self, seq: int, n_keep: int, abort=None) -> int:
         self.polls_left = abort
-        result = native.compress(self.ctx, seq, n_keep)
+        result = native.compress(self.ctx, seq, n_keep, self.settings.n_window)
         self.polls_left = None
         return result
 
@@ -132,8 +132,8 @@ class Engine:
         data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         if seq is None:
             return llama_cpp.llama_state_set_data(self.ctx, data, len(state)) == len(state)
-        load = llama_cpp.llama_state_seq_set_data_ext
-        return load(self.ctx, data, len(state), seq, STATE_RESIZE if resize else 0) == len(state)
+        flags = native.STATE_RESIZE if resize else 0
+        return native.state_seq_set_data(self.ctx, data, len(state), seq, flags) == len(state)
 
     # -- looking
 
@@ -186,18 +186,22 @@ def init(model: internals.LlamaModel, settings: Settings, weight: np.ndarray):
     cparams.kv_unified = False
     cparams.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
     cparams.type_k, cparams.type_v = cache_type(settings.type_k), cache_type(settings.type_v)
-    params = native.default_params()
+    params = native.Params()
+    native.params_init(ctypes.byref(params), ctypes.sizeof(params))
     for name in ("n_cells", "n_keep", "n_sink", "n_window", "seed", "flags"):
         setattr(params, name, getattr(settings, name))
     params.policy = POLICIES.index(settings.policy)
-    float_p = ctypes.POINTER(ctypes.c_float)
-    second = moments(weight)
-    params.n_filters, params.n_rank = N_LAYER, second.shape[2] - 1
-    before_rope = np.ascontiguousarray(weight[..., ::-1])
-    params.filters, params.moments, queries = (
-        (float_p * N_LAYER)(*(layer.ctypes.data_as(float_p) for layer in rows))
-        for rows in (weight, second, before_rope)
-    )
+    arrays = {"filters": weight, "moments": moments(weight)}
     if settings.policy == "qahead":  # qblend would take them, too
-        params.queries = queries
+        arrays["queries"] = np.ascontiguousarray(weight[..., ::-1])
+    vectors = [
+        native.Vectors(
+            native.KINDS.index(kind), il, rows.size // rows.shape[-1], rows.shape[-1],
+            rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+        )
+        for kind, layers in arrays.items()
+        for il, rows in enumerate(layers)
+    ]  # fmt: skip
+    params.n_vectors = len(vectors)
+    params.vectors = (native.Vectors * len(vectors))(*vectors)
     return native.init_from_model(model.model, cparams, ctypes.byref(params))

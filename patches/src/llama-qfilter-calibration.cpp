@@ -1,12 +1,18 @@
 // the inputs of attention while a context computes: what filters are calibrated from
 
-#include "llama-qfilter.h"
+#include "qfilter-calibration.h"
+
+#include "llama-qfilter-vectors.h"
+
+#include "llama-context.h"
+#include "llama-model.h"
 
 #include "ggml-backend.h"
 #include "ggml.h"
 
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <vector>
 
 // the layer whose rows a tensor holds: upstream names the cache of layer 7 "cache_k_l7", see llama-kv-cache.cpp; a view
@@ -76,4 +82,33 @@ void llama_qfilter_attn_get(const ggml_tensor * t, bool is_k, float * out) {
             out += src->ne[0];
         }
     }
+}
+
+struct llama_qfilter_ropes {
+    std::map<int32_t, llama_qfilter_rope> layers; // those that can be turned
+};
+
+llama_qfilter_ropes * llama_qfilter_ropes_init(llama_context * ctx) {
+    auto * ropes = new llama_qfilter_ropes;
+
+    for (int32_t il = 0; il < (int32_t) ctx->get_model().hparams.n_layer(); ++il) {
+        llama_qfilter_rope rope;
+
+        if (rope.init(ctx, il)) {
+            ropes->layers[il] = std::move(rope);
+        }
+    }
+
+    return ropes;
+}
+
+void llama_qfilter_ropes_free(llama_qfilter_ropes * ropes) {
+    delete ropes;
+}
+
+bool llama_qfilter_ropes_back(
+        const llama_qfilter_ropes * ropes, int32_t il, const llama_pos * pos, int64_t n_pos, int64_t n_rows, float * x) {
+    const auto it = ropes->layers.find(il);
+
+    return it != ropes->layers.end() && it->second.turn(true, pos, n_pos, n_rows, x);
 }

@@ -1,0 +1,50 @@
+// What filters are calibrated from: the inputs of attention while a context computes. UNSTABLE: it depends on how
+// upstream names the nodes of its graphs, and may change with every version.
+#pragma once
+
+#include "llama.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// one call of attention, for llama_context_params.cb_eval with Flash Attention on
+struct llama_qfilter_attn {
+    int32_t il;        // the layer whose cached keys are attended
+    int32_t head_dim;
+    int32_t n_head;
+    int32_t n_tokens;  // queries, in the order of the batch
+    int32_t n_head_kv;
+    int32_t n_kv;      // cells, of which the last may be empty
+    float   kq_scale;  // of <q, k> before the softmax
+};
+
+// false: not the attention of a single sequence over a KV cache
+LLAMA_API bool llama_qfilter_attn_of(const struct ggml_tensor * t, struct llama_qfilter_attn * attn);
+
+// once computed: the queries [n_head][n_tokens][head_dim], or the cached keys [n_head_kv][n_kv][head_dim]
+LLAMA_API void llama_qfilter_attn_get(const struct ggml_tensor * t, bool is_k, float * out);
+
+// how RoPE turns the queries of a context's layers; to be made before the context decodes, and freed before it
+struct llama_qfilter_ropes;
+
+LLAMA_API struct llama_qfilter_ropes * llama_qfilter_ropes_init(struct llama_context * ctx);
+
+LLAMA_API void llama_qfilter_ropes_free(struct llama_qfilter_ropes * ropes);
+
+// queries after RoPE -> what they were before it. x: [n_pos][n_rows][head_dim] of layer il, changed in place
+// returns false if something else is done to them after RoPE, or the graph does not show it
+LLAMA_API bool llama_qfilter_ropes_back(
+        const struct llama_qfilter_ropes * ropes,
+                           int32_t   il,
+                   const llama_pos * pos,
+                           int64_t   n_pos,
+                           int64_t   n_rows,
+                             float * x);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,582 @@
+#include "llama-memory-qfilter.h"
+
+#include "llama-batch.h"
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid-idx.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+
+static const uint32_t LLAMA_QFILTER_STATE_MAGIC   = 0x746c6671; // "qflt"
+static const uint32_t LLAMA_QFILTER_STATE_VERSION = 2;
+
+// cells are allocated in steps of what llama_kv_cache::get_n_kv() pads to
+static const uint32_t LLAMA_QFILTER_PAD = 256;
+
+//
+// the parts of a memory
+//
+
+static llama_kv_cache_iswa * llama_qfilter_iswa_of(llama_memory_i * mem) {
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid_iswa *>(mem)) {
+        return hybrid->get_mem_attn();
+    }
+
+    return dynamic_cast<llama_kv_cache_iswa *>(mem);
+}
+
+static llama_memory_recurrent * llama_qfilter_recr_of(llama_memory_i * mem) {
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid_iswa *>(mem)) {
+        return hybrid->get_mem_recr();
+    }
+
+    auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem);
+
+    return hybrid ? hybrid->get_mem_recr() : nullptr;
+}
+
+// the KV cache that grows with the context, nullptr: none, or of a kind that can't be bounded
+static llama_kv_cache * llama_qfilter_cache_of(llama_memory_i * mem) {
+    if (auto * iswa = llama_qfilter_iswa_of(mem)) {
+        return iswa->get_base();
+    }
+
+    auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem);
+    if (hybrid && !dynamic_cast<llama_memory_hybrid_idx *>(mem)) {
+        return hybrid->get_mem_attn();
+    }
+
+    return dynamic_cast<llama_kv_cache *>(mem);
+}
+
+llama_memory_qfilter * llama_memory_qfilter_of(llama_memory_t mem) {
+    return dynamic_cast<llama_memory_qfilter *>(mem);
+}
+
+static const llama_qfilter_policy_info & llama_qfilter_policy_get(int32_t policy) {
+    const auto * info = llama_qfilter_policy_find(policy);
+    if (!info) {
+        throw std::runtime_error(format("unknown policy %d", policy));
+    }
+    return *info;
+}
+
+//
+// llama_memory_qfilter
+//
+
+std::unique_ptr<llama_memory_i> llama_memory_qfilter::create(
+        const llama_model         & model,
+        const llama_memory_params & params_mem_in,
+        const llama_cparams       & cparams_in,
+              uint32_t              n_cells) {
+    llama_memory_params params_mem = params_mem_in;
+    llama_cparams       cparams    = cparams_in;
+
+    const uint32_t n_ctx_seq = cparams_in.n_ctx_seq;
+    const uint32_t n_alloc   = std::min<uint32_t>(GGML_PAD(std::min(n_cells, n_ctx_seq), LLAMA_QFILTER_PAD), n_ctx_seq);
+
+    cparams.n_ctx_seq = n_alloc;
+
+    // upstream makes the windowed part as large as the other one when swa_full is set, and never larger
+    params_mem.swa_full = false;
+
+    if (model.hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        const uint32_t n_alloc_swa = GGML_PAD(model.hparams.n_swa + cparams.n_ubatch, LLAMA_QFILTER_PAD);
+
+        cparams.n_ctx_seq = std::min(std::max(n_alloc, n_alloc_swa), n_ctx_seq);
+    }
+
+    std::unique_ptr<llama_memory_i> mem(model.create_memory(params_mem, cparams));
+
+    auto * kv = llama_qfilter_cache_of(mem.get());
+    if (!kv || kv->layers.empty()) {
+        throw std::runtime_error(format("the cache of %s models can't be bounded", model.arch_name().c_str()));
+    }
+    if (kv->v_trans) {
+        throw std::runtime_error("Flash Attention is off for this model: the V cache is stored transposed");
+    }
+
+    auto * iswa = llama_qfilter_iswa_of(mem.get());
+    if (iswa && kv->get_size() > n_alloc) {
+        // the window needs more cells than the bound allows: the same cache again, smaller
+        std::map<int32_t, int32_t> ils; // layer -> layer whose cells it uses
+        for (const auto & [il, ikv] : kv->map_layer_ids) {
+            ils[il] = kv->layers[ikv].il;
+        }
+
+        iswa->kv_base.reset();
+        iswa->kv_base = std::make_unique<llama_kv_cache>(
+                model, model.hparams, params_mem.type_k, params_mem.type_v,
+                false, cparams.offload_kqv, cparams.kv_unified, n_alloc, cparams.n_seq_max, 1,
+                0, LLAMA_SWA_TYPE_NONE, nullptr,
+                [&](int32_t il) { return ils.count(il) > 0; },
+                [&](int32_t il) { return ils.count(il) > 0 && ils[il] != il ? ils[il] : -1; },
+                nullptr);
+    }
+
+    return mem;
+}
+
+llama_memory_qfilter::llama_memory_qfilter(
+        const llama_model          & model,
+        const llama_memory_params  & params_mem,
+        const llama_cparams        & cparams,
+        const llama_qfilter_params & params) :
+    mem(create(model, params_mem, cparams, params.n_cells)), kv(*llama_qfilter_cache_of(mem.get())),
+    kv_swa(llama_qfilter_iswa_of(mem.get()) ? llama_qfilter_iswa_of(mem.get())->get_swa() : nullptr),
+    recr(llama_qfilter_recr_of(mem.get())),
+    n_ctx_seq(cparams.n_ctx_seq),
+    n_cells(std::min(params.n_cells, cparams.n_ctx_seq)), n_keep(params.n_keep), n_sink(params.n_sink), n_window(params.n_window),
+    flags(params.flags), seed(params.seed), policy(llama_qfilter_policy_get(params.policy)) {
+
+    if (n_cells < n_ctx_seq) {
+        if (n_keep >= n_cells || n_keep < n_keep_min(n_window)) {
+            throw std::runtime_error(format("n_keep (%u) must be at least n_sink (%u) + n_window (%u, at least 1) and less than n_cells (%u)",
+                        n_keep, n_sink, n_window, n_cells));
+        }
+
+        if (cparams.n_batch > n_cells - n_keep) {
+            throw std::runtime_error(format("n_batch (%u) must be at most n_cells - n_keep (%u)", cparams.n_batch, n_cells - n_keep));
+        }
+    }
+
+    for (const auto & layer : kv.layers) {
+        const uint32_t n_head = kv.hparams.n_head_kv(layer.il);
+
+        if (n_head == 0) {
+            continue; // no attention in this layer
+        }
+
+        layers.push_back({
+            /*.il       =*/ (int32_t) layer.il,
+            /*.n_head   =*/ n_head,
+            /*.n_rep    =*/ kv.hparams.n_head(layer.il)/n_head,
+            /*.head0    =*/ n_head_all,
+            /*.n_embd_k =*/ (uint32_t) layer.k->ne[0]/n_head,
+            /*.n_embd_v =*/ (uint32_t) layer.v->ne[0]/n_head,
+            /*.k        =*/ layer.k_stream,
+            /*.v        =*/ layer.v_stream,
+        });
+        n_head_all += n_head;
+    }
+
+    streams.resize(kv.n_stream);
+
+    if (kv_swa) {
+        // a state needs all cells of the window, also those that the next token does not see: then the sums of attention
+        // are the same to the last bit
+        kv_swa->qfilter_window = true;
+    }
+
+    llama_qfilter_rotation rotation;
+
+    if (kv.attn_rot_k) {
+        rotation.n_rot = 64;
+        while (kv.n_embd_head_k_all % (2*rotation.n_rot) == 0) {
+            rotation.n_rot *= 2;
+        }
+        rotation.matrix = &kv.attn_rot_hadamard.at(rotation.n_rot);
+    }
+
+    vectors.load(policy, params, layers, rotation);
+}
+
+llama_memory_qfilter::~llama_memory_qfilter() = default;
+
+void llama_memory_qfilter::init(llama_context * lctx) {
+    this->lctx = lctx;
+
+    auto * sched = lctx->get_sched();
+
+    const int n_backends = ggml_backend_sched_get_n_backends(sched);
+
+    threads.backend = ggml_backend_sched_get_backend(sched, n_backends - 1); // the CPU
+    threads.update(lctx);
+
+    vectors.init_ropes(lctx, layers);
+
+    if (!vectors.empty()) {
+        // beside the keys
+        for (auto & layer : layers) {
+            ggml_context_ptr ctx(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
+
+            int64_t ne[4];
+            vectors.shape(layer, ne);
+
+            layer.vectors = ggml_new_tensor(ctx.get(), GGML_TYPE_F32, 4, ne);
+
+            ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_buffer_get_type(layer.k[0]->buffer)));
+            if (!buf) {
+                throw std::runtime_error(format("no memory for the vectors of layer %d", layer.il));
+            }
+            ctxs_bufs.emplace_back(std::move(ctx), std::move(buf));
+        }
+
+        vectors.set(layers, 0);
+    }
+
+    for (const auto & layer : layers) {
+        auto * buffer = layer.k[0]->buffer;
+        auto * dev    = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
+
+        // plain CPU buffers name no device
+        ggml_backend_t backend = threads.backend;
+        for (int i = 0; i < n_backends; ++i) {
+            if (dev && ggml_backend_get_device(ggml_backend_sched_get_backend(sched, i)) == dev) {
+                backend = ggml_backend_sched_get_backend(sched, i);
+                break;
+            }
+        }
+
+        auto it = std::find_if(workers.begin(), workers.end(), [&](const auto & w) { return w->backend == backend; });
+        if (it == workers.end()) {
+            const bool on_host = ggml_backend_buffer_is_host(buffer) && !(flags & LLAMA_QFILTER_FLAG_GRAPH_GATHER);
+
+            workers.push_back(on_host ?
+                    llama_qfilter_worker::on_host(backend, policy, threads) :
+                    llama_qfilter_worker::on_device(backend, policy));
+            it = workers.end() - 1;
+        }
+
+        (*it)->layers.push_back(layer);
+    }
+
+    for (auto & w : workers) {
+        w->init(n_cells);
+    }
+}
+
+//
+// llama_memory_i
+//
+
+llama_memory_context_ptr llama_memory_qfilter::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
+    error = make_room(balloc.get_batch());
+
+    return error == 0 ? mem->init_batch(balloc, n_ubatch, embd_all) : nullptr;
+}
+
+llama_memory_context_ptr llama_memory_qfilter::init_full() {
+    return mem->init_full();
+}
+
+llama_memory_context_ptr llama_memory_qfilter::init_update(llama_context * lctx, bool optimize) {
+    return mem->init_update(lctx, optimize);
+}
+
+bool llama_memory_qfilter::get_can_shift() const {
+    return false;
+}
+
+void llama_memory_qfilter::clear(bool data) {
+    mem->clear(data);
+}
+
+bool llama_memory_qfilter::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    return can_rm(seq_id, p0, p1) && mem->seq_rm(seq_id, p0, p1);
+}
+
+void llama_memory_qfilter::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
+    if (!has(seq_id_src) || !has(seq_id_dst)) {
+        llama_qfilter_note_error(format("no sequence %d or %d: raise n_seq_max", seq_id_src, seq_id_dst));
+        return;
+    }
+    if (seq_id_src == seq_id_dst) {
+        return;
+    }
+
+    const auto & cells = kv.v_cells[seq_id_src];
+
+    if (cells.get_used() > 0 && (p0 > cells.seq_pos_min(seq_id_src) || (p1 >= 0 && p1 <= cells.seq_pos_max(seq_id_src)))) {
+        llama_qfilter_note_error(format("a bounded cache copies whole sequences only, not [%d, %d)", p0, p1));
+        return;
+    }
+
+    streams[seq_id_dst] = get_stream(seq_id_src);
+
+    mem->seq_cp(seq_id_src, seq_id_dst, -1, -1);
+}
+
+void llama_memory_qfilter::seq_keep(llama_seq_id seq_id) {
+    if (!has(seq_id)) {
+        llama_qfilter_note_error(format("no sequence %d", seq_id));
+        return;
+    }
+
+    mem->seq_keep(seq_id);
+}
+
+void llama_memory_qfilter::seq_add(llama_seq_id, llama_pos, llama_pos, llama_pos) {
+    llama_qfilter_note_error("positions of a bounded cache can't be changed");
+}
+
+void llama_memory_qfilter::seq_div(llama_seq_id, llama_pos, llama_pos, int) {
+    llama_qfilter_note_error("positions of a bounded cache can't be changed");
+}
+
+llama_pos llama_memory_qfilter::seq_pos_min(llama_seq_id seq_id) const {
+    return mem->seq_pos_min(seq_id);
+}
+
+llama_pos llama_memory_qfilter::seq_pos_max(llama_seq_id seq_id) const {
+    return mem->seq_pos_max(seq_id);
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> llama_memory_qfilter::memory_breakdown() const {
+    return mem->memory_breakdown();
+}
+
+//
+// what may be changed
+//
+
+uint64_t llama_memory_qfilter::n_keep_min(uint32_t n_window) const {
+    return (uint64_t) n_sink + std::max(1u, n_window); // the newest position has to stay: batches go on from it
+}
+
+bool llama_memory_qfilter::has(llama_seq_id seq_id) const {
+    return seq_id >= 0 && (size_t) seq_id < streams.size();
+}
+
+llama_qfilter_order llama_memory_qfilter::order_of(llama_seq_id seq_id) const {
+    return llama_qfilter_order(kv.v_cells[seq_id].seq_pos_get(seq_id));
+}
+
+const llama_memory_qfilter::stream & llama_memory_qfilter::get_stream(llama_seq_id seq_id) const {
+    static const stream none;
+
+    return kv.v_cells[seq_id].get_used() == 0 ? none : streams[seq_id];
+}
+
+bool llama_memory_qfilter::can_cut(llama_seq_id seq_id, llama_pos p0) const {
+    const auto & cells = kv.v_cells[seq_id];
+    const auto & table = get_stream(seq_id).table;
+
+    if (p0 > cells.seq_pos_max(seq_id)) {
+        return true; // nothing
+    }
+
+    if (p0 < table.p1) {
+        LLAMA_LOG_DEBUG("%s: seq %d: positions before %d are compacted, can't cut at %d\n", __func__, seq_id, table.p1, p0);
+        return false;
+    }
+
+    if (table.p1 > 0) {
+        // the next position would be one that was compacted
+        const auto & sp = cells.seq_pos_get(seq_id);
+        const auto   it = sp.lower_bound({ table.p0, 0 });
+
+        if (it == sp.end() || it->first >= p0) {
+            LLAMA_LOG_DEBUG("%s: seq %d: nothing after the sinks would be left, can't cut at %d\n", __func__, seq_id, p0);
+            return false;
+        }
+    }
+
+    // a sequence that goes on at p0 sees what is in the window there
+    if (kv_swa) {
+        const llama_pos pos_min = kv_swa->v_cells[seq_id].seq_pos_min(seq_id);
+
+        if (pos_min > 0 && !llama_hparams::is_masked_swa(kv_swa->n_swa, kv_swa->swa_type, pos_min - 1, p0)) {
+            LLAMA_LOG_DEBUG("%s: seq %d: positions before %d have left the windowed layers, can't cut at %d\n", __func__, seq_id, pos_min, p0);
+            return false;
+        }
+    }
+
+    return true;
+}
+
+bool llama_memory_qfilter::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    if (seq_id >= 0 && !has(seq_id)) {
+        return (size_t) seq_id < kv.seq_to_stream.size(); // no cells to remove
+    }
+    if (seq_id < -1) {
+        return false;
+    }
+
+    p0 = p0 < 0 ? 0 : p0;
+    p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
+
+    // every sequence has a stream of its own; -1 matches all of them
+    const size_t is0 = seq_id < 0 ? 0              : seq_id;
+    const size_t is1 = seq_id < 0 ? streams.size() : is0 + 1;
+
+    for (size_t is = is0; is < is1; ++is) {
+        const auto & cells = kv.v_cells[is];
+
+        if (cells.get_used() == 0 || p0 >= p1 || (p0 <= cells.seq_pos_min(is) && p1 > cells.seq_pos_max(is))) {
+            continue; // nothing, or the whole sequence
+        }
+        if (p0 < get_stream(is).table.p1 || (p1 > cells.seq_pos_max(is) && !can_cut(is, p0))) {
+            return false;
+        }
+    }
+
+    return true;
+}
+
+void llama_memory_qfilter::forget(llama_seq_id seq_id) {
+    if (seq_id < 0) {
+        mem->clear(false); // recurrent parts have no sequence -1 to remove
+        return;
+    }
+
+    mem->seq_rm(seq_id, -1, -1);
+
+    // a damaged state may leave cells of no position
+    for (auto * part : { &kv, kv_swa }) {
+        if (part && part->v_cells[seq_id].get_used() > 0) {
+            part->v_cells[seq_id].reset();
+        }
+    }
+}
+
+//
+// state
+//
+
+void llama_memory_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    if (seq_id != -1 && !has(seq_id)) {
+        throw std::runtime_error(format("no sequence %d", seq_id));
+    }
+
+    const uint32_t head[] = { LLAMA_QFILTER_STATE_MAGIC, LLAMA_QFILTER_STATE_VERSION, n_cells, n_keep, n_sink, n_window, (uint32_t) policy.policy, n_head_all };
+
+    // copies of sequences that are still to be made
+    lctx->memory_update(false);
+
+    const uint32_t is0 = seq_id < 0 ? 0              : seq_id;
+    const uint32_t is1 = seq_id < 0 ? streams.size() : is0 + 1;
+    const uint32_t ns  = is1 - is0;
+
+    io.write(head, sizeof(head));
+    io.write(&vectors.hash, sizeof(vectors.hash));
+    io.write(&ns, sizeof(ns));
+
+    for (uint32_t is = is0; is < is1; ++is) {
+        // attention adds up in the order of cells: to go on with the same bits, new ones have to go to the same places
+        const uint32_t swa[2] = { kv_swa ? kv_swa->v_cells[is].get_used() : 0, kv_swa ? kv_swa->v_heads[is] : 0 };
+
+        get_stream(is).table.write(io, swa);
+    }
+
+    mem->state_write(io, seq_id, flags & ~LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
+}
+
+void llama_memory_qfilter::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    try {
+        read_state(io, seq_id, flags);
+    } catch (const std::exception & err) {
+        llama_qfilter_set_error(err.what()); // upstream logs it
+        throw;
+    }
+}
+
+void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    if (seq_id != -1 && !has(seq_id)) {
+        throw std::runtime_error(format("no sequence %d", seq_id));
+    }
+
+    uint32_t head[8];
+    uint64_t hash;
+    uint32_t ns;
+
+    io.read(head, sizeof(head[0]));
+    if (head[0] != LLAMA_QFILTER_STATE_MAGIC) {
+        throw std::runtime_error("the state was saved by a context without a bounded cache");
+    }
+
+    io.read(head + 1, sizeof(head) - sizeof(head[0]));
+    io.read(&hash, sizeof(hash));
+    io.read(&ns, sizeof(ns));
+
+    if (head[1] != LLAMA_QFILTER_STATE_VERSION) {
+        throw std::runtime_error(format("the state's version is %u, this build reads %u", head[1], LLAMA_QFILTER_STATE_VERSION));
+    }
+
+    // a sequence is the same in a cache of another size, but n_sink: the table of true positions starts after the sinks
+    const bool resize = seq_id != -1 && this->resize;
+
+    if (!resize && (head[2] != n_cells || head[3] != n_keep || head[5] != n_window)) {
+        throw std::runtime_error(format("the state was saved with n_cells = %u, n_keep = %u, n_window = %u; this context has %u, %u, %u",
+                    head[2], head[3], head[5], n_cells, n_keep, n_window));
+    }
+    if (head[7] != n_head_all || ns != (seq_id < 0 ? streams.size() : 1)) {
+        throw std::runtime_error("the state was saved by another model or for another number of sequences");
+    }
+
+    std::vector<stream> read(ns);
+
+    for (auto & st : read) {
+        st.table.read(io, st.swa, n_head_all, n_cells);
+
+        if (st.swa[0] > 0 && !kv_swa) {
+            throw std::runtime_error("the state was saved by a model with windowed layers");
+        }
+
+        // a sequence that lost nothing is the same whatever would have decided
+        if (resize && st.table.p1 == 0) {
+            continue;
+        }
+        if (head[4] != n_sink) {
+            throw std::runtime_error(format("the state was saved with n_sink = %u; this context has %u", head[4], n_sink));
+        }
+        if (head[6] != (uint32_t) policy.policy || hash != vectors.hash) {
+            throw std::runtime_error("the state was saved with another policy or other filters");
+        }
+    }
+
+    lctx->memory_update(false); // or they would be made later, over what is restored now
+
+    // upstream leaves the old cells when the state has none
+    forget(seq_id);
+
+    // all parts of the memory, or none
+    try {
+        mem->state_read(io, seq_id, flags & ~LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
+
+        check_state(seq_id, read);
+    } catch (...) {
+        forget(seq_id);
+        throw;
+    }
+
+    std::move(read.begin(), read.end(), streams.begin() + std::max(seq_id, 0));
+}
+
+// throws std::runtime_error unless the cells are some that a context could have, and those of the tables
+void llama_memory_qfilter::check_state(llama_seq_id seq_id, const std::vector<stream> & read) const {
+    for (size_t i = 0; i < read.size(); ++i) {
+        const llama_seq_id is = std::max(seq_id, 0) + i;
+
+        const auto order  = order_of(is);
+        const auto n_used = kv.v_cells[is].get_used();
+
+        if (n_used > n_cells) {
+            throw std::runtime_error(format("the state does not fit into %u cells", n_cells));
+        }
+        if (n_used != order.n() || (n_used > 0 && order.pos.back() >= (llama_pos) n_ctx_seq)) {
+            throw std::runtime_error(format("the state is damaged: %u cells, of which %u have positions, up to %d of %u",
+                        n_used, order.n(), order.n() == 0 ? -1 : order.pos.back(), n_ctx_seq));
+        }
+        read[i].table.check(order, n_sink);
+
+        // all parts have read the same tokens
+        const llama_pos pos_max = kv.seq_pos_max(is);
+
+        if (kv_swa) {
+            llama_qfilter_table().check(llama_qfilter_order(kv_swa->v_cells[is].seq_pos_get(is)), 0);
+        }
+        if ((kv_swa && kv_swa->seq_pos_max(is) != pos_max) || (recr && recr->seq_pos_max(is) != pos_max)) {
+            throw std::runtime_error("the state is damaged: its parts end at different positions");
+        }
+    }
+}

@@ -1,0 +1,214 @@
+#pragma once
+
+#include "llama-memory.h"
+#include "llama-qfilter-worker.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+class llama_kv_cache;
+class llama_kv_cache_iswa;
+class llama_memory_recurrent;
+
+struct llama_cparams;
+
+//
+// llama_memory_qfilter
+//
+
+// a memory with at most n_cells cells per sequence in the KV cache that grows with the context: that cache is the memory
+// owned here, or the part of it that is not windowed or recurrent. when a batch does not fit, init_batch() makes room
+//
+// every layer and KV head keeps rows of its own, so after an eviction one cell holds rows of different positions. all heads
+// have the same number of rows, so the cells (and with them masks, batch checks, graphs) stay as upstream has them: their
+// positions are written as if the newest candidates had been kept, and the true ones are remembered here. what would cut
+// into them is refused before any part of the memory is touched
+class llama_memory_qfilter : public llama_memory_i {
+public:
+    // throws std::runtime_error when the parameters don't fit the model or each other
+    llama_memory_qfilter(
+            const llama_model          & model,
+            const llama_memory_params  & params_mem,
+            const llama_cparams        & cparams,
+            const llama_qfilter_params & params);
+
+    ~llama_memory_qfilter() override;
+
+    // second part of the constructor, once the backends exist: vectors and work buffers on the devices
+    // throws std::runtime_error when a device can't run the graphs
+    void init(llama_context * lctx);
+
+    //
+    // llama_memory_i
+    //
+
+    // nullptr: decode_error() says why
+    llama_memory_context_ptr init_batch(
+            llama_batch_allocr & balloc,
+            uint32_t n_ubatch,
+            bool embd_all) override;
+
+    llama_memory_context_ptr init_full() override;
+
+    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+
+    bool get_can_shift() const override;
+
+    void clear(bool data) override;
+
+    bool seq_rm  (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1) override;
+    void seq_cp  (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
+    void seq_keep(llama_seq_id seq_id)                                                          override;
+    void seq_add (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, llama_pos shift) override;
+    void seq_div (llama_seq_id seq_id,                              llama_pos p0, llama_pos p1, int d) override;
+
+    llama_pos seq_pos_min(llama_seq_id seq_id) const override;
+    llama_pos seq_pos_max(llama_seq_id seq_id) const override;
+
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
+
+    // states are complete, whatever the flags: an evicted cache can't be cut back to where a partial one would fit
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
+    void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
+
+    //
+    // llama_memory_qfilter specific API, see qfilter.h
+    //
+
+    // what llama_decode() shall return after init_batch() has returned nullptr
+    int32_t decode_error() const;
+
+    int32_t compress(llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window);
+
+    int32_t   room        (llama_seq_id seq_id) const;
+    llama_pos rewind_limit(llama_seq_id seq_id) const;
+
+    int32_t kept(llama_seq_id seq_id, int32_t il, int32_t ih, llama_pos * out, size_t capacity) const;
+    size_t  rows(llama_seq_id seq_id, int32_t il, bool is_v, void * out, size_t size) const;
+
+    void get_stats(llama_qfilter_stats & stats) const;
+    bool get_stats(llama_seq_id seq_id, llama_qfilter_seq_stats & stats) const;
+
+    // the next state_read() may be of a cache of another size
+    bool resize = false;
+
+private:
+    // model.create_memory(), with an attention cache of n_cells cells
+    static std::unique_ptr<llama_memory_i> create(
+            const llama_model         & model,
+            const llama_memory_params & params_mem,
+            const llama_cparams       & cparams,
+                  uint32_t              n_cells);
+
+    // what a sequence's cells don't tell
+    struct stream {
+        llama_qfilter_table table;
+
+        uint64_t n_evictions = 0;
+        uint64_t n_dropped   = 0;
+
+        // restored and not gone on from yet: used cells of the windowed part, and the one to look from
+        uint32_t swa[2] = { 0, 0 };
+    };
+
+    std::unique_ptr<llama_memory_i> mem;
+
+    llama_kv_cache & kv; // the part that is bounded
+
+    llama_kv_cache * kv_swa; // windowed part, or nullptr
+
+    const llama_memory_recurrent * recr; // recurrent part, or nullptr
+
+    const uint32_t n_ctx_seq; // logical context of a sequence
+
+    const uint32_t n_cells;
+    const uint32_t n_keep;
+    const uint32_t n_sink;
+    const uint32_t n_window;
+    const uint32_t flags;
+    const uint32_t seed;
+
+    const llama_qfilter_policy_info & policy;
+
+    llama_context * lctx = nullptr;
+
+    std::vector<llama_qfilter_layer> layers;
+
+    llama_qfilter_vector_store vectors;
+
+    uint32_t n_head_all = 0; // KV heads of all layers
+
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+
+    std::vector<std::unique_ptr<llama_qfilter_worker>> workers;
+
+    llama_qfilter_threads threads;
+
+    std::vector<stream> streams;
+
+    std::vector<float> scores; // of the layers that are scored at once
+
+    llama_qfilter_stats stats = {};
+
+    int32_t error = 0; // of the last init_batch()
+
+    // does the memory have a place for this sequence?
+    bool has(llama_seq_id seq_id) const;
+
+    // rows that always stay, at least one of them the newest
+    uint64_t n_keep_min(uint32_t n_window) const;
+
+    llama_qfilter_order order_of(llama_seq_id seq_id) const;
+
+    // cells that were emptied since have no history
+    const stream & get_stream(llama_seq_id seq_id) const;
+
+    // false: what is before p0 is not as it was when p0 was the next position
+    bool can_cut(llama_seq_id seq_id, llama_pos p0) const;
+
+    // false: the range would cut positions of which some heads have dropped rows, or leave a window with holes
+    bool can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
+    // remove a sequence, all for -1, whatever is in its cells
+    void forget(llama_seq_id seq_id);
+
+    // state_read() throws std::runtime_error through it
+    void read_state (llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
+    void check_state(llama_seq_id seq_id, const std::vector<stream> & read) const;
+
+    // what llama_decode() shall return, 0: there is room
+    int32_t make_room(const llama_batch & batch);
+
+    // LLAMA_QFILTER_REFUSED: there is nothing to drop
+    llama_qfilter_result evict(llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window);
+
+    void score_by_pos(const llama_qfilter_worker & w, size_t i0, llama_seq_id seq_id, const llama_qfilter_order & order);
+    bool select      (const llama_qfilter_worker & w, size_t i0, llama_qfilter_selection & sel);
+
+    void update_cells(llama_seq_id seq_id, const llama_qfilter_selection & sel);
+};
+
+// the bounded memory behind a context's, or nullptr
+llama_memory_qfilter * llama_memory_qfilter_of(llama_memory_t mem);
+
+// what llama_qfilter_last_error() says; the second one logs it, too
+void llama_qfilter_set_error (const std::string & message);
+void llama_qfilter_note_error(const std::string & message);
+
+//
+// called by llama_context
+//
+
+// like model.create_memory(), bounded if params is set
+llama_memory_i * llama_qfilter_create_memory(
+        const llama_model          & model,
+        const llama_memory_params  & params_mem,
+        const llama_cparams        & cparams,
+        const llama_qfilter_params * params);
+
+// what llama_decode() shall return where the memory could not be prepared for a batch
+int32_t llama_qfilter_decode_error(llama_memory_t mem);
+
+// upstream's llama_init_from_model(), which now takes our parameters; defined in llama-context.cpp
+llama_context * llama_qfilter_init_context(llama_model * model, llama_context_params cparams, const llama_qfilter_params * params);

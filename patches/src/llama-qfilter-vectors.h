@@ -1,0 +1,104 @@
+#pragma once
+
+#include "qfilter.h"
+
+#include "llama-qfilter-policy.h"
+
+#include "ggml-backend.h"
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+// the layer whose rows of K in the cache a tensor holds, or -1
+int32_t llama_qfilter_layer_of(const ggml_tensor * k);
+
+// a layer whose rows are evicted
+struct llama_qfilter_layer {
+    int32_t il; // in the model
+
+    uint32_t n_head;   // KV heads
+    uint32_t n_rep;    // query heads of a KV head
+    uint32_t head0;    // its first KV head among those of all layers
+    uint32_t n_embd_k; // of a head
+    uint32_t n_embd_v;
+
+    // [n_embd_k*n_head, n_cells] and [n_embd_v*n_head, n_cells] for each stream
+    std::vector<ggml_tensor *> k;
+    std::vector<ggml_tensor *> v;
+
+    ggml_tensor * vectors = nullptr; // of the policy, on the device of k
+};
+
+//
+// llama_qfilter_rope
+//
+
+// how the queries of a layer are turned by their positions, as a context's graph has it
+struct llama_qfilter_rope {
+    // before the context decodes. false: something else is done to them after RoPE, or it is not to be found
+    bool init(llama_context * lctx, int32_t il);
+
+    // x: [n_embd_head, n_rows, n_pos]; back: from what it is after RoPE to what it was before
+    bool turn(bool back, const llama_pos * pos, int64_t n_pos, int64_t n_rows, float * x) const;
+
+    bool operator==(const llama_qfilter_rope & other) const;
+
+    ggml_backend_t backend_cpu = nullptr;
+
+    int64_t n_embd_head = 0; // 0: no RoPE in this layer
+    int32_t op_params[GGML_MAX_OP_PARAMS/sizeof(int32_t)];
+
+    std::vector<float> factors; // the frequencies are divided by them
+};
+
+//
+// llama_qfilter_vector_store
+//
+
+// how llama.cpp rotates the keys of a quantized cache: blocks of n_rot numbers, see llama_kv_cache::build_input_k_rot()
+struct llama_qfilter_rotation {
+    uint32_t n_rot = 0; // 0: not at all
+
+    const std::vector<float> * matrix = nullptr; // [n_rot, n_rot]
+};
+
+// the vectors that a policy scores with, of all layers
+class llama_qfilter_vector_store {
+public:
+    // throws std::runtime_error if the policy needs vectors that a layer does not have, or that are of another shape
+    void load(
+            const llama_qfilter_policy_info        & policy,
+            const llama_qfilter_params             & params,
+            const std::vector<llama_qfilter_layer> & layers,
+                  llama_qfilter_rotation             rotation);
+
+    // queries before RoPE: throws std::runtime_error if the context's graph does not show how they are turned
+    void init_ropes(llama_context * lctx, const std::vector<llama_qfilter_layer> & layers);
+
+    bool empty() const { return kind < 0; }
+
+    // shape of a layer's vectors, see llama_qfilter_policy_info::score
+    void shape(const llama_qfilter_layer & layer, int64_t ne[4]) const;
+
+    // sets layer.vectors to those of all layers at the positions from pos on; only queries depend on it
+    bool set(const std::vector<llama_qfilter_layer> & layers, llama_pos pos) const;
+
+    // are they others at every position?
+    bool turns() const { return kind == LLAMA_QFILTER_KIND_QUERIES; }
+
+    uint64_t hash = 0xcbf29ce484222325ull; // of the vectors as given, or of what else the scores depend on
+
+private:
+    void rotate(float * x, size_t n) const;
+
+    int32_t  kind = -1; // enum llama_qfilter_kind, -1: none
+    uint32_t rank = 0;  // of moments
+
+    llama_qfilter_rotation rotation;
+
+    std::vector<std::vector<float>> data; // for each layer, rotated as the cached K; queries are before RoPE
+
+    std::vector<llama_qfilter_rope>  ropes; // for each layer, of queries
+    std::vector<std::vector<size_t>> same;  // layers with the same
+};

@@ -1,0 +1,107 @@
+#pragma once
+
+#include "llama-qfilter-table.h"
+#include "llama-qfilter-vectors.h"
+
+#include "ggml-cpp.h"
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+// what a call of the engine comes to, as llama_decode() returns it
+enum llama_qfilter_result {
+    LLAMA_QFILTER_DONE    =  0,
+    LLAMA_QFILTER_NO_ROOM =  1,
+    LLAMA_QFILTER_ABORTED =  2,
+    LLAMA_QFILTER_REFUSED = -1,
+    LLAMA_QFILTER_NO_MEM  = -2,
+    LLAMA_QFILTER_FAILED  = -3,
+};
+
+// the CPU backend of a context as a pool of threads
+struct llama_qfilter_threads {
+    ggml_backend_t backend = nullptr;
+    int32_t        n       = 1;
+
+    // as many as the context has now
+    void update(const llama_context * lctx);
+
+    // fn(i, ith) for i in [0, n_tasks), ith < n; false: not all of them have run
+    bool run(size_t n_tasks, const std::function<void(size_t i, int ith)> & fn) const;
+};
+
+// a graph of our own, outside of the context's scheduler: it runs on one backend as it is
+struct llama_qfilter_graph {
+    ggml_context * start(size_t n_tensors); // drops what was built before
+
+    // the first node that the backend can't compute, or nullptr
+    const ggml_tensor * unsupported(ggml_backend_t backend) const;
+
+    // memory for its nodes. ggml_gallocr_alloc_graph() alone places a graph as it did the one before if the sizes fit, but
+    // which nodes share memory depends on their order, and that on the number of rows
+    bool alloc(ggml_gallocr_t galloc);
+
+    size_t n_bytes() const { return mem.capacity(); }
+
+    ggml_cgraph * gf = nullptr;
+
+    std::vector<ggml_tensor *> inputs;
+    std::vector<ggml_tensor *> outputs;
+
+private:
+    std::vector<uint8_t> mem;
+
+    ggml_context_ptr ctx;
+};
+
+// the layers whose K and V lie on one device: scores their rows and moves those that stay
+class llama_qfilter_worker {
+public:
+    virtual ~llama_qfilter_worker() = default;
+
+    // the CPU reads and copies rows itself
+    static std::unique_ptr<llama_qfilter_worker> on_host(
+            ggml_backend_t backend, const llama_qfilter_policy_info & policy, const llama_qfilter_threads & threads);
+
+    // graphs do, on the device's own backend
+    static std::unique_ptr<llama_qfilter_worker> on_device(ggml_backend_t backend, const llama_qfilter_policy_info & policy);
+
+    // all graphs at their largest: what can't run or doesn't fit shall say so when the context is made
+    // throws std::runtime_error
+    virtual void init(uint32_t n_cells);
+
+    // layers [i0, i0 + n_layers_at_once()) of the worker: [n_rows, n_head] by rank, one layer after the other
+    llama_qfilter_result score(size_t i0, uint32_t is, const llama_qfilter_order & order, std::vector<float> & scores);
+
+    // layers whose scores are held at once
+    virtual size_t n_layers_at_once() const = 0;
+
+    // rows that stay are moved to the first cells of stream is, in two steps: whatever can fail without harm, then the rows
+    virtual llama_qfilter_result prepare_move(uint32_t is, const llama_qfilter_selection & sel) = 0;
+    virtual llama_qfilter_result move        (uint32_t is, const llama_qfilter_selection & sel) = 0;
+
+    virtual size_t n_bytes() const; // allocated
+
+    const ggml_backend_t backend;
+
+    std::vector<llama_qfilter_layer> layers;
+
+protected:
+    llama_qfilter_worker(ggml_backend_t backend, const llama_qfilter_policy_info & policy);
+
+    // heads of a layer whose rows are copied at once
+    virtual uint32_t n_heads_at_once(const llama_qfilter_layer & layer) const = 0;
+
+    // can the backend read the rows of some heads of a layer? if not, of all
+    bool by_group = true;
+
+    ggml_gallocr_ptr galloc;
+
+    llama_qfilter_graph graph;
+
+    const llama_qfilter_policy_info & policy;
+
+private:
+    void build_score(size_t i0, uint32_t is, uint32_t n_rows);
+};
