@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .. import __version__, metadata, report
+from .. import __version__, gguf_copy, schema
 from ..config import QFilterError
-from . import calibrate, export, fit, native_model, published, source, text
+from ..files import check_space, check_target
+from ..fit import fit
+from ..shape import model_shape
+from . import calibrate, export, measure, native_model, published, source, text
 
 BACKENDS = ("torch", "llama")
 HELD_OUT = 5
@@ -51,7 +54,7 @@ class Summary:
 
     outputs: list[Path]
     n_bytes: int
-    filters: metadata.Filters
+    filters: schema.Filters
     seconds: float
 
 
@@ -99,7 +102,7 @@ def convert(
             model = _Model(path, full if backend == "torch" else gguf, backend, calibration)
             found = _calibrated(model, calibration, texts, note, progress)
         with progress.bytes(f"writing {out.name}") as at:
-            outputs = metadata.write(gguf, out, found, force=force, progress=at)
+            outputs = gguf_copy.write(gguf, out, found, force=force, progress=at)
     n_bytes = sum(file.stat().st_size for file in outputs)
     return Summary(outputs, n_bytes, found, time.monotonic() - started)
 
@@ -118,7 +121,7 @@ def _check(src, out, calibration, filters, quantize, outtype, force):
     """Everything that can be refused before work starts. Returns the source as a path, the backend
     and the texts."""
     if not Path(src).is_file():
-        metadata.check_target(src, out, force=force)  # before a download
+        check_target(src, out, force=force)  # before a download
     path = source.resolve(src)
     backend = calibration.backend or ("torch" if path.is_dir() else "llama")
     if path.is_dir() or (backend == "torch" and filters is None):
@@ -135,16 +138,16 @@ def _check(src, out, calibration, filters, quantize, outtype, force):
         export.converter_path()
         whole = True
     else:
-        metadata.check_source(path, force=force)
+        schema.check_source(path, force=force)
         whole = quantize is not None and export.needs_quantizing(path, quantize)
-        metadata.check_target(path, out, force=force, whole=whole)
+        check_target(path, out, force=force, whole=whole)
         _layers(path)
     texts = []
     if filters is None:
         texts = text.sources(
             calibration.text_files, calibration.dataset, calibration.split, calibration.column
         )
-    metadata.check_space(out.parent, (2 if whole else 1) * source.n_bytes(path))
+    check_space(out.parent, (2 if whole else 1) * source.n_bytes(path))
     return path, backend, texts
 
 
@@ -200,7 +203,7 @@ def _calibrated(model, calibration, texts, note, progress):
         "model_sha256": sha256,
         "tool": f"qfllama {__version__}",
     }
-    filters = metadata.Filters(
+    filters = schema.Filters(
         np.stack([weight[layer] for layer in layers]).astype(np.float32),
         layers,
         provenance,
@@ -217,8 +220,8 @@ def _calibrated(model, calibration, texts, note, progress):
         )
     if not quality:
         note("one sequence only: nothing is held out to measure how well the filters fit")
-    elif report.fit(filters).verdict == "poor":
-        note("warning: " + report.fit(filters).summary)
+    elif fit(filters).verdict == "poor":
+        note("warning: " + fit(filters).summary)
     return filters
 
 
@@ -235,7 +238,7 @@ def _stacked(moments, layers, note):
 def _sequences(gguf, calibration, texts, note):
     """Calibration text as tokens; notes what there is less of than asked for."""
     max_seq_len = calibration.max_seq_len
-    n_ctx_train = metadata.model_shape(gguf).n_ctx_train
+    n_ctx_train = model_shape(gguf).n_ctx_train
     if 0 < n_ctx_train < max_seq_len:
         max_seq_len = n_ctx_train
         note(f"the model was trained for {max_seq_len:,} positions: using sequences of that length")
@@ -290,7 +293,7 @@ def _read(model, layers, sequences, calibration, progress):
     }
     means = moments.means()
     second = moments.second_order(calibration.rank, scale) if calibration.rank > 0 else {}
-    meter = fit.Fit(directions, means, filters)
+    meter = measure.Fit(directions, means, filters)
     for tokens in last:
         model.read(tokens, meter.add)
         meter.end_sequence()
@@ -309,7 +312,7 @@ def _read(model, layers, sequences, calibration, progress):
 def _layers(gguf):
     """The layers of the model that get filters; QFilterError if they differ in shape."""
     layers = native_model.evicting_layers(gguf)
-    heads = np.ravel(metadata.model_shape(gguf).n_head_kv)
+    heads = np.ravel(model_shape(gguf).n_head_kv)
     found = sorted({int(heads[layer]) for layer in layers if len(heads) > 1})
     if len(found) > 1:
         raise QFilterError(

@@ -3,7 +3,7 @@
 The format (github.com/NathanGodey/qfilters, read by kvpress's QFilterPress too) is a folder that
 huggingface_hub's PyTorchModelHubMixin writes: config.json with num_layers, num_kv_heads and
 kv_head_dim, and model.safetensors with one tensor `q_filters` [n_layer, n_head_kv, head_dim]. It
-differs from ours (qfllama.metadata) in three ways:
+differs from ours (qfllama.schema) in three ways:
 
   sign    they store -v1 and keep the keys with the smallest projection
   layout  of transformers' heads; ours is that of the rows of llama.cpp's K cache
@@ -23,8 +23,9 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from .. import __version__, gguf_header, metadata
+from .. import __version__, gguf_header, schema
 from ..config import QFilterError
+from ..shape import model_shape
 from . import layout, native_model
 from .text import one_line, reason
 
@@ -50,7 +51,7 @@ AS_THEY_ARE = frozenset(_AS_THEY_ARE.split())
 transformers rotates the same pairs (starcoder: none at all)."""
 
 
-def load(spec, gguf, note=None, *, order=None) -> metadata.Filters:
+def load(spec, gguf, note=None, *, order=None) -> schema.Filters:
     """Published filters for the model in the GGUF file `gguf`, ready to be written into it.
 
     spec: a folder, a .safetensors file, or a hub id (user/name)
@@ -60,7 +61,7 @@ def load(spec, gguf, note=None, *, order=None) -> metadata.Filters:
     Raises QFilterError for filters that can't be had, are damaged, or are those of another model.
     """
     check_packages()
-    shape = metadata.model_shape(gguf)
+    shape = model_shape(gguf)
     n_layer = _n_layer(gguf, shape)
     file, revision = _find(str(spec), n_layer, shape)
     weight = _read(file)
@@ -79,7 +80,7 @@ def load(spec, gguf, note=None, *, order=None) -> metadata.Filters:
     if revision:
         provenance["revision"] = revision
     weight = np.stack([-weight[layer][:, orders[layer]] for layer in layers])
-    return metadata.Filters(weight, layers, provenance)
+    return schema.Filters(weight, layers, provenance)
 
 
 def save(filters, gguf, folder, *, force=False, repo=None, order=None, note=None) -> Path:
@@ -94,11 +95,9 @@ def save(filters, gguf, folder, *, force=False, repo=None, order=None, note=None
     check_packages()
     folder = check_folder(folder, force=force)
     gguf, _ = gguf_header.scan_first(gguf)  # where all keys are, and what llama.cpp loads
-    shape = metadata.model_shape(gguf)
+    shape = model_shape(gguf)
     n_layer = _n_layer(gguf, shape)
-    metadata.check_fits(
-        filters, n_layer=n_layer, n_head_kv=shape.n_head_kv, head_dim=shape.head_dim
-    )
+    schema.check_fits(filters, n_layer=n_layer, n_head_kv=shape.n_head_kv, head_dim=shape.head_dim)
     orders = _orders(gguf, n_layer, order)
     weight = np.zeros((n_layer, *filters.weight.shape[1:]), np.float32)
     for row, layer in zip(filters.weight, filters.layers, strict=True):
@@ -168,7 +167,7 @@ def head_order(gguf) -> np.ndarray:
     converter moved the rows, which it does for models whose RoPE in ggml is interleaved; with any
     other kind of RoPE, or none, they are where they were. QFilterError for an architecture of
     which it is not known."""
-    shape = metadata.model_shape(gguf)
+    shape = model_shape(gguf)
     arch = shape.architecture
     if arch in REORDERED:
         return layout.interleaved(shape.head_dim)

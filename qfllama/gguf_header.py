@@ -234,17 +234,6 @@ def _check_complete(path, header, file_size):
         )
 
 
-def escaped(text, limit: int = 300) -> str:
-    """`text` without characters that a terminal would obey: control and direction characters,
-    line ends and undecodable bytes are shown as escapes. At most `limit` characters."""
-    text = str(text)
-    text = text if len(text) <= limit else text[:limit] + "..."
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for c in text
-    )
-
-
 def scan_first(path) -> tuple[Path, Header]:
     """The file that holds the keys of the model which the file at `path` belongs to, and its
     header: `path` itself, or the first part where it is a later part of a split model."""

@@ -16,8 +16,9 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from llama_cpp import LlamaState
 
-from qfllama import gguf_header, metadata, native, state
+from qfllama import gguf_header, native, schema, state
 from qfllama.config import CALIBRATED, MAX_LENGTH, POLICIES, QFilterConfig, QFilterError
+from qfllama.shape import model_shape
 
 CACHE_TYPES = {
     name: int(GGMLQuantizationType[name.upper()])
@@ -171,8 +172,8 @@ class Llama(llama_cpp.Llama):
             kwargs.setdefault("n_ubatch", kwargs["n_batch"])
         if not os.path.isfile(model_path):
             raise QFilterError(f"{model_path} is not a file: check the path")
-        self._filters = metadata.read(model_path) if config.policy in CALIBRATED else None
-        metadata.check_policy(model_path, self._filters, config.policy)
+        self._filters = schema.read(model_path) if config.policy in CALIBRATED else None
+        schema.check_policy(model_path, self._filters, config.policy)
 
     def _make_context(self, *, model, params, verbose):
         """Called by upstream's constructor once the model is loaded (patches/0002-*.patch)."""
@@ -183,8 +184,8 @@ class Llama(llama_cpp.Llama):
             raise QFilterError(f"qfilters can't be used: {why.value.decode()}")
         vectors = {}
         if self._filters is not None:
-            shape = metadata.model_shape(self.model_path)
-            vectors = metadata.for_policy(self._filters, self.qfilter_config.policy, shape)
+            shape = model_shape(self.model_path)
+            vectors = schema.for_policy(self._filters, self.qfilter_config.policy, shape)
         return BoundedContext(
             model=model,
             params=params,

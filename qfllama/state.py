@@ -30,8 +30,9 @@ import numpy as np
 from llama_cpp import LlamaState
 from llama_cpp.llama_cache import BaseLlamaCache, LlamaDiskCache, LlamaRAMCache
 
-from qfllama import gguf_header, metadata
+from qfllama import gguf_header, schema
 from qfllama.config import QFilterConfig, QFilterError
+from qfllama.files import replacing
 
 MAGIC = b"QFSTATE\0"
 VERSION = 1
@@ -72,7 +73,7 @@ def model_identity(path) -> str:
     for part in gguf_header.parts(path):
         header = gguf_header.scan(part)
         for key in sorted(header.fields):
-            if not key.startswith(metadata.PREFIX):
+            if not key.startswith(schema.PREFIX):
                 at = header.fields[key]
                 digest.update(header.raw[at.start : at.end])
         digest.update(header.raw[header.infos : header.infos_end])
@@ -85,7 +86,7 @@ def model_identity(path) -> str:
     return digest.hexdigest()
 
 
-def filters_identity(filters: metadata.Filters | None) -> str | None:
+def filters_identity(filters: schema.Filters | None) -> str | None:
     """SHA-256 of the filters; None for policies that need none."""
     if filters is None:
         return None
@@ -139,7 +140,7 @@ def write_prompt(path, prompt: Prompt) -> int:
     for part in parts:
         crc = zlib.crc32(part, crc)
     try:
-        with metadata.replacing([path]) as (file,):
+        with replacing([path]) as (file,):
             file.write(MAGIC + SIZES.pack(VERSION, crc, *sizes))
             for part in parts:
                 file.write(part)

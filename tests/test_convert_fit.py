@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from qfllama.convert.fit import MIN_DISTANCE, Fit, spearman
+from qfllama.convert.measure import MIN_DISTANCE, Fit, spearman
 from qfllama.convert.pipeline import held_out
 
 from qfllama.config import QFilterError

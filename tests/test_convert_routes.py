@@ -12,8 +12,9 @@ from qfllama.convert import capture_torch, export, layout, pipeline, text
 from qfllama.convert.calibrate import sample_positions
 from qfllama.convert.pipeline import Calibration
 
-from qfllama import metadata
+from qfllama import gguf_copy, schema
 from qfllama.config import QFilterError
+from qfllama.shape import model_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,7 +107,7 @@ def cached_keys(path, tokens):
     read `tokens`: from the saved state of a sequence, whose K and V rows are its tail."""
     import llama_cpp
 
-    shape = metadata.model_shape(path)
+    shape = model_shape(path)
     llm = llama_cpp.Llama(
         str(path),
         n_ctx=512,
@@ -283,8 +284,8 @@ def test_the_result_runs_in_llama_cpp_like_the_source(smollm2, tmp_path):
     """Unknown keys and nothing else were added: same tensors, same logits to the last bit."""
     import llama_cpp
 
-    filters = metadata.Filters(np.ones((30, 3, 64), np.float32), list(range(30)))
-    metadata.write(smollm2, tmp_path / "out.gguf", filters)
+    filters = schema.Filters(np.ones((30, 3, 64), np.float32), list(range(30)))
+    gguf_copy.write(smollm2, tmp_path / "out.gguf", filters)
     logits = []
     for path in (smollm2, tmp_path / "out.gguf"):
         llm = llama_cpp.Llama(

@@ -16,9 +16,10 @@ import gguf
 import numpy as np
 import pytest
 
-from qfllama import gguf_header, metadata
+from qfllama import files, gguf_copy, gguf_header, schema
 from qfllama.config import QFilterError
-from qfllama.metadata import Filters
+from qfllama.schema import Filters
+from qfllama.shape import ModelShape, model_shape
 
 N_LAYER, N_HEAD_KV, HEAD_DIM = 3, 2, 8
 
@@ -102,7 +103,7 @@ def model(tmp_path):
 def test_a_copy_with_filters_keeps_every_other_key_and_tensor_byte_for_byte(tmp_path, alignment):
     src = write_gguf(tmp_path / "src.gguf", alignment=alignment)
     before, digest = gguf.GGUFReader(src), sha256(src)
-    metadata.write(src, tmp_path / "dst.gguf", some_filters())
+    gguf_copy.write(src, tmp_path / "dst.gguf", some_filters())
     after = gguf.GGUFReader(tmp_path / "dst.gguf")
 
     assert sha256(src) == digest
@@ -122,9 +123,9 @@ def test_a_copy_with_filters_keeps_every_other_key_and_tensor_byte_for_byte(tmp_
 
 
 def test_a_real_model_keeps_its_tensors_and_keys_byte_for_byte(smollm2, tmp_path):
-    shape = metadata.model_shape(smollm2)
+    shape = model_shape(smollm2)
     filters = some_filters(0, shape.n_layer, shape.n_head_kv, shape.head_dim)
-    metadata.write(smollm2, tmp_path / "dst.gguf", filters)
+    gguf_copy.write(smollm2, tmp_path / "dst.gguf", filters)
     before, after = gguf.GGUFReader(smollm2), gguf.GGUFReader(tmp_path / "dst.gguf")
     for old, new in zip(before.tensors, after.tensors, strict=True):
         assert (old.name, old.tensor_type, old.shape.tolist()) == (
@@ -143,8 +144,8 @@ def test_a_real_model_keeps_its_tensors_and_keys_byte_for_byte(smollm2, tmp_path
 
 def test_filters_come_back_as_they_were_written(model, tmp_path):
     filters = some_filters()
-    metadata.write(model, tmp_path / "dst.gguf", filters)
-    back = metadata.read(tmp_path / "dst.gguf")
+    gguf_copy.write(model, tmp_path / "dst.gguf", filters)
+    back = schema.read(tmp_path / "dst.gguf")
     assert back.weight.dtype == np.float32
     np.testing.assert_array_equal(back.weight, filters.weight)
     assert back.layers == filters.layers
@@ -156,7 +157,7 @@ def test_filters_come_back_as_they_were_written(model, tmp_path):
 
 def test_gguf_py_reads_the_keys_with_the_types_of_the_schema(model, tmp_path):
     filters = some_filters()
-    metadata.write(model, tmp_path / "dst.gguf", filters)
+    gguf_copy.write(model, tmp_path / "dst.gguf", filters)
     fields = gguf.GGUFReader(tmp_path / "dst.gguf").fields
     kinds = gguf.GGUFValueType
     expected = {
@@ -176,11 +177,11 @@ def test_gguf_py_reads_the_keys_with_the_types_of_the_schema(model, tmp_path):
 
 
 def test_a_file_without_filters_reads_as_none(model):
-    assert metadata.read(model) is None
+    assert schema.read(model) is None
 
 
 def test_filters_that_gguf_py_wrote_are_read(tmp_path):
-    filters = metadata.read(write_gguf(tmp_path / "f.gguf", filter_keys()))
+    filters = schema.read(write_gguf(tmp_path / "f.gguf", filter_keys()))
     assert filters.weight.shape == (N_LAYER, N_HEAD_KV, HEAD_DIM)
     assert (filters.weight == 1).all()
 
@@ -189,20 +190,20 @@ def test_old_filters_are_replaced_only_with_force_and_completely(model, tmp_path
     once, twice, fresh = tmp_path / "once.gguf", tmp_path / "twice.gguf", tmp_path / "fresh.gguf"
     old = some_filters(1)
     old.calibration["only_in_the_old_one"] = 1
-    metadata.write(model, once, old)
+    gguf_copy.write(model, once, old)
     with pytest.raises(QFilterError, match="--force"):
-        metadata.write(once, twice, some_filters(2))
+        gguf_copy.write(once, twice, some_filters(2))
     assert not twice.exists()
-    metadata.write(once, twice, some_filters(2), force=True)
-    metadata.write(model, fresh, some_filters(2))
+    gguf_copy.write(once, twice, some_filters(2), force=True)
+    gguf_copy.write(model, fresh, some_filters(2))
     assert twice.read_bytes() == fresh.read_bytes()
 
 
 def test_the_shape_of_the_model_is_read_from_the_header(smollm2, model):
-    assert metadata.model_shape(smollm2) == metadata.ModelShape(
+    assert model_shape(smollm2) == ModelShape(
         "llama", "Smollm2 135M 8k Lc100K Mix1 Ep2", 30, 9, 3, 64, 8192
     )
-    assert metadata.model_shape(model).head_dim == HEAD_DIM
+    assert model_shape(model).head_dim == HEAD_DIM
 
 
 def test_head_counts_that_differ_between_layers_come_as_a_list(tmp_path):
@@ -219,10 +220,10 @@ def test_head_counts_that_differ_between_layers_come_as_a_list(tmp_path):
     padding = len(long) - len(short)
     start = gguf.GGUFReader(path).data_offset - padding
     path.write_bytes(data[:start] + bytes(-start % 32) + data[start:])
-    shape = metadata.model_shape(path)
+    shape = model_shape(path)
     assert shape.n_head_kv == [2, 1, 2]
     with pytest.raises(QFilterError, match="do not fit"):
-        metadata.check_fits(some_filters(), n_layer=3, n_head_kv=shape.n_head_kv, head_dim=8)
+        schema.check_fits(some_filters(), n_layer=3, n_head_kv=shape.n_head_kv, head_dim=8)
 
 
 def test_filters_of_another_model_are_refused_with_both_shapes(model, tmp_path):
@@ -230,13 +231,13 @@ def test_filters_of_another_model_are_refused_with_both_shapes(model, tmp_path):
         "3 layers (up to layer 2) x 2 KV heads x 16, the model has 3 layers x 2 KV heads x 8"
     )
     with pytest.raises(QFilterError, match=message):
-        metadata.write(model, tmp_path / "dst.gguf", some_filters(head_dim=16))
+        gguf_copy.write(model, tmp_path / "dst.gguf", some_filters(head_dim=16))
     fits = {"n_layer": N_LAYER, "n_head_kv": N_HEAD_KV, "head_dim": HEAD_DIM}
-    metadata.check_fits(some_filters(), **fits)
-    metadata.check_fits(some_filters(), **fits | {"n_head_kv": [2, 2, 2]})
+    schema.check_fits(some_filters(), **fits)
+    schema.check_fits(some_filters(), **fits | {"n_head_kv": [2, 2, 2]})
     for change in ({"n_layer": 2}, {"n_head_kv": 4}, {"n_head_kv": [2, 4, 2]}, {"head_dim": 4}):
         with pytest.raises(QFilterError, match="do not fit"):
-            metadata.check_fits(some_filters(), **fits | change)
+            schema.check_fits(some_filters(), **fits | change)
 
 
 def weights_with(value):
@@ -265,7 +266,7 @@ def weights_with(value):
 def test_unusable_filters_are_refused(tmp_path, keys, message):
     path = write_gguf(tmp_path / "f.gguf", keys)
     with pytest.raises(QFilterError, match=message) as error:
-        metadata.read(path)
+        schema.read(path)
     assert "\n" not in str(error.value)
 
 
@@ -274,7 +275,7 @@ def test_unusable_filters_are_not_written(model, tmp_path, value):
     filters = some_filters()
     filters.weight[1, 1] = value
     with pytest.raises(QFilterError):
-        metadata.write(model, tmp_path / "dst.gguf", filters)
+        gguf_copy.write(model, tmp_path / "dst.gguf", filters)
     assert not (tmp_path / "dst.gguf").exists()
 
 
@@ -287,9 +288,9 @@ def test_every_truncation_of_a_file_is_refused_and_nothing_else_is_raised(tmp_pa
     for length in [*range(0, n_data + 64, 7), end - 1]:
         path.write_bytes(data[:length])
         with pytest.raises(QFilterError, match="truncated|not a GGUF"):
-            metadata.read(path)
+            schema.read(path)
     path.write_bytes(data[:end])
-    assert metadata.read(path) is not None
+    assert schema.read(path) is not None
 
 
 N_HEAD, RANK = 4, 2
@@ -302,14 +303,14 @@ def moments_like(value=0.5, n_head=N_HEAD, rank=RANK):
 def test_second_order_filters_come_back_bit_by_bit_as_version_2(model, tmp_path):
     filters = some_filters()
     filters.moments = np.random.default_rng(3).normal(size=moments_like().shape).astype(np.float16)
-    metadata.write(model, tmp_path / "dst.gguf", filters)
+    gguf_copy.write(model, tmp_path / "dst.gguf", filters)
     fields = gguf.GGUFReader(tmp_path / "dst.gguf").fields
     assert fields["qfilters.version"].contents() == 2
     assert fields["qfilters.moments"].types == [
         gguf.GGUFValueType.ARRAY,
         gguf.GGUFValueType.UINT16,
     ]
-    back = metadata.read(tmp_path / "dst.gguf")
+    back = schema.read(tmp_path / "dst.gguf")
     np.testing.assert_array_equal(back.moments.view(np.uint16), filters.moments.view(np.uint16))
     assert (back.version, back.rank) == (2, RANK)
     assert (some_filters().version, some_filters().rank) == (1, 0)
@@ -336,15 +337,15 @@ def test_unusable_moments_and_queries_are_not_written(model, tmp_path, name, row
     filters = some_filters()
     setattr(filters, name, rows)
     with pytest.raises(QFilterError, match=message):
-        metadata.write(model, tmp_path / "dst.gguf", filters)
+        gguf_copy.write(model, tmp_path / "dst.gguf", filters)
     assert not (tmp_path / "dst.gguf").exists()
 
 
 def test_mean_queries_come_back_as_they_are_and_need_no_newer_reader(model, tmp_path):
     filters = some_filters()
     filters.queries = np.random.default_rng(3).normal(size=filters.weight.shape).astype(np.float32)
-    metadata.write(model, tmp_path / "dst.gguf", filters)
-    back = metadata.read(tmp_path / "dst.gguf")
+    gguf_copy.write(model, tmp_path / "dst.gguf", filters)
+    back = schema.read(tmp_path / "dst.gguf")
     np.testing.assert_array_equal(back.queries, filters.queries)
     assert back.version == some_filters().version == 1
 
@@ -363,7 +364,7 @@ def test_mean_queries_that_are_not_of_the_shape_of_the_filters_are_refused(
     filters = some_filters()
     filters.quality = {}
     filters.queries = filters.weight
-    metadata.write(model, tmp_path / "dst.gguf", filters)
+    gguf_copy.write(model, tmp_path / "dst.gguf", filters)
     data = (tmp_path / "dst.gguf").read_bytes()
     head = b"qfilters.queries" + struct.pack("<IIQ", 9, 6, 48)
     at = data.index(head)
@@ -373,30 +374,30 @@ def test_mean_queries_that_are_not_of_the_shape_of_the_filters_are_refused(
     rest = data[start + 4 * 48 :]
     (tmp_path / "dst.gguf").write_bytes(data[:at] + changed + rest)
     with pytest.raises(QFilterError, match=message):
-        metadata.read(tmp_path / "dst.gguf")
+        schema.read(tmp_path / "dst.gguf")
 
 
 def test_a_policy_takes_from_the_file_what_it_needs_or_says_what_is_missing(model):
-    shape, filters = metadata.model_shape(model), some_filters()
+    shape, filters = model_shape(model), some_filters()
     for policy in ("qfilters", "qblend"):
-        assert list(metadata.for_policy(filters, policy, shape)) == ["weight"]
+        assert list(schema.for_policy(filters, policy, shape)) == ["weight"]
     with pytest.raises(QFilterError, match="no mean queries, which the policy qahead needs"):
-        metadata.check_policy(model, filters, "qahead")
+        schema.check_policy(model, filters, "qahead")
     filters.queries = 2 * filters.weight
-    metadata.check_policy(model, filters, "qahead")
+    schema.check_policy(model, filters, "qahead")
     for policy in ("qahead", "qblend"):
-        vectors = metadata.for_policy(filters, policy, shape)
+        vectors = schema.for_policy(filters, policy, shape)
         assert list(vectors) == ["queries"]
         np.testing.assert_array_equal(vectors["queries"][filters.layers[0]], filters.queries[0])
-    assert list(metadata.for_policy(filters, "qfilters", shape)) == ["weight"]
-    assert metadata.for_policy(filters, "kvdiff", shape) == {}
+    assert list(schema.for_policy(filters, "qfilters", shape)) == ["weight"]
+    assert schema.for_policy(filters, "kvdiff", shape) == {}
 
 
 @pytest.mark.parametrize("change", [{"rank": ("uint32", 3)}, {"head_count": ("uint32", 5)}])
 def test_moments_of_another_size_than_they_say_are_refused(model, tmp_path, change):
     filters = some_filters()
     filters.moments = moments_like()
-    metadata.write(model, tmp_path / "dst.gguf", filters)
+    gguf_copy.write(model, tmp_path / "dst.gguf", filters)
     data = (tmp_path / "dst.gguf").read_bytes()
     (key, (_, value)), old = next(iter(change.items())), {"rank": RANK, "head_count": N_HEAD}
     name = b"qfilters." + key.encode() + struct.pack("<I", 4)
@@ -404,7 +405,7 @@ def test_moments_of_another_size_than_they_say_are_refused(model, tmp_path, chan
     assert damaged != data
     (tmp_path / "dst.gguf").write_bytes(damaged)
     with pytest.raises(QFilterError, match="its shape is"):
-        metadata.read(tmp_path / "dst.gguf")
+        schema.read(tmp_path / "dst.gguf")
 
 
 def test_damaged_headers_never_end_in_a_traceback(tmp_path):
@@ -417,7 +418,7 @@ def test_damaged_headers_never_end_in_a_traceback(tmp_path):
         damaged[at] = 255
         path.write_bytes(damaged)
         try:
-            metadata.read(path)
+            schema.read(path)
         except QFilterError as error:
             refusals.append(str(error))
     assert len(refusals) > n_header // 30
@@ -478,10 +479,10 @@ def fuzz(path, n=5000, mib=200):
         file.truncate(file.write(mutant(data, header.data, fields, draw)))
         signal.setitimer(signal.ITIMER_REAL, 2)
         try:
-            metadata.model_shape(damaged)
-            metadata.read(damaged)
+            model_shape(damaged)
+            schema.read(damaged)
             if i % 10 == 0:
-                metadata.write(damaged, out, some_filters(), force=True)
+                gguf_copy.write(damaged, out, some_filters(), force=True)
         except QFilterError as error:
             assert "\n" not in str(error), error
             refused += 1
@@ -519,7 +520,7 @@ def test_huge_alignments_counts_and_nested_arrays_are_refused(tmp_path):
     ]:
         path.write_bytes(data[:at] + value + data[at + len(value) :])
         with pytest.raises(QFilterError, match=words):
-            metadata.read(path)
+            schema.read(path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no FIFOs there")
@@ -531,7 +532,7 @@ def test_pipes_devices_and_folders_are_refused_without_waiting_for_them(tmp_path
         (tmp_path, "is a folder"),
     ]:
         with pytest.raises(QFilterError, match=words):
-            metadata.read(path)
+            schema.read(path)
 
 
 def test_head_counts_for_too_few_layers_are_refused(tmp_path):
@@ -544,7 +545,7 @@ def test_head_counts_for_too_few_layers_are_refused(tmp_path):
     data = write_gguf(tmp_path / "f.gguf", add).read_bytes()
     (tmp_path / "f.gguf").write_bytes(data.replace(b"llama", b"other", 1))
     with pytest.raises(QFilterError, match="head_count_kv has 2 numbers for 3 layers"):
-        metadata.model_shape(tmp_path / "f.gguf")
+        model_shape(tmp_path / "f.gguf")
 
 
 def figures(value, n=N_LAYER * N_HEAD_KV):
@@ -571,7 +572,7 @@ def figures(value, n=N_LAYER * N_HEAD_KV):
 def test_figures_and_provenance_against_the_schema_are_refused(tmp_path, keys, message):
     path = write_gguf(tmp_path / "f.gguf", filter_keys(**keys))
     with pytest.raises(QFilterError, match=message):
-        metadata.read(path)
+        schema.read(path)
 
 
 def test_undefined_figures_and_those_of_unknown_names_are_kept(tmp_path):
@@ -581,7 +582,7 @@ def test_undefined_figures_and_those_of_unknown_names_are_kept(tmp_path):
         "quality.per_layer": figures(7, N_LAYER),
         "calibration.later": ("string", "x"),
     }
-    filters = metadata.read(write_gguf(tmp_path / "f.gguf", filter_keys(**keys)))
+    filters = schema.read(write_gguf(tmp_path / "f.gguf", filter_keys(**keys)))
     assert np.isnan(filters.quality["spearman"]).all()
     assert filters.quality["spearman"].shape == (N_LAYER, N_HEAD_KV)
     assert filters.quality["later"].tolist() == [7] * 5
@@ -593,7 +594,7 @@ def test_wrong_figures_are_not_written(model, tmp_path):
     filters = some_filters()
     filters.quality["spearman"] = np.zeros((N_LAYER, N_HEAD_KV + 1), np.float32)
     with pytest.raises(QFilterError, match="spearman has 9 numbers"):
-        metadata.write(model, tmp_path / "dst.gguf", filters)
+        gguf_copy.write(model, tmp_path / "dst.gguf", filters)
     assert not (tmp_path / "dst.gguf").exists()
 
 
@@ -602,9 +603,9 @@ def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "f.gguf"
     path.write_bytes(content)
     with pytest.raises(QFilterError, match="not a GGUF|truncated"):
-        metadata.read(path)
+        schema.read(path)
     with pytest.raises(QFilterError, match="No such file"):
-        metadata.read(tmp_path / "missing.gguf")
+        schema.read(tmp_path / "missing.gguf")
 
 
 def test_the_input_is_never_the_output(model, tmp_path):
@@ -613,7 +614,7 @@ def test_the_input_is_never_the_output(model, tmp_path):
     digest = sha256(model)
     for dst in (model, tmp_path / "symlink.gguf", tmp_path / "hardlink.gguf"):
         with pytest.raises(QFilterError, match="the input itself"):
-            metadata.write(model, dst, some_filters(), force=True)
+            gguf_copy.write(model, dst, some_filters(), force=True)
     assert sha256(model) == digest
 
 
@@ -621,10 +622,10 @@ def test_an_existing_output_is_replaced_only_with_force(model, tmp_path):
     dst = tmp_path / "dst.gguf"
     dst.write_bytes(b"precious")
     with pytest.raises(QFilterError, match="--force"):
-        metadata.write(model, dst, some_filters())
+        gguf_copy.write(model, dst, some_filters())
     assert dst.read_bytes() == b"precious"
-    metadata.write(model, dst, some_filters(), force=True)
-    assert metadata.read(dst) is not None
+    gguf_copy.write(model, dst, some_filters(), force=True)
+    assert schema.read(dst) is not None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -639,7 +640,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused_at_once(model, tmp_path)
         if os.geteuid() == 0:
             os.setuid(65534)
         try:
-            metadata.check_target("model.gguf", "read_only/dst.gguf")
+            files.check_target("model.gguf", "read_only/dst.gguf")
             os.write(write, b"accepted")
         except BaseException as error:
             os.write(write, f"{type(error).__name__} {error}".encode())
@@ -663,7 +664,7 @@ def test_an_interrupted_write_leaves_the_folder_as_it_was(model, tmp_path, error
         raise error
 
     with pytest.raises(error):
-        metadata.write(model, dst, some_filters(), force=True, progress=interrupt)
+        gguf_copy.write(model, dst, some_filters(), force=True, progress=interrupt)
     assert sorted(tmp_path.iterdir()) == before
     assert dst.read_bytes() == b"precious"
 
@@ -672,11 +673,11 @@ def test_an_interrupted_write_leaves_the_folder_as_it_was(model, tmp_path, error
 def test_a_disk_that_fills_up_leaves_the_folder_as_it_was(model, tmp_path):
     program = textwrap.dedent("""
         import resource, sys, numpy as np
-        from qfllama import config, metadata
-        filters = metadata.Filters(np.ones((3, 2, 8), np.float32), [0, 1, 2])
+        from qfllama import config, gguf_copy, schema
+        filters = schema.Filters(np.ones((3, 2, 8), np.float32), [0, 1, 2])
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         try:
-            metadata.write(sys.argv[1], sys.argv[2], filters)
+            gguf_copy.write(sys.argv[1], sys.argv[2], filters)
         except config.QFilterError as error:
             sys.exit(str(error))
     """)
@@ -697,7 +698,7 @@ def test_too_little_room_is_noticed_before_writing(model, tmp_path, monkeypatch)
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(QFilterError, match="not enough space"):
-        metadata.write(
+        gguf_copy.write(
             model,
             tmp_path / "dst.gguf",
             some_filters(),
@@ -708,7 +709,7 @@ def test_too_little_room_is_noticed_before_writing(model, tmp_path, monkeypatch)
 
 def test_progress_goes_up_to_the_size_of_the_file(smollm2, tmp_path):
     seen = []
-    metadata.write(
+    gguf_copy.write(
         smollm2,
         tmp_path / "dst.gguf",
         some_filters(0, 30, 3, 64),

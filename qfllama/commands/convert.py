@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import click
 
-from .. import report
 from ..config import QFilterError
-from ..gguf_header import escaped
+from ..fit import fit
+from ..terminal import escaped
 
 
 @click.command("convert")
@@ -198,4 +198,4 @@ def _print(summary):
         f"tokens ({made['sequences']} sequences of {escaped(made['text'])}) "
         f"in {summary.seconds:.0f} s"
     )
-    click.echo(report.fit(filters).summary)
+    click.echo(fit(filters).summary)

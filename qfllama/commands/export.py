@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from .. import metadata
+from .. import schema
 from ..config import QFilterError
 
 
@@ -29,7 +29,7 @@ def command(model, folder, force, upload, private):
     from qfllama.convert import published
 
     published.check_packages()
-    filters = metadata.read(model)
+    filters = schema.read(model)
     if filters is None:
         raise QFilterError(f"{model} has no filters; add them with `qfllama convert`")
     if upload:

@@ -9,9 +9,12 @@ import sys
 
 import click
 
-from .. import gguf_header, metadata, report
+from .. import figures, gguf_header, schema
 from ..config import QFilterError
-from ..gguf_header import escaped
+from ..files import check_target, plain
+from ..fit import fit, other_figures, table
+from ..shape import model_shape
+from ..terminal import escaped
 
 
 @click.command("inspect")
@@ -30,11 +33,11 @@ def command(model, heads, as_json, image):
 
     MODEL may be any part of a split GGUF (NAME-00001-of-00003.gguf)."""
     files = gguf_header.parts(model)
-    shape, filters = metadata.model_shape(files[0]), metadata.read(files[0])
+    shape, filters = model_shape(files[0]), schema.read(files[0])
     if image:
         _plot(image, files, shape, filters)
     if as_json:
-        _print(json.dumps(report.plain(_facts(files, shape, filters)), indent=2, allow_nan=False))
+        _print(json.dumps(plain(_facts(files, shape, filters)), indent=2, allow_nan=False))
     else:
         _print("\n".join(_lines(files, shape, filters, heads)))
     if image:
@@ -42,10 +45,10 @@ def command(model, heads, as_json, image):
 
 
 def _plot(image, files, shape, filters):
-    metadata.check_target(files[0], image, force=True, whole=True)
+    check_target(files[0], image, force=True, whole=True)
     if filters is None:
         raise QFilterError(f"{files[0]} has no filters to plot; add them with `qfllama convert`")
-    report.plot(image, filters, shape.name)
+    figures.plot(image, filters, shape.name)
 
 
 def _lines(files, shape, filters, heads):
@@ -74,13 +77,13 @@ def _lines(files, shape, filters, heads):
         yield "no mean queries before RoPE: qblend uses the filters, qahead can't be used"
     for name, value in filters.calibration.items():
         yield f"  {escaped(name.replace('_', ' '), 40):14} {escaped(value)}"
-    yield from report.other_figures(filters)
-    if figures := report.table(filters, heads=heads):
-        yield from ("", figures, "")
-    fit = report.fit(filters)
-    if fit.n_better is not None:
-        yield f"better than minus the key norm in {fit.n_better} of {fit.n_measured} layers"
-    yield fit.summary
+    yield from other_figures(filters)
+    if quality := table(filters, heads=heads):
+        yield from ("", quality, "")
+    graded = fit(filters)
+    if graded.n_better is not None:
+        yield f"better than minus the key norm in {graded.n_better} of {graded.n_measured} layers"
+    yield graded.summary
 
 
 def _heads(count):
@@ -93,7 +96,7 @@ def _facts(files, shape, filters):
     facts = {"files": [str(file) for file in files], "model": dataclasses.asdict(shape)}
     if filters is None:
         return facts | {"filters": None}
-    fit = report.fit(filters)
+    graded = fit(filters)
     return facts | {
         "filters": {
             "version": filters.version,
@@ -104,12 +107,12 @@ def _facts(files, shape, filters):
             "calibration": filters.calibration,
             "quality": filters.quality,
             "fit": {
-                "verdict": fit.verdict,
-                "summary": fit.summary,
-                "weak_layers": fit.weak,
-                "measured_layers": fit.n_measured,
-                "layers_better_than_knorm": fit.n_better,
-                "spearman": fit.spearman,
+                "verdict": graded.verdict,
+                "summary": graded.summary,
+                "weak_layers": graded.weak,
+                "measured_layers": graded.n_measured,
+                "layers_better_than_knorm": graded.n_better,
+                "spearman": graded.spearman,
             },
         }
     }

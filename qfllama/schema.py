@@ -29,26 +29,19 @@ refuses tensors it doesn't know.
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
 import struct
-import tempfile
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from . import gguf_header
 from .config import CALIBRATED, QFilterError
-from .gguf_header import ARRAY, F32, I32, I64, STRING, U16, U32, escaped
+from .gguf_header import ARRAY, F32, I32, I64, STRING, U16, U32
+from .shape import ModelShape
+from .terminal import escaped
 
 VERSION = 2
-MAX_LAYERS = 512  # LLAMA_MAX_LAYERS, llama-hparams.h
-MAX_NAME = 230  # bytes of a file's name, of which most systems allow 255; temporary files add some
 PREFIX = "qfilters."
-COPY_CHUNK = 16 << 20
 AGAIN = "run `qfllama convert` again"
 ROUTES = ("torch", "llama", "published")
 PROVENANCE = {
@@ -114,76 +107,6 @@ class Filters:
         }
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """What a GGUF header says about its model. Head counts are lists where layers differ."""
-
-    architecture: str
-    name: str
-    n_layer: int
-    n_head: int | list[int]
-    n_head_kv: int | list[int]
-    head_dim: int
-    n_ctx_train: int
-
-
-def model_shape(path) -> ModelShape:
-    """Shape of the model in the GGUF file at `path`, which may be any part of a split model.
-    QFilterError if it is no language model."""
-    return _shape_of(*gguf_header.scan_first(path))
-
-
-def _shape_of(path, header):
-    arch = header.get("general.architecture")
-    if not isinstance(arch, str) or not arch.isprintable():
-        raise QFilterError(
-            f"{path} has no general.architecture: not a language model; "
-            "give the GGUF of a text model"
-        )
-
-    def need(key, default=None):
-        value = header.get(f"{arch}.{key}", default)
-        if value is None:
-            raise QFilterError(
-                f"{path} has no {arch}.{key}: not a language model with attention; "
-                "give the GGUF of a text model"
-            )
-        if np.asarray(value).dtype.kind not in "iu" or np.size(value) == 0:
-            raise QFilterError(f"{path}: {arch}.{key} is not a number; download the file again")
-        return value
-
-    def one(key, default=None):
-        value = need(key, default)
-        if np.ndim(value) != 0:
-            raise QFilterError(f"{path}: {arch}.{key} is a list; download the file again")
-        return int(value)
-
-    n_layer = one("block_count")
-    if not 0 < n_layer <= MAX_LAYERS:
-        raise QFilterError(f"{path} says that it has {n_layer} layers; download the file again")
-
-    def per_layer(value, key="attention.head_count"):
-        values = np.ravel(value).tolist()
-        if np.ndim(value) != 0 and len(values) < n_layer:
-            raise QFilterError(
-                f"{path}: {arch}.{key} has {len(values)} numbers for {n_layer} layers; "
-                "download the file again"
-            )
-        return values[0] if len(set(values)) == 1 else values
-
-    n_head = per_layer(need("attention.head_count"))
-    n_head_max = n_head if isinstance(n_head, int) else max(n_head)
-    return ModelShape(
-        architecture=arch,
-        name=str(header.get("general.name", Path(path).stem)),
-        n_layer=n_layer,
-        n_head=n_head,
-        n_head_kv=per_layer(need("attention.head_count_kv", n_head), "attention.head_count_kv"),
-        head_dim=one("attention.key_length", one("embedding_length") // max(n_head_max, 1)),
-        n_ctx_train=one("context_length", 0),
-    )
-
-
 def read(path) -> Filters | None:
     """Filters stored in the GGUF file at `path` (for a split model, of which `path` may be any
     part: in its first part), None if there are none.
@@ -218,7 +141,7 @@ def read(path) -> Filters | None:
             values = _typed(path, header, key.removeprefix(PREFIX), (ARRAY, F32))
             per_head = values.size == shape[0] * shape[1]
             filters.quality[name] = values.reshape(shape[:2]) if per_head else values
-    _check_sound(path, filters)
+    check_sound(path, filters)
     return filters
 
 
@@ -245,7 +168,7 @@ def _typed(path, header, key, kind):
     return header.get(PREFIX + key)
 
 
-def _check_sound(where, filters):
+def check_sound(where, filters):
     """QFilterError unless the weights are [n_layer, n_head_kv, head_dim], finite and not zero."""
     weight, layers = np.asarray(filters.weight), list(filters.layers)
     if weight.ndim != 3 or 0 in weight.shape:
@@ -405,41 +328,6 @@ def check_fits_model(filters: Filters, shape: ModelShape) -> None:
         )
 
 
-def targets(src, dst, *, whole=False) -> list[Path]:
-    """The files that `write(src, dst)` makes: [DST], or as many parts as the GGUF file SRC has,
-    NAME-00001-of-00003.gguf, ... in DST's folder. `whole`: SRC will be made one file before."""
-    if whole or not Path(src).is_file():
-        return [Path(dst)]
-    return gguf_header.part_paths(dst, len(gguf_header.parts(src)))
-
-
-def check_target(src, dst, *, force=False, whole=False) -> None:
-    """QFilterError unless every file that `write(src, dst)` makes (see `targets`) may be written:
-    not a part of SRC, in a folder that exists, and not there yet (or `force`)."""
-    sources = gguf_header.parts(src) if Path(src).is_file() else []
-    for target in gguf_header.part_paths(dst, 1 if whole else max(len(sources), 1)):
-        _check_file(sources, target, force)
-
-
-def _check_file(sources, dst, force):
-    if dst.exists() and any(os.path.samefile(src, dst) for src in sources):
-        raise QFilterError(
-            f"{dst} is the input itself, which is never changed; give another output file"
-        )
-    if dst.is_dir():
-        raise QFilterError(f"{dst} is a folder; give an output file")
-    if dst.exists() and not dst.is_file():
-        raise QFilterError(f"{dst} is a device or a pipe; give an output file")
-    if dst.exists() and not force:
-        raise QFilterError(f"{dst} exists; replace it with --force or give another output file")
-    if len(os.fsencode(dst.name)) > MAX_NAME:
-        raise QFilterError("the name of the output file is too long; give a shorter one")
-    if not dst.parent.is_dir():
-        raise QFilterError(f"the folder {dst.parent} does not exist; create it first")
-    if not os.access(dst.parent, os.W_OK):
-        raise QFilterError(f"the folder {dst.parent} is not writable; give another output file")
-
-
 def check_source(src, *, force=False) -> None:
     """QFilterError if the GGUF file at SRC has filters already and they may not be replaced."""
     _, header = gguf_header.scan_first(src)
@@ -447,104 +335,7 @@ def check_source(src, *, force=False) -> None:
         raise QFilterError(f"{src} already has filters; replace them with --force")
 
 
-def check_space(folder, n_bytes: int) -> None:
-    """QFilterError unless `folder` has room for n_bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        raise QFilterError(
-            f"not enough space in {folder}: {n_bytes / 2**20:,.0f} MiB needed, "
-            f"{free / 2**20:,.0f} MiB free; make room or give another output file"
-        )
-
-
-def write(src, dst, filters: Filters, *, force=False, progress=None) -> list[Path]:
-    """Copy the GGUF file SRC to DST with `filters` in its metadata. Of a split model (SRC is any of
-    its parts) the first part gets the filters, the others are copied as they are. Returns the files
-    written (see `targets`).
-
-    Everything else stays as it is: all other keys, the tensor infos and the tensor data are copied
-    byte for byte, whatever the tensor types. The output appears complete or not at all.
-
-    force: replace filters that SRC already has, and replace DST if it exists
-    progress: called as progress(bytes_written, bytes_in_all)
-    Raises QFilterError for filters that are not sound or don't fit SRC, no room, SRC == DST."""
-    dst = Path(dst)
-    check_target(src, dst, force=force)
-    check_source(src, force=force)
-    sources = gguf_header.parts(src)
-    outputs = gguf_header.part_paths(dst, len(sources))
-    header = gguf_header.scan(sources[0])
-    shape = _shape_of(sources[0], header)
-    _check_sound(sources[0], filters)
-    check_fits_model(filters, shape)
-
-    head = _new_header(header, _pack(filters))
-    sizes = [part.stat().st_size for part in sources]
-    total = len(head) + max(sizes[0] - header.data, 0) + sum(sizes[1:])
-    check_space(dst.parent, total)
-    contents = zip(sources, [header.data, *[0] * len(sources[1:])], strict=True)
-    done = len(head)
-    try:
-        with replacing(outputs) as files:
-            files[0].write(head)
-            for out, (source, start) in zip(files, contents, strict=True):
-                for n_bytes in _copied(source, start, out):
-                    done += n_bytes
-                    if progress:
-                        progress(done, total)
-    except OSError as error:
-        raise QFilterError(
-            f"cannot write {dst}: {error.strerror}; make room or give another output file"
-        ) from None
-    return outputs
-
-
-def _copied(path, start, out):
-    """Append the bytes of the file at `path` from `start` on to the open file `out`; yields the
-    size of every piece. By the kernel where it can, without a detour through this program."""
-    out.flush()
-    with open(path, "rb", buffering=0) as data:
-        data.seek(start)
-        while n_bytes := _copy_in_kernel(data, out):
-            yield n_bytes
-        while chunk := data.read(COPY_CHUNK):
-            out.write(chunk)
-            yield len(chunk)
-
-
-def _copy_in_kernel(data, out):
-    """Bytes copied from one open file to another, at most COPY_CHUNK; 0 at the end, or where the
-    system or the file systems can't."""
-    if not hasattr(os, "copy_file_range"):
-        return 0
-    try:
-        return os.copy_file_range(data.fileno(), out.fileno(), COPY_CHUNK)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            raise
-        return 0
-
-
-def _new_header(header, pairs):
-    """Header bytes of SRC with its qfilters.* keys replaced by `pairs` (packed keys)."""
-    kept = [
-        header.raw[f.start : f.end]
-        for key, f in header.fields.items()
-        if not key.startswith(PREFIX)
-    ]
-    head = b"".join(
-        [
-            b"GGUF",
-            struct.pack("<IQQ", header.version, len(header.tensors), len(kept) + len(pairs)),
-            *kept,
-            *pairs,
-            header.raw[header.infos : header.infos_end],
-        ]
-    )
-    return head + bytes(-len(head) % header.alignment)
-
-
-def _pack(filters):
+def pack(filters) -> list[bytes]:
     """The qfilters.* keys as packed GGUF key-value pairs."""
     n_layer, n_head_kv, head_dim = filters.weight.shape
     pairs = [
@@ -580,56 +371,3 @@ def _pair(key, kind, value):
     if isinstance(kind, tuple):
         return head + struct.pack("<IIQ", *kind, value.size) + value.tobytes()
     return head + struct.pack("<I" + gguf_header.SCALARS[kind], kind, value)
-
-
-@contextmanager
-def replacing(targets: list[Path]):
-    """Binary files beside the `targets` that become them when the block ends, all or none of them:
-    if it fails, they vanish and what was there before stays."""
-    temporary = []
-    try:
-        with ExitStack() as files:
-            opened = []
-            for target in targets:
-                handle, name = tempfile.mkstemp(
-                    dir=target.parent, prefix=f".{target.name}.", suffix=".part"
-                )
-                temporary.append(Path(name))
-                opened.append(files.enter_context(os.fdopen(handle, "wb")))
-            yield opened
-        umask = os.umask(0)
-        os.umask(umask)
-        for path in temporary:
-            path.chmod(0o666 & ~umask)
-        _rename_all(temporary, targets)
-    except BaseException:
-        for path in temporary:
-            path.unlink(missing_ok=True)
-        raise
-
-
-def _rename_all(temporary, targets):
-    """Rename files to `targets`. The first target, without which the others are not loaded, comes
-    last; until then the files that are replaced wait under another name, to be put back if a
-    rename fails. A single file is replaced in one step."""
-    old, new = [], []
-    try:
-        if len(targets) > 1:
-            for path, target in zip(temporary, targets, strict=True):
-                if target.exists():
-                    old.append((path.with_suffix(".old"), target))
-                    os.replace(target, path.with_suffix(".old"))
-        for path, target in reversed(list(zip(temporary, targets, strict=True))):
-            new.append((path, target))
-            os.replace(path, target)
-    except BaseException:
-        for path, target in new:
-            if len(targets) > 1 and not path.exists():
-                target.unlink(missing_ok=True)
-        for path, target in old:
-            with suppress(FileNotFoundError):
-                os.replace(path, target)
-        raise
-    for path, _ in old:
-        with suppress(OSError):
-            path.unlink()
