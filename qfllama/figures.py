@@ -10,8 +10,8 @@ import numpy as np
 
 from .config import QFilterError
 from .files import write_file
+from .filters import Filters
 from .fit import WEAK, fit, layer_means
-from .schema import Filters
 from .terminal import escaped
 
 IMAGES = (".png", ".svg", ".pdf")
@@ -56,8 +56,8 @@ def save_figure(figure, path, dpi=120) -> None:
 
 
 def _draw(Figure, filters, title):
-    n_layer, n_head_kv, _ = filters.weight.shape
-    ours, norms = filters.quality["spearman"], filters.quality.get("spearman_knorm")
+    n_layer = len(filters.layers)
+    ours, norms = (_rectangle(filters, name) for name in ("spearman", "spearman_knorm"))
     figure = Figure(figsize=(7.5, 2.4 + 0.16 * min(max(n_layer, 8), 100)), layout="constrained")
     left, *right = figure.subplots(1, 1 if norms is None else 2, sharey=True, squeeze=False)[0]
     # viridis and PuOr are told apart with every common colour blindness
@@ -78,6 +78,17 @@ def _draw(Figure, filters, title):
     lines = [escaped(title, 60), fit(filters).summary.split(", see")[0], legend]
     figure.suptitle("\n".join(filter(None, lines)), fontsize=9, parse_math=False)
     return figure
+
+
+def _rectangle(filters, name):
+    """A quality figure [n_layer, most KV heads of a layer], NaN where a layer has fewer; None if
+    there is no such figure."""
+    if name not in filters.quality:
+        return None
+    values = np.full((len(filters.layers), max(filters.n_head_kv)), np.nan)
+    for row, of_layer in zip(values, filters.figures(name), strict=True):
+        row[: len(of_layer)] = of_layer
+    return values
 
 
 def _heat_map(panel, values, colours, least, largest, extend="neither"):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .schema import QUALITY, Filters
+from .filters import Filters
+from .schema import QUALITY
 from .tables import aligned
 from .terminal import escaped
 
@@ -75,26 +76,26 @@ def fit(filters: Filters) -> Fit:
 def layer_means(filters: Filters, name: str) -> np.ndarray:
     """Quality figure `name` of every layer, mean over the KV heads that have one: float32
     [n_layer_with_filter], NaN where there is none."""
-    n_layer, n_head_kv, _ = filters.weight.shape
-    values = filters.quality.get(name, np.full((n_layer, n_head_kv), np.nan, np.float32))
-    if values.ndim == 1:
-        return values
-    count = np.isfinite(values).sum(1)
-    total = np.where(np.isfinite(values), values, 0).sum(1)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
+    if name not in filters.quality:
+        return np.full(len(filters.layers), np.nan, np.float32)
+    defined = [values[np.isfinite(values)] for values in filters.figures(name)]
+    return np.array([v.mean() if v.size else np.nan for v in defined], np.float32)
 
 
 def table(filters: Filters, *, heads=False) -> str:
     """The quality figures, one line per layer (means over its KV heads) or per head, weak ones
     marked; empty without figures."""
-    n_layer, n_head_kv, _ = filters.weight.shape
     names = _columns(filters)
     if not names:
         return ""
     columns = [_column(filters, name, heads) for name in names]
     keys = [[str(layer)] for layer in filters.layers]
     if heads:
-        keys = [[*key, str(head)] for key in keys for head in range(n_head_kv)]
+        keys = [
+            [*key, str(head)]
+            for key, n_head_kv in zip(keys, filters.n_head_kv, strict=True)
+            for head in range(n_head_kv)
+        ]
     rows = [["layer", *(["head"] if heads else []), *map(_title, names), ""]]
     for key, *values in zip(keys, *columns, strict=True):
         weak = "spearman" in names and values[names.index("spearman")] < WEAK
@@ -106,19 +107,15 @@ def _columns(filters):
     """Names of the figures that there is one of per layer or head, those of the schema first."""
     known = [name for name in QUALITY if name in filters.quality]
     others = [name for name in filters.quality if name not in QUALITY]
-    return known + [name for name in others if filters.quality[name].shape in _shapes(filters)]
-
-
-def _shapes(filters):
-    return filters.weight.shape[:2], filters.weight.shape[:1]
+    return known + [name for name in others if filters.figures(name) is not None]
 
 
 def _column(filters, name, heads):
     if not heads:
         return layer_means(filters, name)
-    values = filters.quality[name]
     # a figure per layer stands beside each of its heads
-    return np.broadcast_to(values.reshape(len(values), -1), filters.weight.shape[:2]).ravel()
+    layers = zip(filters.figures(name), filters.n_head_kv, strict=True)
+    return np.concatenate([np.broadcast_to(values, n_head_kv) for values, n_head_kv in layers])
 
 
 def _title(name):

@@ -5,20 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 from . import gguf_header, schema
 from .config import QFilterError
 from .files import check_space, check_target, replacing
+from .filters import VERSION, Filters
+from .fingerprint import fingerprint
 from .shape import shape_of
 
 COPY_CHUNK = 16 << 20
 
 
-def write(src, dst, filters: schema.Filters, *, force=False, progress=None) -> list[Path]:
-    """Copy the GGUF file SRC to DST with `filters` in its metadata. Of a split model (SRC is any of
-    its parts) the first part gets the filters, the others are copied as they are. Returns the files
-    written (see `files.targets`).
+def write(src, dst, filters: Filters, *, force=False, progress=None) -> list[Path]:
+    """Copy the GGUF file SRC to DST with `filters` and the fingerprint of SRC's tensors in its
+    metadata. Of a split model (SRC is any of its parts) the first part gets the filters, the others
+    are copied as they are. Returns the files written (see `files.targets`).
 
     Everything else stays as it is: all other keys, the tensor infos and the tensor data are copied
     byte for byte, whatever the tensor types. The output appears complete or not at all.
@@ -33,8 +36,9 @@ def write(src, dst, filters: schema.Filters, *, force=False, progress=None) -> l
     outputs = gguf_header.part_paths(dst, len(sources))
     header = gguf_header.scan(sources[0])
     shape = shape_of(sources[0], header)
+    filters = replace(filters, version=VERSION, fingerprint=fingerprint(sources[0]))
     schema.check_sound(sources[0], filters)
-    schema.check_fits_model(filters, shape)
+    schema.check_fits(filters, shape)
 
     head = _new_header(header, schema.pack(filters))
     sizes = [part.stat().st_size for part in sources]

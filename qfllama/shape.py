@@ -25,6 +25,11 @@ class ModelShape:
     head_dim: int
     n_ctx_train: int
 
+    def heads(self, layer: int) -> tuple[int, int]:
+        """(query heads, KV heads) of a layer."""
+        counts = (self.n_head, self.n_head_kv)
+        return tuple(n if isinstance(n, int) else n[layer] for n in counts)
+
 
 def model_shape(path) -> ModelShape:
     """Shape of the model in the GGUF file at `path`, which may be any part of a split model.

@@ -33,6 +33,7 @@ from llama_cpp.llama_cache import BaseLlamaCache, LlamaDiskCache, LlamaRAMCache
 from qfllama import gguf_header, schema
 from qfllama.config import QFilterConfig, QFilterError
 from qfllama.files import replacing
+from qfllama.filters import Filters
 
 MAGIC = b"QFSTATE\0"
 VERSION = 1
@@ -86,16 +87,14 @@ def model_identity(path) -> str:
     return digest.hexdigest()
 
 
-def filters_identity(filters: schema.Filters | None) -> str | None:
+def filters_identity(filters: Filters | None) -> str | None:
     """SHA-256 of the filters; None for policies that need none."""
     if filters is None:
         return None
     digest = hashlib.sha256(json.dumps([int(layer) for layer in filters.layers]).encode())
-    digest.update(np.ascontiguousarray(filters.weight, dtype="<f4").tobytes())
-    if filters.moments is not None:
-        digest.update(np.ascontiguousarray(filters.moments, dtype="<f2").tobytes())
-    if filters.queries is not None:
-        digest.update(np.ascontiguousarray(filters.queries, dtype="<f4").tobytes())
+    for kind, dtype in (("filters", "<f4"), ("moments", "<f2"), ("queries", "<f4")):
+        for rows in filters.vectors.get(kind, {}).values():
+            digest.update(np.ascontiguousarray(rows, dtype=dtype).tobytes())
     return digest.hexdigest()
 
 

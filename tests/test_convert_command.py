@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny_models
 from click.testing import CliRunner
+from gguf_files import expected_fingerprint, stacked
 from qfllama.convert import export, pipeline, text
 
 from qfllama import Llama, QFilterConfig, schema
@@ -87,7 +88,9 @@ def small_gguf(path, arch="llama", extra=lambda writer: None):
 def test_a_checkpoint_becomes_a_gguf_with_filters_and_their_provenance(checkpoint, converted):
     out, printed = converted
     filters = schema.read(out)
-    assert filters.weight.shape == (2, 2, 16)
+    assert stacked(filters).shape == (2, 2, 16)
+    assert (filters.version, filters.layout) == (3, "norm")
+    assert filters.fingerprint == expected_fingerprint(out)
     assert filters.layers == [0, 1]
     facts = dict(filters.calibration)
     assert facts.pop("text").startswith("pydoc_data.topics")
@@ -117,17 +120,16 @@ def test_a_gguf_is_converted_without_being_touched(converted, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "src.gguf"]
 
 
-def test_the_rank_decides_what_second_order_filters_hold(converted, tmp_path):
-    by_default = schema.read(converted[0])
-    assert by_default.moments.shape == (2, 6, 1 + 16, 16)
-    run(converted[0], tmp_path / "3.gguf", *QUICK, "--force", "--rank", "3")
-    run(converted[0], tmp_path / "0.gguf", *QUICK, "--force", "--rank", "0")
+def test_there_are_second_moments_only_where_a_rank_asks_for_them(converted, tmp_path):
+    assert schema.read(converted[0]).requires == ["queries"]
+    for rank in (3, 0):
+        run(converted[0], tmp_path / f"{rank}.gguf", *QUICK, "--force", "--rank", rank)
     low, none = (schema.read(tmp_path / name) for name in ("3.gguf", "0.gguf"))
-    assert (low.version, low.moments.shape) == (2, (2, 6, 1 + 3, 16))
-    assert (none.version, none.moments) == (1, None)
-    np.testing.assert_array_equal(low.weight, none.weight)
-    np.testing.assert_array_equal(low.queries, none.queries)
-    assert none.queries.shape == none.weight.shape
+    assert stacked(low, "moments").shape == (2, 6, 1 + 3, 16)
+    assert (low.requires, none.requires) == (["queries", "moments"], ["queries"])
+    np.testing.assert_array_equal(stacked(low), stacked(none))
+    np.testing.assert_array_equal(stacked(low, "queries"), stacked(none, "queries"))
+    assert stacked(none, "queries").shape == stacked(none).shape
     with pytest.raises(QFilterError, match="first order only.*--force"):
         Llama(str(tmp_path / "0.gguf"), qfilters=QFilterConfig(policy="qfilters2"), verbose=False)
     small = QFilterConfig(max_length=128, policy="qfilters2")
@@ -143,7 +145,7 @@ def test_a_checkpoint_is_quantized_on_the_way(checkpoint, converted, tmp_path):
     assert kinds["blk.0.attn_k.weight"] == "Q8_0"
     # the filters are those of the unquantized weights
     np.testing.assert_array_equal(
-        schema.read(tmp_path / "out.gguf").weight, schema.read(converted[0]).weight
+        stacked(schema.read(tmp_path / "out.gguf")), stacked(schema.read(converted[0]))
     )
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
@@ -152,7 +154,7 @@ def test_a_gguf_in_full_precision_is_quantized_on_the_way(converted, tmp_path):
     run(converted[0], tmp_path / "out.gguf", *QUICK, "--quantize", "Q8_0", "--force")
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
     assert kinds["blk.0.attn_k.weight"] == "Q8_0"
-    assert schema.read(tmp_path / "out.gguf").weight.shape == (2, 2, 16)
+    assert stacked(schema.read(tmp_path / "out.gguf")).shape == (2, 2, 16)
 
 
 def test_the_same_seed_gives_the_same_file_and_another_seed_does_not(converted, tmp_path):
@@ -160,7 +162,7 @@ def test_the_same_seed_gives_the_same_file_and_another_seed_does_not(converted, 
         run(converted[0], tmp_path / name, *QUICK, "--force", "--seed", seed)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert not np.array_equal(
-        schema.read(tmp_path / "a").weight, schema.read(tmp_path / "c").weight
+        stacked(schema.read(tmp_path / "a")), stacked(schema.read(tmp_path / "c"))
     )
 
 

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import tiny_models
 from conftest import last_logits
+from gguf_files import rectangular
+from qfllama.convert import native_model
 from reference.compare import agreement, disagreements, logits_difference
 from reference.engine import run, split
 from reference.families import FamilyCache, FamilyModel, interleaved
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qfllama import Llama, QFilterConfig, gguf_copy, schema
+from qfllama import Llama, QFilterConfig, gguf_copy
 from qfllama.config import QFilterError
 from qfllama.shape import model_shape
 
@@ -97,7 +99,13 @@ class Family:
             interleaved(rows) if name in INTERLEAVED else rows
             for rows in (self.filters, self.moments, self.queries)
         ]
-        written = schema.Filters(cached[0], self.layers, moments=cached[1], queries=cached[2])
+        written = rectangular(
+            cached[0],
+            self.layers,
+            moments=cached[1],
+            queries=cached[2],
+            layout=native_model.rope_layout(plain),
+        )
         gguf_copy.write(plain, self.path, written)
 
     def open(self, policy, type_kv=llama_cpp.GGML_TYPE_F16, seed=0, **kwargs):
@@ -196,7 +204,9 @@ def test_a_norm_after_rope_is_no_place_for_queries_before_it(folder, capfd):
     plain, path = folder / "hunyuan.gguf", folder / "hunyuan.qf.gguf"
     shape = model_shape(plain)
     rows = np.ones((shape.n_layer, shape.n_head_kv, shape.head_dim), np.float32)
-    gguf_copy.write(plain, path, schema.Filters(rows, [0, 1, 2], queries=rows))
+    gguf_copy.write(
+        plain, path, rectangular(rows, queries=rows, layout=native_model.rope_layout(plain))
+    )
     for policy in ("qahead", "qblend", "qfilters"):
         config = QFilterConfig(**BOUND, interval=INTERVAL, policy=policy)
         if policy == "qfilters":

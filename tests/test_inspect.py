@@ -9,27 +9,25 @@ import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from test_metadata import filter_keys, weights_with, write_gguf
+from gguf_files import filter_keys, filters_with, rectangular, write_gguf
 from test_split import split
 
 from qfllama import figures, gguf_copy, schema
 from qfllama.cli import main
 from qfllama.fit import fit
-from qfllama.schema import Filters
 from qfllama.terminal import escaped
 
 N_LAYER, N_HEAD_KV, HEAD_DIM = 3, 2, 8
 PROGRAM = "from qfllama.cli import main; main()"
 
 
-def measured(spearman, **quality):
+def measured(spearman, layers=None, **quality):
     """Filters of the shape of `write_gguf`'s model, or of as many layers as `spearman` has."""
     spearman = np.asarray(spearman, np.float32)
     quality = {name: np.asarray(values, np.float32) for name, values in quality.items()}
-    weight = np.ones((*spearman.shape, HEAD_DIM), np.float32)
     provenance = {"text": "prose.txt", "route": "llama", "held_out": 4}
-    layers = list(range(len(spearman)))
-    return Filters(weight, layers, provenance, {"spearman": spearman} | quality)
+    rows = np.ones((*spearman.shape, HEAD_DIM), np.float32)
+    return rectangular(rows, layers, provenance, {"spearman": spearman} | quality)
 
 
 SPEARMAN = [[0.5, 0.7], [0.25, np.nan], [0.1, 0.4]]
@@ -117,8 +115,8 @@ def test_the_verdict_counts_the_layers_whose_mean_is_below_0_3(n_weak, n_layer, 
 
 
 def test_layers_are_named_as_in_the_model_and_undefined_ones_do_not_count():
-    filters = measured([[0.1, 0.1], [np.nan, np.nan], [0.9, 0.9], [0.9, np.nan]])
-    filters.layers = [1, 5, 7, 30]
+    spearman = [[0.1, 0.1], [np.nan, np.nan], [0.9, 0.9], [0.9, np.nan]]
+    filters = measured(spearman, [1, 5, 7, 30])
     graded = fit(filters)
     assert (graded.weak, graded.n_measured, graded.verdict) == ([1], 3, "fair")
     np.testing.assert_allclose(graded.spearman, [0.1, np.nan, 0.9, 0.9])
@@ -150,7 +148,7 @@ def test_mean_queries_are_named_where_there_are_any(model, tmp_path):
     assert "no mean queries before RoPE: qblend uses the filters" in inspect(model)
     assert json.loads(inspect(model, "--json"))["filters"]["queries"] is False
     filters = schema.read(model)
-    filters.queries = filters.weight
+    filters.vectors["queries"] = filters.vectors["filters"]
     gguf_copy.write(model, tmp_path / "queries.gguf", filters, force=True)
     assert "no mean queries" not in inspect(tmp_path / "queries.gguf")
     assert "mean queries before RoPE: qblend" in inspect(tmp_path / "queries.gguf")
@@ -165,8 +163,8 @@ def test_a_file_without_filters_says_what_to_do(tmp_path):
 
 
 def test_bad_filters_are_refused_in_one_line(tmp_path):
-    for value, words in [(np.nan, "NaN"), (0.0, "layer 0, KV head 0 is all zero")]:
-        path = write_gguf(tmp_path / "f.gguf", filter_keys(**weights_with(value)))
+    for value, words in [(np.nan, "NaN"), (0.0, "layer 0 are all zero for KV head 0")]:
+        path = write_gguf(tmp_path / "f.gguf", filter_keys(filters=("array", filters_with(value))))
         assert words in refused(path)
 
 

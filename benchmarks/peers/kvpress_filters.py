@@ -34,6 +34,7 @@ from kvpress.presses.qfilter_press import QFilters
 from qfllama.convert import published
 
 from qfllama import Llama, QFilterConfig, gguf_copy, schema
+from qfllama.shape import model_shape
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from reference.model import write_f32_copy  # noqa: E402
@@ -99,7 +100,8 @@ def by_our_score(gguf, keys, n_keep, window):
     """As `run_reference`, with the filters in the GGUF file on keys in llama.cpp's layout."""
     filters = schema.read(gguf)
     cached = keys[..., published.head_order(gguf)].astype(np.float32)
-    scores = np.einsum("lhtd,lhd->lht", cached[filters.layers], filters.weight)
+    rows = np.stack(list(filters.vectors["filters"].values()))
+    scores = np.einsum("lhtd,lhd->lht", cached[filters.layers], rows)
     last = np.arange(keys.shape[2]) >= keys.shape[2] - window
     scores[..., last] = np.inf
     return np.sort(np.argsort(-scores, axis=-1)[..., :n_keep], axis=-1)
@@ -129,10 +131,10 @@ def run_engine(gguf, tokens, n_keep, threads):
     assert llm.qfilter_stats()["evictions"] == 0
     llm.eval(tokens[-1:])
     assert llm.qfilter_stats()["evictions"] == 1
-    shape = schema.read(gguf).weight.shape
+    shape = model_shape(gguf)
     kept = [
-        [llm.kept_positions(layer, head)[:-1] for head in range(shape[1])]
-        for layer in range(shape[0])
+        [llm.kept_positions(layer, head)[:-1] for head in range(shape.n_head_kv)]
+        for layer in range(shape.n_layer)
     ]
     llm.close()
     return np.array(kept)

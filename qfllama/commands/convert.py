@@ -66,11 +66,11 @@ from ..terminal import escaped
 )
 @click.option(
     "--rank",
-    default=16,
+    default=0,
     show_default=True,
     type=click.IntRange(0, 256),
-    help="Principal directions per query head for the policy qfilters2; 0: filters of the first "
-    "order only.",
+    help="Principal directions per query head in the second moments, which only the policy "
+    "qfilters2 reads; 0: none.",
 )
 @click.option(
     "--text",
@@ -183,12 +183,11 @@ def _refuse_calibration(calibration):
 
 def _print(summary):
     filters, made = summary.filters, summary.filters.calibration
-    n_layer, n_head_kv, head_dim = filters.weight.shape
     for part in summary.outputs[1:]:
         click.echo(escaped(part))
     click.echo(
         f"{escaped(summary.outputs[0])}: {summary.n_bytes / 2**20:,.1f} MiB, filters "
-        f"for {n_layer} layers x {n_head_kv} KV heads x {head_dim}"
+        f"for {filters.size}"
     )
     if made["route"] == "published":
         click.echo(escaped(made["text"]))

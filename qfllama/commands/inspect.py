@@ -12,6 +12,8 @@ import click
 from .. import figures, gguf_header, schema
 from ..config import QFilterError
 from ..files import check_target, plain
+from ..filters import span
+from ..fingerprint import fingerprint
 from ..fit import fit, other_figures, table
 from ..shape import model_shape
 from ..terminal import escaped
@@ -33,7 +35,7 @@ def command(model, heads, as_json, image):
 
     MODEL may be any part of a split GGUF (NAME-00001-of-00003.gguf)."""
     files = gguf_header.parts(model)
-    shape, filters = model_shape(files[0]), schema.read(files[0])
+    shape, filters = model_shape(files[0]), schema.read(files[0], compare=False)
     if image:
         _plot(image, files, shape, filters)
     if as_json:
@@ -65,16 +67,24 @@ def _lines(files, shape, filters, heads):
         src = escaped(files[0], 4096)
         yield f"no filters; add them with `qfllama convert {src} -o OUT.gguf`"
         return
-    n_layer, n_head_kv, head_dim = filters.weight.shape
-    yield f"filters: {n_layer} layers x {n_head_kv} KV heads x {head_dim}"
-    if filters.moments is not None:
-        n_head, rank = filters.moments.shape[1], filters.rank
-        size = filters.moments.nbytes / 2**20
-        yield f"second order: rank {rank} for {n_head} query heads, {size:.1f} MiB"
-    if filters.queries is not None:
+    yield f"filters: {filters.size}"
+    if moments := filters.vectors.get("moments"):
+        n_head = span(map(len, moments.values()))
+        size = sum(rows.nbytes for rows in moments.values()) / 2**20
+        yield f"second order: rank {filters.rank} for {n_head} query heads, {size:.1f} MiB"
+    if "queries" in filters.vectors:
         yield "mean queries before RoPE: qblend and qahead turn them to the positions to come"
     else:
         yield "no mean queries before RoPE: qblend uses the filters, qahead can't be used"
+    if filters.layout:
+        yield f"layout of the rotary pairs: {filters.layout}"
+        yield f"a reader must know: {', '.join(filters.requires) or 'nothing more'}"
+        yield f"fingerprint of the tensors: {escaped(filters.fingerprint)}"
+    if _of_these_tensors(files, filters) is False:
+        yield (
+            "warning: the filters were made for other weights and will be refused: run "
+            f"`qfllama convert {escaped(files[0], 4096)} -o OUT.gguf --force`"
+        )
     for name, value in filters.calibration.items():
         yield f"  {escaped(name.replace('_', ' '), 40):14} {escaped(value)}"
     yield from other_figures(filters)
@@ -88,7 +98,20 @@ def _lines(files, shape, filters, heads):
 
 def _heads(count):
     """One number, or the least and largest where layers differ."""
-    return f"{min(count)} to {max(count)}" if isinstance(count, list) else str(count)
+    return span(count if isinstance(count, list) else [count])
+
+
+def _of_these_tensors(files, filters):
+    """Whether the filters were made for the tensors of the file; None if they don't say."""
+    return filters.fingerprint and filters.fingerprint == fingerprint(files[0])
+
+
+def _quality(filters, name):
+    """A quality figure by layer, where there is one number per KV head, else as it is."""
+    by_layer = filters.figures(name)
+    if by_layer is None or [len(values) for values in by_layer] != filters.n_head_kv:
+        return filters.quality[name]
+    return by_layer
 
 
 def _facts(files, shape, filters):
@@ -100,12 +123,17 @@ def _facts(files, shape, filters):
     return facts | {
         "filters": {
             "version": filters.version,
-            "shape": list(filters.weight.shape),
+            "requires": filters.requires,
+            "layout": filters.layout,
+            "fingerprint": filters.fingerprint,
+            "of_these_tensors": _of_these_tensors(files, filters),
             "rank": filters.rank,
-            "queries": filters.queries is not None,
+            "queries": "queries" in filters.vectors,
             "layers": filters.layers,
+            "head_count_kv": filters.n_head_kv,
+            "head_dim": filters.head_dim,
             "calibration": filters.calibration,
-            "quality": filters.quality,
+            "quality": {name: _quality(filters, name) for name in filters.quality},
             "fit": {
                 "verdict": graded.verdict,
                 "summary": graded.summary,

@@ -14,7 +14,7 @@ from llama_cpp._logger import llama_log_callback, set_verbose
 
 from qfllama import native, schema, state
 from qfllama.config import QFilterConfig, QFilterError
-from qfllama.llama import STATE_RESIZE, BoundedContext, cache_type
+from qfllama.llama import STATE_RESIZE, BoundedContext, cache_type, keywords
 from qfllama.shape import model_shape
 
 BATCH = 512
@@ -86,12 +86,13 @@ class Model:
             QFilterError: the policy needs filters that the file doesn't have, or memory is short.
         """
         schema.check_policy(self.path, self.filters, config.policy)
-        vectors = schema.for_policy(self.filters, config.policy, self.shape)
+        rope_type = llama_cpp.llama_model_rope_type(self.model.model)
+        kind, arrays = schema.for_policy(self.filters, config.policy, self.shape, rope_type)
         try:
             with self._log():  # which warns of every context longer than the model was trained for
                 context = BoundedContext(
                     model=self.model, params=self._params(n_ctx, config.interval), verbose=False,
-                    config=config, **vectors,
+                    config=config, **keywords(kind, arrays),
                 )  # fmt: skip
         except ValueError as error:
             raise QFilterError(
