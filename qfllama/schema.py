@@ -38,6 +38,7 @@ refuses tensors it doesn't know.
 
 from __future__ import annotations
 
+import math
 import struct
 
 import numpy as np
@@ -111,9 +112,9 @@ def read(path, *, compare=True) -> Filters | None:
 
 
 def _read_layers(path, header, version):
-    requires = header.get(PREFIX + "requires", [])
-    if requires and header.type_of(PREFIX + "requires") != (ARRAY, STRING):
-        _typed(path, header, "requires", (ARRAY, STRING))
+    requires = []
+    if PREFIX + "requires" in header.fields:
+        requires = _typed(path, header, "requires", (ARRAY, STRING))
     if unknown := [name for name in requires if name not in OPTIONAL]:
         raise QFilterError(
             f"the filters in {path} require {escaped(', '.join(unknown))}, which this qfllama does "
@@ -138,8 +139,8 @@ def _read_layers(path, header, version):
         n_rows = 1 + _typed(path, header, "rank", U32)
         shapes = [(n, n_rows, dim) for n, dim in zip(sizes("head_count"), dims, strict=True)]
         vectors["moments"] = _by_layer(path, header, "moments", U16, layers, shapes)
-    layout, mark = (_typed(path, header, key, STRING) for key in ("layout", "fingerprint"))
-    return Filters(vectors, {}, {}, layout, mark, version)
+    layout, of_tensors = (_typed(path, header, key, STRING) for key in ("layout", "fingerprint"))
+    return Filters(vectors, layout=layout, fingerprint=of_tensors, version=version)
 
 
 def _read_uniform(path, header, version):
@@ -172,7 +173,7 @@ def _layers(path, header):
 def _by_layer(path, header, key, kind, layers, shapes):
     """Layer -> its part of the array `key`, in its shape; 16-bit numbers as float16."""
     values = _typed(path, header, key, (ARRAY, kind))
-    sizes = [int(np.prod(shape, dtype=object)) for shape in shapes]
+    sizes = [math.prod(shape) for shape in shapes]
     if values.size != sum(sizes):
         raise QFilterError(
             f"{path}: {PREFIX}{key} has {values.size} numbers, the shapes of its layers take "
@@ -268,16 +269,12 @@ def _check_figures(where, name, values, n_head_kv):
 def check_fits(filters: Filters, shape: ModelShape) -> None:
     """QFilterError, naming both shapes, unless the filters belong to a model of this shape."""
     for layer, rows in filters.vectors["filters"].items():
-        ours, theirs = rows.shape, "no such layer"
-        if layer < shape.n_layer:
-            n_head, n_head_kv = shape.heads(layer)
-            theirs = (n_head_kv, shape.head_dim)
-        if ours != theirs:
-            theirs = theirs if isinstance(theirs, str) else f"{theirs[0]} KV heads x {theirs[1]}"
+        n_head, n_head_kv = shape.heads(layer) if layer < shape.n_layer else (0, 0)
+        if rows.shape != (n_head_kv, shape.head_dim):
             raise QFilterError(
-                f"the filters do not fit the model: they are for {ours[0]} KV heads x {ours[1]} in "
-                f"layer {layer}, the model has {theirs} ({shape.n_layer} layers); {AGAIN} on this "
-                "model"
+                f"the filters do not fit the model: they are for {len(rows)} KV heads x "
+                f"{rows.shape[1]} in layer {layer}, the model has {n_head_kv} KV heads x "
+                f"{shape.head_dim} there ({shape.n_layer} layers); {AGAIN} on this model"
             )
         moments = filters.vectors.get("moments")
         if moments and len(moments[layer]) != n_head:

@@ -130,7 +130,7 @@ def test_there_are_second_moments_only_where_a_rank_asks_for_them(converted, tmp
     np.testing.assert_array_equal(stacked(low), stacked(none))
     np.testing.assert_array_equal(stacked(low, "queries"), stacked(none, "queries"))
     assert stacked(none, "queries").shape == stacked(none).shape
-    with pytest.raises(QFilterError, match="first order only.*--force"):
+    with pytest.raises(QFilterError, match="moments.*--rank.*--force"):
         Llama(str(tmp_path / "0.gguf"), qfilters=QFilterConfig(policy="qfilters2"), verbose=False)
     small = QFilterConfig(max_length=128, policy="qfilters2")
     llm = Llama(str(tmp_path / "3.gguf"), qfilters=small, n_ctx=256, verbose=False)
@@ -241,7 +241,8 @@ def test_inspect_shows_the_shape_and_where_filters_come_from(converted, smollm2)
 def test_inspect_prints_json(converted, smollm2):
     facts = json.loads(CliRunner().invoke(main, ["inspect", str(converted[0]), "--json"]).stdout)
     assert facts["model"]["n_head_kv"] == 2
-    assert facts["filters"]["shape"] == [2, 2, 16]
+    assert facts["filters"]["head_count_kv"] == [2, 2]
+    assert facts["filters"]["head_dim"] == [16, 16]
     assert facts["filters"]["calibration"] == schema.read(converted[0]).calibration
     plain = json.loads(CliRunner().invoke(main, ["inspect", str(smollm2), "--json"]).stdout)
     assert plain["filters"] is None

@@ -71,7 +71,7 @@ def _lines(files, shape, filters, heads):
     if moments := filters.vectors.get("moments"):
         n_head = span(map(len, moments.values()))
         size = sum(rows.nbytes for rows in moments.values()) / 2**20
-        yield f"second order: rank {filters.rank} for {n_head} query heads, {size:.1f} MiB"
+        yield f"second moments: rank {filters.rank} for {n_head} query heads, {size:.1f} MiB"
     if "queries" in filters.vectors:
         yield "mean queries before RoPE: qblend and qahead turn them to the positions to come"
     else:
