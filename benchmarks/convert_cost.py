@@ -19,8 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+from qfllama.files import write_json
 from qfllama.machine import provenance
-from qfllama.report import write_json
 
 MIB = 1 << 20
 

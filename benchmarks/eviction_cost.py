@@ -22,10 +22,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from qfllama import Llama, QFilterConfig, metadata
+from qfllama import Llama, QFilterConfig, gguf_copy
 from qfllama.bench import evicting_seconds
+from qfllama.files import write_json
+from qfllama.filters import Filters
 from qfllama.machine import provenance
-from qfllama.report import write_json
 
 MIB = 1 << 20
 N_LAYER, N_HEAD_KV, HEAD_DIM = 32, 8, 128
@@ -132,10 +133,13 @@ def add_filters(plain: Path, path: Path, n_layer: int, n_head: int, rank: int) -
     weight = rng.standard_normal((n_layer, N_HEAD_KV, HEAD_DIM))
     weight /= np.linalg.norm(weight, axis=-1, keepdims=True)
     moments = rng.standard_normal((n_layer, n_head, 1 + rank, HEAD_DIM)) / HEAD_DIM
-    filters = metadata.Filters(weight.astype(np.float32), list(range(n_layer)))
-    filters.moments = moments.astype(np.float16)
-    filters.queries = filters.weight
-    metadata.write(plain, path, filters)
+    rows = dict(enumerate(weight.astype(np.float32)))
+    vectors = {
+        "filters": rows,
+        "queries": rows,
+        "moments": dict(enumerate(moments.astype(np.float16))),
+    }
+    gguf_copy.write(plain, path, Filters(vectors, layout="norm"))
 
 
 def measure(path: Path, args, type_kv: str, policy: str, threads: int) -> Row:

@@ -16,11 +16,11 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-from qfllama.convert import calibrate, fit, native_model, text
+from qfllama.convert import calibrate, measure, native_model, text
 from qfllama.convert.capture_llama import LlamaModel
 
+from qfllama.files import write_json
 from qfllama.machine import provenance
-from qfllama.report import write_json
 
 SAMPLES = (100, 200, 500, 1000, 2000, 3000)
 SEEDS = 3
@@ -116,7 +116,7 @@ def by_samples(queries: Queries) -> dict[int, tuple]:
 
 def rank_correlations(model, sequences, calibrated: list) -> list[float]:
     """Mean Spearman over layers and heads on held-out sequences, for several sets of filters."""
-    meters = [fit.Fit(*found) for found in calibrated]
+    meters = [measure.Fit(*found) for found in calibrated]
 
     def take(call):
         for meter in meters:

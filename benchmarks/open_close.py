@@ -15,8 +15,8 @@ import numpy as np
 
 from qfllama import Llama, QFilterConfig
 from qfllama.bench import resident_bytes
+from qfllama.files import write_json
 from qfllama.machine import provenance
-from qfllama.report import write_json
 
 
 def cycle(model: str, config: QFilterConfig, threads: int) -> int:

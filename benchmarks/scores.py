@@ -37,7 +37,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from qfllama.convert.fit import spearman
+from qfllama.convert.measure import spearman
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -47,10 +47,11 @@ from transformers import (
 )
 
 from qfllama.evaluation import needle, tasks
-from qfllama.evaluation.results import bootstrap, table
+from qfllama.evaluation.results import bootstrap
 from qfllama.evaluation.run import split
+from qfllama.files import write_json
 from qfllama.machine import provenance
-from qfllama.report import write_json
+from qfllama.tables import aligned
 
 CALIBRATED = 2048
 """Positions that statistics are taken at."""
@@ -407,7 +408,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     rows = measure(args)
     head = list(dict.fromkeys(name for row in rows for name in row if "95" not in name))
-    print(table([head, *([str(row.get(name, "")) for name in head] for row in rows)]))
+    print(aligned([head, *([str(row.get(name, "")) for name in head] for row in rows)]))
     if args.json:
         report = {**provenance(torch.get_num_threads()), "rows": rows}
         write_json(args.json, report)

@@ -18,8 +18,8 @@ import numpy as np
 
 from qfllama import Llama, QFilterConfig
 from qfllama.bench import decode, evicting_seconds, read_up_to, resident_bytes, text_tokens
+from qfllama.files import write_json
 from qfllama.machine import provenance
-from qfllama.report import write_json
 
 
 def go_on(llm: Llama, tokens: list[int], n: int, decoded: int) -> float:

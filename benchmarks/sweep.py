@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 
 from qfllama import QFilterConfig, QFilterError
-from qfllama.evaluation.results import table
+from qfllama.files import write_json
 from qfllama.machine import provenance
-from qfllama.report import write_json
+from qfllama.tables import aligned
 
 SIZES = {"window_length": "tab:blue", "sinks": "tab:green", "interval": "tab:red"}
 """What is changed, and its colour."""
@@ -129,7 +129,7 @@ def main() -> None:
     for row in rows:
         row["pareto"] = is_best(row, rows)
     head = ["window", "sinks", "interval", "ppl", "needle nll", "95 %", "digits", "Pareto"]
-    print(table([head] + [
+    print(aligned([head] + [
         [str(row["window_length"]), str(row["sinks"]), str(row["interval"]), f"{row['ppl']:.2f}",
          f"{row['nll_needle']:.3f}", "{:.2f}-{:.2f}".format(*row["nll_needle_ci"]),
          f"{row['digits']:.1%}", "*" if row["pareto"] else ""]

@@ -4,8 +4,8 @@ The recipe is that of Q-Filters (arXiv 2503.02812): collect queries after RoPE, 
 singular vector v1 of every query head's query matrix, turn it so that most queries project
 positively on it, and average over the query heads that share a KV head.
 
-The second order (qfilters2) takes more from the same sums: mean and covariance of the queries tell
-the logarithm of the mean of exp(logit) that a key gets from queries that are normally distributed.
+The second moments (policy qfilters2) come from the same sums: mean and covariance of the queries
+give the logarithm of the mean of exp(logit) that a key gets from queries that are normally distributed.
 
 v1 of a matrix Q is the top eigenvector of Q^T Q, so Q need not be kept: the sum of outer products
 does, [n_layer, n_head, d, d] whatever the number of queries. Only the vote on the sign needs v1

@@ -77,18 +77,15 @@ class LlamaModel:
 
     def _context(self, gguf, model, n_ctx):
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
-        try:
-            return native_model.context(
-                gguf,
-                model,
-                n_ctx,
-                N_BATCH,
-                n_threads=n_threads(),
-                n_threads_batch=n_threads(),
-                cb_eval=self._callback,
-            )
-        except QFilterError as error:
-            raise QFilterError(f"{error}; try `--backend torch`") from None
+        return native_model.context(
+            gguf,
+            model,
+            n_ctx,
+            N_BATCH,
+            n_threads=n_threads(),
+            n_threads_batch=n_threads(),
+            cb_eval=self._callback,
+        )
 
     def to_cached(self, vectors: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Vectors in the layout of this route's queries -> of rows of the K cache: the same."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 
@@ -13,8 +14,16 @@ from llama_cpp._logger import llama_log_callback
 
 from .. import native
 from ..config import QFilterError
+from ..filters import LAYOUTS
 
 GGML_LOG_LEVEL_ERROR = 4  # ggml.h; not among the names of llama-cpp-python
+
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|insufficient memory|std::bad_alloc|(unable|failed|cannot) (to )?allocate",
+    re.IGNORECASE,
+)
+"""What llama.cpp and ggml's backends say when memory runs out."""
+LESS_MEMORY = "use a smaller --n-gpu-layers (0: none) or a smaller --max-seq-len"
 
 _logs = [llama_log_callback]
 """Where llama.cpp's log went before: blocks of log_of_llama_cpp() nest."""
@@ -35,8 +44,7 @@ def loaded(path, **params):
             undo=llama_cpp.llama_model_free,
         )
     if not model:
-        why = lines[0] if lines else "no reason given"
-        raise QFilterError(f"llama.cpp cannot load {path}: {why}; give another file")
+        raise QFilterError(f"llama.cpp cannot load {path}: {_why(lines, 'give another file')}")
     try:
         yield model
     finally:
@@ -86,6 +94,18 @@ def evicting_layers(path) -> list[int]:
     return layers
 
 
+def rope_layout(path) -> str:
+    """How llama.cpp pairs the numbers of a row of K for RoPE: one of `filters.LAYOUTS`. Loads no
+    weights. QFilterError for a kind of RoPE that is not among them."""
+    with loaded(path, vocab_only=True) as model:
+        rope_type = llama_cpp.llama_model_rope_type(model)
+    if rope_type not in LAYOUTS:
+        raise QFilterError(
+            f"{path} has RoPE of the unknown type {rope_type}: upgrade with `pip install -U qfllama`"
+        )
+    return LAYOUTS[rope_type]
+
+
 def context(path, model, n_ctx: int, n_batch: int, **params):
     """A llama_context of the `loaded` model in the GGUF file at `path`, for one sequence of up to
     n_ctx tokens, with Flash Attention; to be freed by the caller. params: other fields of
@@ -108,9 +128,16 @@ def context(path, model, n_ctx: int, n_batch: int, **params):
             undo=llama_cpp.llama_free,
         )
     if not ctx:
-        why = lines[0] if lines else "no reason given"
-        raise QFilterError(f"llama.cpp cannot run {path}: {why}")
+        raise QFilterError(f"llama.cpp cannot run {path}: {_why(lines, 'try `--backend torch`')}")
     return ctx
+
+
+def _why(lines, otherwise):
+    """llama.cpp's first error and what to do about it; lines: its errors, otherwise: what to do
+    where memory is not to blame."""
+    why = lines[0] if lines else "no reason given"
+    no_memory = any(OUT_OF_MEMORY.search(line) for line in lines)
+    return f"{why}; {LESS_MEMORY if no_memory else otherwise}"
 
 
 class Ropes:

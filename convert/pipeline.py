@@ -12,13 +12,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .. import __version__, metadata, report
+from .. import __version__, gguf_copy, schema
 from ..config import QFilterError
-from . import calibrate, export, fit, native_model, published, source, text
+from ..files import check_space, check_target
+from ..filters import Filters
+from ..fit import fit
+from ..shape import model_shape
+from . import calibrate, export, measure, native_model, published, published_hub, source, text
 
 BACKENDS = ("torch", "llama")
 HELD_OUT = 5
 """One of so many sequences is held out to measure the fit on."""
+DTYPES = {"filters": np.float32, "queries": np.float32, "moments": np.float16}
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Calibration:
     of a .jsonl file. strict: refuse to make do with less text than asked for.
     backend: what runs the model, one of BACKENDS; by default torch for a checkpoint and llama for
     a GGUF. n_gpu_layers: as llama.cpp's, of the backend llama; negative: all
-    rank: of the second-order filters, 0 for none"""
+    rank: of the second moments (policy qfilters2), 0 for none"""
 
     max_seq_len: int = 2048
     num_sequences: int = 20
@@ -42,7 +47,7 @@ class Calibration:
     strict: bool = False
     backend: str | None = None
     n_gpu_layers: int = -1
-    rank: int = 16
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Summary:
 
     outputs: list[Path]
     n_bytes: int
-    filters: metadata.Filters
+    filters: Filters
     seconds: float
 
 
@@ -87,7 +92,7 @@ def convert(
             with progress.bytes("llama.cpp's converter") as at:
                 export.checkpoint_to_gguf(path, full, outtype, at)
             source.check_gguf(full)
-            _layers(full)
+            native_model.evicting_layers(full)
         found = published.load(filters, full, note) if filters is not None else None
         gguf = full
         if quantize and export.needs_quantizing(full, quantize):
@@ -99,7 +104,7 @@ def convert(
             model = _Model(path, full if backend == "torch" else gguf, backend, calibration)
             found = _calibrated(model, calibration, texts, note, progress)
         with progress.bytes(f"writing {out.name}") as at:
-            outputs = metadata.write(gguf, out, found, force=force, progress=at)
+            outputs = gguf_copy.write(gguf, out, found, force=force, progress=at)
     n_bytes = sum(file.stat().st_size for file in outputs)
     return Summary(outputs, n_bytes, found, time.monotonic() - started)
 
@@ -118,13 +123,13 @@ def _check(src, out, calibration, filters, quantize, outtype, force):
     """Everything that can be refused before work starts. Returns the source as a path, the backend
     and the texts."""
     if not Path(src).is_file():
-        metadata.check_target(src, out, force=force)  # before a download
+        check_target(src, out, force=force)  # before a download
     path = source.resolve(src)
     backend = calibration.backend or ("torch" if path.is_dir() else "llama")
     if path.is_dir() or (backend == "torch" and filters is None):
         source.check_packages()
     if filters is not None:
-        published.check_packages()
+        published_hub.check_packages()
     if quantize is not None:
         export.quantization(quantize)
     if outtype == "q8_0" and quantize is not None:
@@ -135,16 +140,16 @@ def _check(src, out, calibration, filters, quantize, outtype, force):
         export.converter_path()
         whole = True
     else:
-        metadata.check_source(path, force=force)
+        schema.check_source(path, force=force)
         whole = quantize is not None and export.needs_quantizing(path, quantize)
-        metadata.check_target(path, out, force=force, whole=whole)
-        _layers(path)
+        check_target(path, out, force=force, whole=whole)
+        native_model.evicting_layers(path)
     texts = []
     if filters is None:
         texts = text.sources(
             calibration.text_files, calibration.dataset, calibration.split, calibration.column
         )
-    metadata.check_space(out.parent, (2 if whole else 1) * source.n_bytes(path))
+    check_space(out.parent, (2 if whole else 1) * source.n_bytes(path))
     return path, backend, texts
 
 
@@ -172,16 +177,19 @@ def _calibrated(model, calibration, texts, note, progress):
     """Filters for a model, with their provenance and how well they fit."""
     sequences = _sequences(model.gguf, calibration, texts, note)
     lengths = [len(tokens) for tokens in sequences]
-    layers = _layers(model.gguf)
+    layers = native_model.evicting_layers(model.gguf)
     n_held_out = held_out(len(sequences))
     with (
         progress("reading calibration text", sum(lengths), " tokens") as bar,
         model.opened(max(lengths)) as running,
     ):
-        found = _read(running, layers, sequences, calibration, bar.update)
-        weight, moments, queries, quality, n_samples = found
-        layers = sorted(weight)
-    head_dim = next(iter(weight.values())).shape[-1]
+        vectors, quality, n_samples = _run(running, layers, sequences, calibration, bar.update)
+    layers = sorted(vectors["filters"])
+    vectors = {
+        kind: {il: by_layer[il].astype(DTYPES[kind]) for il in layers if il in by_layer}
+        for kind, by_layer in vectors.items()
+    }
+    head_dim = max(rows.shape[-1] for rows in vectors["filters"].values())
     if n_samples < head_dim:
         note(
             f"warning: only {n_samples} queries per head, fewer than a head's {head_dim} "
@@ -200,42 +208,26 @@ def _calibrated(model, calibration, texts, note, progress):
         "model_sha256": sha256,
         "tool": f"qfllama {__version__}",
     }
-    filters = metadata.Filters(
-        np.stack([weight[layer] for layer in layers]).astype(np.float32),
-        layers,
-        provenance,
-        quality,
-        _stacked(moments, layers, note),
-    )
-    if sorted(queries) == layers:
-        filters.queries = np.stack([queries[layer] for layer in layers]).astype(np.float32)
-    else:
-        missing = ", ".join(str(layer) for layer in layers if layer not in queries)
+    missing = ", ".join(str(layer) for layer in layers if layer not in vectors["queries"])
+    if missing:
+        del vectors["queries"]
         note(
             f"warning: llama.cpp's graph does not show that RoPE comes last to the queries of layer "
             f"{missing}: no mean queries for qahead, the filters hold near the calibration's positions"
         )
+    layout = native_model.rope_layout(model.gguf)
+    filters = Filters(vectors, provenance, quality, layout)
     if not quality:
         note("one sequence only: nothing is held out to measure how well the filters fit")
-    elif report.fit(filters).verdict == "poor":
-        note("warning: " + report.fit(filters).summary)
+    elif fit(filters).verdict == "poor":
+        note("warning: " + fit(filters).summary)
     return filters
-
-
-def _stacked(moments, layers, note):
-    """float16 [n_layer, n_head, 1 + rank, head_dim]; None without moments."""
-    if not moments:
-        return None
-    if len({rows.shape for rows in moments.values()}) > 1:
-        note("warning: layers differ in query heads: there will be no filters for qfilters2")
-        return None
-    return np.stack([moments[layer] for layer in layers]).astype(np.float16)
 
 
 def _sequences(gguf, calibration, texts, note):
     """Calibration text as tokens; notes what there is less of than asked for."""
     max_seq_len = calibration.max_seq_len
-    n_ctx_train = metadata.model_shape(gguf).n_ctx_train
+    n_ctx_train = model_shape(gguf).n_ctx_train
     if 0 < n_ctx_train < max_seq_len:
         max_seq_len = n_ctx_train
         note(f"the model was trained for {max_seq_len:,} positions: using sequences of that length")
@@ -253,10 +245,10 @@ def held_out(n_sequences: int) -> int:
     return 0 if n_sequences < 2 else max(n_sequences // HELD_OUT, 1)
 
 
-def _read(model, layers, sequences, calibration, progress):
-    """Run the model over all sequences. Returns by layer, in the layout of cached keys, the filters,
-    the moments, and the mean queries before RoPE of those layers that have them; the figures of
-    the fit, and the number of queries that all this was calibrated on."""
+def _run(model, layers, sequences, calibration, progress):
+    """Run the model over all sequences. Returns the vectors (kind -> layer -> array, in the layout
+    of cached keys; queries of those layers only that have them; moments if calibration.rank > 0),
+    the figures of the fit, and the number of queries that all this was calibrated on."""
     # held out are the longest: the rank correlations need queries far behind their keys
     n_first = len(sequences) - held_out(len(sequences))
     sequences = sorted(sequences, key=len)
@@ -289,34 +281,17 @@ def _read(model, layers, sequences, calibration, progress):
         layer: calibrate.group_mean(v1, n_head_kv[layer]) for layer, v1 in directions.items()
     }
     means = moments.means()
-    second = moments.second_order(calibration.rank, scale) if calibration.rank > 0 else {}
-    meter = fit.Fit(directions, means, filters)
+    meter = measure.Fit(directions, means, filters)
     for tokens in last:
         model.read(tokens, meter.add)
         meter.end_sequence()
         progress(len(tokens))
     quality = meter.figures() if last else {}
     n_samples = sum(map(len, positions))
-    return (
-        model.to_cached(filters),
-        model.to_cached(second),
-        queries.means(),
-        quality,
-        n_samples,
-    )
-
-
-def _layers(gguf):
-    """The layers of the model that get filters; QFilterError if they differ in shape."""
-    layers = native_model.evicting_layers(gguf)
-    heads = np.ravel(metadata.model_shape(gguf).n_head_kv)
-    found = sorted({int(heads[layer]) for layer in layers if len(heads) > 1})
-    if len(found) > 1:
-        raise QFilterError(
-            f"the layers of {gguf} have {' or '.join(map(str, found))} KV heads; filters need the "
-            "same number in all, give another model"
-        )
-    return layers
+    vectors = {"filters": model.to_cached(filters), "queries": queries.means()}
+    if calibration.rank > 0:
+        vectors["moments"] = model.to_cached(moments.second_order(calibration.rank, scale))
+    return vectors, quality, n_samples
 
 
 class _Bars:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import gguf_header, metadata
+from .. import gguf_header
 from ..config import QFilterError
+from ..shape import model_shape
+from ..terminal import escaped
 from . import export
 from .text import one_line, reason
 
@@ -95,11 +97,11 @@ def check_gguf(path) -> None:
         raise _refusal(path, "multimodal projector", "projector")
     if kind != "model":
         raise QFilterError(
-            f"{path} is no model but of the type {gguf_header.escaped(kind)}; give the GGUF of a model"
+            f"{path} is no model but of the type {escaped(kind)}; give the GGUF of a model"
         )
     if why := _why_not_gguf(arch, header):
         raise _refusal(path, f"{arch} model", why)
-    metadata.model_shape(first)
+    model_shape(first)
     if header.get("tokenizer.ggml.model", "no_vocab") == "no_vocab":
         raise QFilterError(f"{path} has no tokenizer; give a GGUF that has one")
     gguf_header.parts(path)
@@ -124,7 +126,7 @@ def _why_not_gguf(arch, header):
 
 def _refusal(path, what, why):
     return QFilterError(
-        f"{path} is a {gguf_header.escaped(what)}: {WHY_NOT[why]}; give a decoder that caches keys per head"
+        f"{path} is a {escaped(what)}: {WHY_NOT[why]}; give a decoder that caches keys per head"
     )
 
 
@@ -171,7 +173,7 @@ def _check_config(folder):
     known = text_models()
     if known and name not in known:
         raise QFilterError(
-            f"{folder} is a {gguf_header.escaped(name)} model, which llama.cpp's converter does not know; give a model "
+            f"{folder} is a {escaped(name)} model, which llama.cpp's converter does not know; give a model "
             "of another architecture"
         )
     if why := _why_not_checkpoint(name, known.get(name), config):
@@ -185,7 +187,7 @@ def _architecture(folder, config):
             return names[0]
     raise QFilterError(
         f"{folder / 'config.json'} names no architecture "
-        f"(model_type: {gguf_header.escaped(config.get('model_type'))}); "
+        f"(model_type: {escaped(config.get('model_type'))}); "
         "download it again"
     )
 
@@ -238,7 +240,7 @@ def weight_files(folder) -> list[Path]:
                 raise QFilterError(f"{index} is damaged; download the checkpoint again") from None
             if missing:
                 raise QFilterError(
-                    f"{folder} lacks {gguf_header.escaped(missing[0])} ({len(missing)} of {len(names)} "
+                    f"{folder} lacks {escaped(missing[0])} ({len(missing)} of {len(names)} "
                     "weight files); download the checkpoint again"
                 )
             return [folder / name for name in names]

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from ..config import QFilterError
-from ..gguf_header import escaped
+from ..terminal import escaped
 
 MIN_TOKENS = 256
 PIECE = 1 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .bench import BASELINE, MIB
+from .tables import aligned
 
 UNKNOWN = "-"
 
@@ -73,16 +74,6 @@ def _mib(n_bytes: int | None) -> str:
 
 def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
-
-
-def aligned(lines: list[list[str]]) -> str:
-    """Columns two spaces apart, the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = []
-    for first, *others in lines:
-        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
-        text.append("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
-    return "\n".join(text)
 
 
 # -- figure

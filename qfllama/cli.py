@@ -12,7 +12,7 @@ import sys
 import click
 
 from qfllama.config import QFilterError
-from qfllama.text import printable
+from qfllama.terminal import escaped
 
 COMMANDS = {  # qfllama/commands/<name>.py, each with a `command`
     "bench": "Measure speed and memory beside llama.cpp's own caches.",
@@ -69,7 +69,7 @@ class LazyGroup(click.Group):
             message = os_error_text(error)
         else:
             sys.exit(code if isinstance(code, int) else 0)
-        click.echo(f"qfllama: {printable(message)}", err=True)
+        click.echo(f"qfllama: {escaped(message, None, lines=True)}", err=True)
         sys.exit(2)
 
 

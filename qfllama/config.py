@@ -16,7 +16,14 @@ POLICIES = (
     "qahead",
 )
 """How a cached key is scored, in the order of `enum llama_qfilter_policy`."""
-CALIBRATED = ("qfilters", "qfilters2", "qblend", "qahead")
+NEEDS = {
+    "qfilters": ("filters",),
+    "qfilters2": ("moments",),
+    "qblend": ("queries", "filters"),
+    "qahead": ("queries",),
+}
+"""Kinds of vectors (see `filters.Filters`) that a policy takes from the file, the best first."""
+CALIBRATED = tuple(NEEDS)
 """Policies that need what `qfllama convert` puts into the file."""
 
 MIN_INTERVAL, MAX_INTERVAL = 64, 512

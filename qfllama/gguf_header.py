@@ -12,7 +12,9 @@ import os
 import re
 import stat
 import struct
+import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,8 @@ SCALARS = {
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 20  # far above any in use; a damaged one would mean gigabytes of padding
 MIN_FIELD, MIN_TENSOR, MIN_STRING = 13, 24, 8  # bytes that each takes at least in a header
+REMEMBERED = 8  # headers; a large vocabulary takes 10 MB
+SETTLED_NS = 1_000_000_000  # a file written later may change again and keep its time and size
 PART_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
@@ -105,12 +109,29 @@ class Header:
 
 
 def scan(path) -> Header:
-    """Read the header of the GGUF file at `path`.
+    """Read the header of the GGUF file at `path`. Headers of the last few files are remembered as
+    long as the files don't change, so nobody may change what this returns.
 
     Raises QFilterError when the file can't be read, is no GGUF, or ends before its tensors do."""
     path = Path(path)
     try:
-        _check_regular(path)
+        at = os.stat(path)
+        _check_regular(path, at.st_mode)
+    except OSError as error:
+        raise QFilterError(f"cannot read {path}: {error.strerror}") from None
+    if time.time_ns() - at.st_mtime_ns < SETTLED_NS:
+        return _read(path)
+    return _remembered(path, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns)
+
+
+@lru_cache(REMEMBERED)
+def _remembered(path, *_) -> Header:
+    """`_read`, once for each state of a file."""
+    return _read(path)
+
+
+def _read(path) -> Header:
+    try:
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise QFilterError(f"{path}: not a GGUF file; give a .gguf model")
@@ -126,9 +147,8 @@ def scan(path) -> Header:
         ) from None
 
 
-def _check_regular(path):
+def _check_regular(path, mode):
     """QFilterError for a folder, pipe or device: opening a pipe would wait for its writer."""
-    mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise QFilterError(f"{path} is a folder; give a .gguf model")
     if not stat.S_ISREG(mode):
@@ -214,11 +234,17 @@ def _tensor_info(buf, pos):
     return TensorInfo(name, tuple(shape), kind, offset), pos + 4 + 8 * n_dims + 12
 
 
-def tensor_bytes(info: TensorInfo) -> int:
-    """Size of a tensor's data in bytes; 0 for a type newer than the installed gguf package."""
+@lru_cache(1)
+def _block_sizes():
+    """Number of a ggml type -> (elements, bytes) of its blocks."""
     from gguf.constants import GGML_QUANT_SIZES
 
-    block, size = {int(k): v for k, v in GGML_QUANT_SIZES.items()}.get(info.type, (1, 0))
+    return {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+
+
+def tensor_bytes(info: TensorInfo) -> int:
+    """Size of a tensor's data in bytes; 0 for a type newer than the installed gguf package."""
+    block, size = _block_sizes().get(info.type, (1, 0))
     n_elements = 1
     for n in info.shape:
         n_elements *= n
@@ -232,17 +258,6 @@ def _check_complete(path, header, file_size):
             f"{path} is truncated: {file_size:,} of at least "
             f"{header.data + end:,} bytes; download or copy it again"
         )
-
-
-def escaped(text, limit: int = 300) -> str:
-    """`text` without characters that a terminal would obey: control and direction characters,
-    line ends and undecodable bytes are shown as escapes. At most `limit` characters."""
-    text = str(text)
-    text = text if len(text) <= limit else text[:limit] + "..."
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for c in text
-    )
 
 
 def scan_first(path) -> tuple[Path, Header]:

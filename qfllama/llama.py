@@ -16,8 +16,9 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from llama_cpp import LlamaState
 
-from qfllama import gguf_header, metadata, native, state
+from qfllama import gguf_header, native, schema, state
 from qfllama.config import CALIBRATED, MAX_LENGTH, POLICIES, QFilterConfig, QFilterError
+from qfllama.shape import model_shape
 
 CACHE_TYPES = {
     name: int(GGMLQuantizationType[name.upper()])
@@ -103,6 +104,11 @@ class BoundedContext(internals.LlamaContext):
         return native.init_from_model(model, cparams, ctypes.byref(params))
 
 
+def keywords(kind: str | None, arrays: dict) -> dict[str, dict]:
+    """What `schema.for_policy` returns as keywords of `BoundedContext`."""
+    return {"weight" if kind == "filters" else kind: arrays} if kind else {}
+
+
 def _pointers(arrays: dict | None, n_layer: int):
     """A C array of one float pointer per layer; NULL where there is no array, and without arrays.
     The arrays (float32) have to live as long as it is used."""
@@ -171,8 +177,8 @@ class Llama(llama_cpp.Llama):
             kwargs.setdefault("n_ubatch", kwargs["n_batch"])
         if not os.path.isfile(model_path):
             raise QFilterError(f"{model_path} is not a file: check the path")
-        self._filters = metadata.read(model_path) if config.policy in CALIBRATED else None
-        metadata.check_policy(model_path, self._filters, config.policy)
+        self._filters = schema.read(model_path) if config.policy in CALIBRATED else None
+        schema.check_policy(model_path, self._filters, config.policy)
 
     def _make_context(self, *, model, params, verbose):
         """Called by upstream's constructor once the model is loaded (patches/0002-*.patch)."""
@@ -181,16 +187,19 @@ class Llama(llama_cpp.Llama):
         why = ctypes.create_string_buffer(512)
         if not native.supported(model.model, params, why, len(why)):
             raise QFilterError(f"qfilters can't be used: {why.value.decode()}")
-        vectors = {}
-        if self._filters is not None:
-            shape = metadata.model_shape(self.model_path)
-            vectors = metadata.for_policy(self._filters, self.qfilter_config.policy, shape)
+        shape, rope_type = (
+            model_shape(self.model_path),
+            llama_cpp.llama_model_rope_type(model.model),
+        )
+        kind, arrays = schema.for_policy(
+            self._filters, self.qfilter_config.policy, shape, rope_type
+        )
         return BoundedContext(
             model=model,
             params=params,
             verbose=verbose,
             config=self.qfilter_config,
-            **vectors,
+            **keywords(kind, arrays),
         )
 
     def _need_bound(self) -> None:

@@ -30,8 +30,10 @@ import numpy as np
 from llama_cpp import LlamaState
 from llama_cpp.llama_cache import BaseLlamaCache, LlamaDiskCache, LlamaRAMCache
 
-from qfllama import gguf_header, metadata
+from qfllama import gguf_header, schema
 from qfllama.config import QFilterConfig, QFilterError
+from qfllama.files import replacing
+from qfllama.filters import Filters
 
 MAGIC = b"QFSTATE\0"
 VERSION = 1
@@ -72,7 +74,7 @@ def model_identity(path) -> str:
     for part in gguf_header.parts(path):
         header = gguf_header.scan(part)
         for key in sorted(header.fields):
-            if not key.startswith(metadata.PREFIX):
+            if not key.startswith(schema.PREFIX):
                 at = header.fields[key]
                 digest.update(header.raw[at.start : at.end])
         digest.update(header.raw[header.infos : header.infos_end])
@@ -85,16 +87,14 @@ def model_identity(path) -> str:
     return digest.hexdigest()
 
 
-def filters_identity(filters: metadata.Filters | None) -> str | None:
+def filters_identity(filters: Filters | None) -> str | None:
     """SHA-256 of the filters; None for policies that need none."""
     if filters is None:
         return None
     digest = hashlib.sha256(json.dumps([int(layer) for layer in filters.layers]).encode())
-    digest.update(np.ascontiguousarray(filters.weight, dtype="<f4").tobytes())
-    if filters.moments is not None:
-        digest.update(np.ascontiguousarray(filters.moments, dtype="<f2").tobytes())
-    if filters.queries is not None:
-        digest.update(np.ascontiguousarray(filters.queries, dtype="<f4").tobytes())
+    for kind, dtype in (("filters", "<f4"), ("moments", "<f2"), ("queries", "<f4")):
+        for rows in filters.vectors.get(kind, {}).values():
+            digest.update(np.ascontiguousarray(rows, dtype=dtype).tobytes())
     return digest.hexdigest()
 
 
@@ -139,7 +139,7 @@ def write_prompt(path, prompt: Prompt) -> int:
     for part in parts:
         crc = zlib.crc32(part, crc)
     try:
-        with metadata.replacing([path]) as (file,):
+        with replacing([path]) as (file,):
             file.write(MAGIC + SIZES.pack(VERSION, crc, *sizes))
             for part in parts:
                 file.write(part)

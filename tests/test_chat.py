@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
+from gguf_files import rectangular
 
 QFLLAMA = str(Path(sys.executable).with_name("qfllama"))
 STREAMING = ["--policy", "streaming", "--max-length", "256"]
@@ -440,12 +441,12 @@ def test_a_model_without_filters_is_sent_to_convert(smollm2):
 @pytest.fixture(scope="module")
 def filtered(smollm2, tmp_path_factory):
     """The real model with filters that point anywhere: enough for the way through the command."""
-    from qfllama import metadata
+    from qfllama import gguf_copy
 
     weight = np.random.default_rng(0).standard_normal((30, 3, 64)).astype(np.float32)
     weight /= np.linalg.norm(weight, axis=-1, keepdims=True)
     path = tmp_path_factory.mktemp("filtered") / "model.gguf"
-    metadata.write(smollm2, path, metadata.Filters(weight, list(range(30)), {}, {}))
+    gguf_copy.write(smollm2, path, rectangular(weight))
     return path
 
 
@@ -470,16 +471,17 @@ def test_filters_in_the_file_are_used_without_being_asked_for(filtered):
 
 
 def test_filters_that_cannot_be_used_are_one_line(filtered, tmp_path):
-    from qfllama import metadata
+    from qfllama import schema
 
     path = shutil.copy(filtered, tmp_path / "model.gguf")
-    first = metadata.read(path).weight[0, 0, 0].tobytes()
-    with_value(path, "qfilters.weight", first, np.float32(np.nan).tobytes())
+    first = schema.read(path).vectors["filters"][0][0, 0].tobytes()
+    with_value(path, "qfilters.filters", first, np.float32(np.nan).tobytes())
     assert_one_line(run("chat", path), "model.gguf", "qfllama convert")
 
-    with_value(path, "qfilters.weight", np.float32(np.nan).tobytes(), first)
-    with_value(path, "qfilters.head_count_kv", np.uint32(3).tobytes(), np.uint32(6).tobytes())
-    with_value(path, "qfilters.head_dim", np.uint32(64).tobytes(), np.uint32(32).tobytes())
+    with_value(path, "qfilters.filters", np.float32(np.nan).tobytes(), first)
+    for key, old, new in (("head_count_kv", 3, 6), ("head_dim", 64, 32)):
+        old, new = (np.full(30, value, "<u4").tobytes() for value in (old, new))
+        with_value(path, f"qfilters.{key}", old, new)
     assert_one_line(run("chat", path), "6 KV heads x 32", "3 KV heads x 64", "qfllama convert")
 
 
@@ -561,7 +563,7 @@ def test_control_characters_in_an_answer_do_not_reach_a_terminal(llm, monkeypatc
         while not shown.endswith(b"d\r\n") and select.select([master], [], [], 10)[0]:
             shown += os.read(master, 65536)
     os.close(master)
-    assert shown.decode() == "a\ufffd[31mb\ufffd\tc\r\nd\r\n"
+    assert shown.decode() == "a\\x1b[31mb\\x07\tc\r\nd\r\n"
 
 
 def test_control_characters_in_the_name_of_a_file_do_not_reach_a_terminal(tmp_path):

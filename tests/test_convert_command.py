@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import tiny_models
 from click.testing import CliRunner
+from gguf_files import expected_fingerprint, stacked
 from qfllama.convert import export, pipeline, text
 
-from qfllama import Llama, QFilterConfig, metadata
+from qfllama import Llama, QFilterConfig, schema
 from qfllama.cli import main
 from qfllama.config import QFilterError
+from qfllama.shape import model_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,8 +87,10 @@ def small_gguf(path, arch="llama", extra=lambda writer: None):
 
 def test_a_checkpoint_becomes_a_gguf_with_filters_and_their_provenance(checkpoint, converted):
     out, printed = converted
-    filters = metadata.read(out)
-    assert filters.weight.shape == (2, 2, 16)
+    filters = schema.read(out)
+    assert stacked(filters).shape == (2, 2, 16)
+    assert (filters.version, filters.layout) == (3, "norm")
+    assert filters.fingerprint == expected_fingerprint(out)
     assert filters.layers == [0, 1]
     facts = dict(filters.calibration)
     assert facts.pop("text").startswith("pydoc_data.topics")
@@ -112,22 +116,21 @@ def test_a_gguf_is_converted_without_being_touched(converted, tmp_path):
     digest = sha256(src)
     run(src, out, *QUICK, "--force")
     assert sha256(src) == digest
-    assert metadata.read(out).calibration["model_sha256"] == digest
+    assert schema.read(out).calibration["model_sha256"] == digest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "src.gguf"]
 
 
-def test_the_rank_decides_what_second_order_filters_hold(converted, tmp_path):
-    by_default = metadata.read(converted[0])
-    assert by_default.moments.shape == (2, 6, 1 + 16, 16)
-    run(converted[0], tmp_path / "3.gguf", *QUICK, "--force", "--rank", "3")
-    run(converted[0], tmp_path / "0.gguf", *QUICK, "--force", "--rank", "0")
-    low, none = (metadata.read(tmp_path / name) for name in ("3.gguf", "0.gguf"))
-    assert (low.version, low.moments.shape) == (2, (2, 6, 1 + 3, 16))
-    assert (none.version, none.moments) == (1, None)
-    np.testing.assert_array_equal(low.weight, none.weight)
-    np.testing.assert_array_equal(low.queries, none.queries)
-    assert none.queries.shape == none.weight.shape
-    with pytest.raises(QFilterError, match="first order only.*--force"):
+def test_there_are_second_moments_only_where_a_rank_asks_for_them(converted, tmp_path):
+    assert schema.read(converted[0]).requires == ["queries"]
+    for rank in (3, 0):
+        run(converted[0], tmp_path / f"{rank}.gguf", *QUICK, "--force", "--rank", rank)
+    low, none = (schema.read(tmp_path / name) for name in ("3.gguf", "0.gguf"))
+    assert stacked(low, "moments").shape == (2, 6, 1 + 3, 16)
+    assert (low.requires, none.requires) == (["queries", "moments"], ["queries"])
+    np.testing.assert_array_equal(stacked(low), stacked(none))
+    np.testing.assert_array_equal(stacked(low, "queries"), stacked(none, "queries"))
+    assert stacked(none, "queries").shape == stacked(none).shape
+    with pytest.raises(QFilterError, match="moments.*--rank.*--force"):
         Llama(str(tmp_path / "0.gguf"), qfilters=QFilterConfig(policy="qfilters2"), verbose=False)
     small = QFilterConfig(max_length=128, policy="qfilters2")
     llm = Llama(str(tmp_path / "3.gguf"), qfilters=small, n_ctx=256, verbose=False)
@@ -142,7 +145,7 @@ def test_a_checkpoint_is_quantized_on_the_way(checkpoint, converted, tmp_path):
     assert kinds["blk.0.attn_k.weight"] == "Q8_0"
     # the filters are those of the unquantized weights
     np.testing.assert_array_equal(
-        metadata.read(tmp_path / "out.gguf").weight, metadata.read(converted[0]).weight
+        stacked(schema.read(tmp_path / "out.gguf")), stacked(schema.read(converted[0]))
     )
     assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
@@ -151,7 +154,7 @@ def test_a_gguf_in_full_precision_is_quantized_on_the_way(converted, tmp_path):
     run(converted[0], tmp_path / "out.gguf", *QUICK, "--quantize", "Q8_0", "--force")
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
     assert kinds["blk.0.attn_k.weight"] == "Q8_0"
-    assert metadata.read(tmp_path / "out.gguf").weight.shape == (2, 2, 16)
+    assert stacked(schema.read(tmp_path / "out.gguf")).shape == (2, 2, 16)
 
 
 def test_the_same_seed_gives_the_same_file_and_another_seed_does_not(converted, tmp_path):
@@ -159,7 +162,7 @@ def test_the_same_seed_gives_the_same_file_and_another_seed_does_not(converted, 
         run(converted[0], tmp_path / name, *QUICK, "--force", "--seed", seed)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert not np.array_equal(
-        metadata.read(tmp_path / "a").weight, metadata.read(tmp_path / "c").weight
+        stacked(schema.read(tmp_path / "a")), stacked(schema.read(tmp_path / "c"))
     )
 
 
@@ -176,7 +179,7 @@ def test_text_files_are_used_in_turns_and_named(converted, tmp_path):
         "--text",
         tmp_path / "two.txt",
     )
-    assert metadata.read(tmp_path / "out.gguf").calibration["text"] == "one.txt, two.txt"
+    assert schema.read(tmp_path / "out.gguf").calibration["text"] == "one.txt, two.txt"
 
 
 def test_too_little_text_is_said_and_what_there_is_is_used(converted, tmp_path):
@@ -190,7 +193,7 @@ def test_too_little_text_is_said_and_what_there_is_is_used(converted, tmp_path):
         "--text",
         tmp_path / "short.txt",
     )
-    facts = metadata.read(tmp_path / "out.gguf").calibration
+    facts = schema.read(tmp_path / "out.gguf").calibration
     assert "fewer than the 2,560 asked for" in result.stderr
     assert 256 <= facts["tokens"] < 2560
     assert facts["held_out"] >= 1
@@ -208,7 +211,7 @@ def test_sequences_are_not_longer_than_the_model_was_trained_for(converted, tmp_
         "1",
     )
     assert "trained for 512 positions" in result.stderr
-    assert metadata.read(tmp_path / "out.gguf").calibration["tokens"] == 512
+    assert schema.read(tmp_path / "out.gguf").calibration["tokens"] == 512
 
 
 def test_the_built_in_text_is_enough_for_the_default_and_starts_with_prose(smollm2):
@@ -238,8 +241,9 @@ def test_inspect_shows_the_shape_and_where_filters_come_from(converted, smollm2)
 def test_inspect_prints_json(converted, smollm2):
     facts = json.loads(CliRunner().invoke(main, ["inspect", str(converted[0]), "--json"]).stdout)
     assert facts["model"]["n_head_kv"] == 2
-    assert facts["filters"]["shape"] == [2, 2, 16]
-    assert facts["filters"]["calibration"] == metadata.read(converted[0]).calibration
+    assert facts["filters"]["head_count_kv"] == [2, 2]
+    assert facts["filters"]["head_dim"] == [16, 16]
+    assert facts["filters"]["calibration"] == schema.read(converted[0]).calibration
     plain = json.loads(CliRunner().invoke(main, ["inspect", str(smollm2), "--json"]).stdout)
     assert plain["filters"] is None
 
@@ -311,7 +315,7 @@ def test_names_that_start_with_a_dash_are_no_options_of_upstreams_converter(
     shutil.copytree(checkpoint, "-model")
     os.mkdir("-out")
     export.checkpoint_to_gguf(Path("-model"), Path("-out") / "out.gguf", "f32")
-    assert metadata.model_shape(tmp_path / "-out" / "out.gguf").n_layer == 2
+    assert model_shape(tmp_path / "-out" / "out.gguf").n_layer == 2
 
 
 def test_a_temporary_folder_goes_even_if_removing_it_is_interrupted(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from qfllama.convert.fit import MIN_DISTANCE, Fit, spearman
+from qfllama.convert.measure import MIN_DISTANCE, Fit, spearman
 from qfllama.convert.pipeline import held_out
 
 from qfllama.config import QFilterError
@@ -85,8 +85,8 @@ def test_correlations_are_those_of_the_whole_attention_matrix(batch):
         read(meter, sequence, batch)
     expected = np.mean([by_attention_matrix(s, filters) for s in sequences], axis=0)
     figures = meter.figures()
-    np.testing.assert_allclose(figures["spearman"][0], expected[0], atol=1e-6)
-    np.testing.assert_allclose(figures["spearman_knorm"][0], expected[1], atol=1e-6)
+    np.testing.assert_allclose(figures["spearman"], expected[0], atol=1e-6)
+    np.testing.assert_allclose(figures["spearman_knorm"], expected[1], atol=1e-6)
     assert np.ptp(expected) > 0.1  # heads and scores differ: mixing them up would show
 
 
@@ -101,7 +101,7 @@ def test_layers_that_share_keys_are_measured_together():
     meter.end_sequence()
     # a mean of logits over both layers' queries is a logit with their mean query
     expected = by_attention_matrix(((one + other) / 2, keys), filters)
-    np.testing.assert_allclose(meter.figures()["spearman"][0], expected[0], atol=1e-6)
+    np.testing.assert_allclose(meter.figures()["spearman"], expected[0], atol=1e-6)
 
 
 def test_energy_and_cosine_are_those_of_all_queries():
@@ -116,9 +116,9 @@ def test_energy_and_cosine_are_those_of_all_queries():
     unit = queries / np.linalg.norm(queries, axis=-1, keepdims=True)
     cosine = [np.abs(q @ m / np.linalg.norm(m)).mean() for q, m in zip(unit, mean, strict=True)]
     figures = meter.figures()
-    np.testing.assert_allclose(figures["energy"][0], np.reshape(energy, (2, 2)).mean(1), rtol=1e-5)
+    np.testing.assert_allclose(figures["energy"], np.reshape(energy, (2, 2)).mean(1), rtol=1e-5)
     np.testing.assert_allclose(
-        figures["mean_cosine"][0], np.reshape(cosine, (2, 2)).mean(1), rtol=1e-5
+        figures["mean_cosine"], np.reshape(cosine, (2, 2)).mean(1), rtol=1e-5
     )
 
 
@@ -130,7 +130,7 @@ def test_layers_without_filter_and_sequences_too_short_are_told_apart():
     meter.add(Call(queries, keys, 0, MIN_DISTANCE))
     meter.end_sequence()
     figures = meter.figures()
-    assert figures["spearman"].shape == (1, N_HEAD_KV)
+    assert figures["spearman"].shape == (N_HEAD_KV,)
     assert np.isnan(figures["spearman"]).all()
     assert np.isfinite(figures["energy"]).all()
 
@@ -155,7 +155,7 @@ def test_a_sequence_too_short_to_measure_does_not_hide_the_others():
     meter.add(Call(queries, keys, 0, 20))
     meter.end_sequence()
     expected = by_attention_matrix((queries, keys), filters)
-    np.testing.assert_allclose(meter.figures()["spearman"][0], expected[0], atol=1e-6)
+    np.testing.assert_allclose(meter.figures()["spearman"], expected[0], atol=1e-6)
 
 
 def test_damaged_keys_are_noticed():

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from gguf_files import rectangular, stacked
 from qfllama.convert import capture_torch, export, layout, pipeline, text
 from qfllama.convert.calibrate import sample_positions
 from qfllama.convert.pipeline import Calibration
 
-from qfllama import metadata
+from qfllama import gguf_copy
 from qfllama.config import QFilterError
+from qfllama.shape import model_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,7 +108,7 @@ def cached_keys(path, tokens):
     read `tokens`: from the saved state of a sequence, whose K and V rows are its tail."""
     import llama_cpp
 
-    shape = metadata.model_shape(path)
+    shape = model_shape(path)
     llm = llama_cpp.Llama(
         str(path),
         n_ctx=512,
@@ -151,7 +153,7 @@ def test_filters_of_the_real_model_equal_the_full_svd_of_the_same_queries_by_bot
     filters = pipeline.convert(smollm2, tmp_path / "out.gguf", calibration).filters
     calibration = dataclasses.replace(calibration, backend="llama")
     by_llama = pipeline.convert(smollm2, tmp_path / "llama.gguf", calibration).filters
-    worst = cosines(filters.weight, by_llama.weight).min()
+    worst = cosines(stacked(filters), stacked(by_llama)).min()
     print(f"both routes: worst head's cosine {worst:.6f}")
     assert worst > 0.999
     for name in filters.quality:
@@ -164,8 +166,8 @@ def test_filters_of_the_real_model_equal_the_full_svd_of_the_same_queries_by_bot
     assert queries.shape == (30, 9, 400, 64)
     expected = full_svd_filters(queries, 3)
     head = np.arange(64).reshape(2, 32).T.ravel()  # 2i + j takes j*32 + i
-    assert cosines(filters.weight, expected[..., head]).min() > 0.9999
-    np.testing.assert_allclose(filters.weight, expected[..., head], atol=2e-3)
+    assert cosines(stacked(filters), expected[..., head]).min() > 0.9999
+    np.testing.assert_allclose(stacked(filters), expected[..., head], atol=2e-3)
 
     # and these are the keys that they will meet: llama.cpp's, for the same tokens
     tokens = sequences[0][:200]
@@ -177,8 +179,8 @@ def test_both_routes_give_the_same_filters_in_the_same_layout(tiny, tmp_path):
     _, path, from_checkpoint = tiny
     plain = tmp_path / "plain.gguf"
     from_gguf = pipeline.convert(path, plain, SMALL, force=True)
-    assert from_checkpoint.filters.weight.shape == from_gguf.filters.weight.shape
-    assert cosines(from_checkpoint.filters.weight, from_gguf.filters.weight).min() > 0.999
+    assert stacked(from_checkpoint.filters).shape == stacked(from_gguf.filters).shape
+    assert cosines(stacked(from_checkpoint.filters), stacked(from_gguf.filters)).min() > 0.999
 
 
 def test_filters_of_a_tiny_model_equal_the_full_svd_of_the_same_queries(tiny):
@@ -189,14 +191,16 @@ def test_filters_of_a_tiny_model_equal_the_full_svd_of_the_same_queries(tiny):
     queries = rotated_queries(model, sequences, positions, path)
     expected = full_svd_filters(queries, model.config.num_key_value_heads)
     head = layout.interleaved(model.config.head_dim)
-    assert cosines(summary.filters.weight, expected[..., head]).min() > 0.9999
-    np.testing.assert_allclose(summary.filters.weight, expected[..., head], atol=2e-3)
+    assert cosines(stacked(summary.filters), expected[..., head]).min() > 0.9999
+    np.testing.assert_allclose(stacked(summary.filters), expected[..., head], atol=2e-3)
 
     plain = rotated_queries(model, sequences, positions, path, turn=0).mean(2)
     n_layer, n_head, head_dim = plain.shape
     n_head_kv = model.config.num_key_value_heads
     means = plain.view(n_layer, n_head_kv, n_head // n_head_kv, head_dim).mean(2).numpy()
-    np.testing.assert_allclose(summary.filters.queries, means[..., head], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        stacked(summary.filters, "queries"), means[..., head], rtol=1e-3, atol=1e-3
+    )
 
 
 def test_cached_keys_of_llama_cpp_are_torch_keys_in_the_order_found(tiny):
@@ -219,7 +223,7 @@ def test_filters_score_cached_keys_as_they_score_the_models_own_keys(tiny):
     queries = rotated_queries(model, tokens, positions, path)
     unpermuted = full_svd_filters(queries, model.config.num_key_value_heads)
     expected = np.einsum("lthd,lhd->lth", torch_keys(model, tokens[0]), unpermuted)
-    scores = np.einsum("lthd,lhd->lth", cached_keys(path, tokens[0]), summary.filters.weight)
+    scores = np.einsum("lthd,lhd->lth", cached_keys(path, tokens[0]), stacked(summary.filters))
     np.testing.assert_allclose(scores, expected, atol=0.02 * expected.std())
     without = np.einsum("lthd,lhd->lth", cached_keys(path, tokens[0]), unpermuted)
     assert np.corrcoef(without.ravel(), expected.ravel())[0, 1] < 0.9
@@ -283,8 +287,8 @@ def test_the_result_runs_in_llama_cpp_like_the_source(smollm2, tmp_path):
     """Unknown keys and nothing else were added: same tensors, same logits to the last bit."""
     import llama_cpp
 
-    filters = metadata.Filters(np.ones((30, 3, 64), np.float32), list(range(30)))
-    metadata.write(smollm2, tmp_path / "out.gguf", filters)
+    filters = rectangular(np.ones((30, 3, 64), np.float32))
+    gguf_copy.write(smollm2, tmp_path / "out.gguf", filters)
     logits = []
     for path in (smollm2, tmp_path / "out.gguf"):
         llm = llama_cpp.Llama(

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 import tiny_models
 from conftest import last_logits
+from gguf_files import rectangular
+from qfllama.convert import native_model
 from reference.compare import agreement, disagreements, logits_difference
 from reference.engine import run, split
 from reference.families import FamilyCache, FamilyModel, interleaved
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qfllama import Llama, QFilterConfig, metadata
+from qfllama import Llama, QFilterConfig, gguf_copy
 from qfllama.config import QFilterError
+from qfllama.shape import model_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,7 +86,7 @@ class Family:
         )
         self.path = folder / f"{name}.qf.gguf"
         plain = folder / f"{name}.gguf"
-        shape = metadata.model_shape(plain)
+        shape = model_shape(plain)
         self.layers, self.n_head_kv = self.model.layers, self.model.n_head_kv
         rng = np.random.default_rng(1)
         filters = rng.standard_normal((len(self.layers), self.n_head_kv, shape.head_dim))
@@ -96,8 +99,14 @@ class Family:
             interleaved(rows) if name in INTERLEAVED else rows
             for rows in (self.filters, self.moments, self.queries)
         ]
-        written = metadata.Filters(cached[0], self.layers, moments=cached[1], queries=cached[2])
-        metadata.write(plain, self.path, written)
+        written = rectangular(
+            cached[0],
+            self.layers,
+            moments=cached[1],
+            queries=cached[2],
+            layout=native_model.rope_layout(plain),
+        )
+        gguf_copy.write(plain, self.path, written)
 
     def open(self, policy, type_kv=llama_cpp.GGML_TYPE_F16, seed=0, **kwargs):
         bound = BOUND | {"interval": INTERVAL, "policy": policy, "seed": seed}
@@ -193,9 +202,11 @@ def test_a_family_expects_the_queries_of_the_next_positions(family, tokens, name
 
 def test_a_norm_after_rope_is_no_place_for_queries_before_it(folder, capfd):
     plain, path = folder / "hunyuan.gguf", folder / "hunyuan.qf.gguf"
-    shape = metadata.model_shape(plain)
+    shape = model_shape(plain)
     rows = np.ones((shape.n_layer, shape.n_head_kv, shape.head_dim), np.float32)
-    metadata.write(plain, path, metadata.Filters(rows, [0, 1, 2], queries=rows))
+    gguf_copy.write(
+        plain, path, rectangular(rows, queries=rows, layout=native_model.rope_layout(plain))
+    )
     for policy in ("qahead", "qblend", "qfilters"):
         config = QFilterConfig(**BOUND, interval=INTERVAL, policy=policy)
         if policy == "qfilters":

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import last_logits
+from gguf_files import rectangular
 from reference.cache import BoundedCache, decode
 from reference.compare import agreement, disagreements, logits_difference
 from reference.engine import run, split
@@ -21,7 +22,7 @@ from reference.filters import query_filters
 from reference.model import Model, rope, write_f32_copy
 from reference.text import english_tokens
 
-from qfllama import Llama, QFilterConfig, metadata
+from qfllama import Llama, QFilterConfig, gguf_copy
 
 torch.set_num_threads(2)
 
@@ -79,12 +80,12 @@ def with_filters(smollm2, vectors, tmp_path_factory):
     """dtype of the weights -> path of the model with filters: "f32", or "as it is"."""
     folder = tmp_path_factory.mktemp("models")
     paths = {"as it is": folder / "quantized.gguf", "f32": folder / "f32.gguf"}
-    filters = metadata.Filters(vectors[0], list(range(len(vectors[0]))), queries=vectors[1])
+    filters = rectangular(vectors[0], queries=vectors[1])
     plain = folder / "plain.gguf"
     write_f32_copy(smollm2, plain)
-    metadata.write(plain, paths["f32"], filters)
+    gguf_copy.write(plain, paths["f32"], filters)
     plain.unlink()
-    metadata.write(smollm2, paths["as it is"], filters)
+    gguf_copy.write(smollm2, paths["as it is"], filters)
     yield paths
     for path in paths.values():
         path.unlink()

@@ -9,25 +9,25 @@ import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from test_metadata import filter_keys, weights_with, write_gguf
+from gguf_files import filter_keys, filters_with, rectangular, write_gguf
 from test_split import split
 
-from qfllama import metadata, report
+from qfllama import figures, gguf_copy, schema
 from qfllama.cli import main
-from qfllama.metadata import Filters
+from qfllama.fit import fit
+from qfllama.terminal import escaped
 
 N_LAYER, N_HEAD_KV, HEAD_DIM = 3, 2, 8
 PROGRAM = "from qfllama.cli import main; main()"
 
 
-def measured(spearman, **quality):
+def measured(spearman, layers=None, **quality):
     """Filters of the shape of `write_gguf`'s model, or of as many layers as `spearman` has."""
     spearman = np.asarray(spearman, np.float32)
     quality = {name: np.asarray(values, np.float32) for name, values in quality.items()}
-    weight = np.ones((*spearman.shape, HEAD_DIM), np.float32)
     provenance = {"text": "prose.txt", "route": "llama", "held_out": 4}
-    layers = list(range(len(spearman)))
-    return Filters(weight, layers, provenance, {"spearman": spearman} | quality)
+    rows = np.ones((*spearman.shape, HEAD_DIM), np.float32)
+    return rectangular(rows, layers, provenance, {"spearman": spearman} | quality)
 
 
 SPEARMAN = [[0.5, 0.7], [0.25, np.nan], [0.1, 0.4]]
@@ -41,7 +41,7 @@ def model(tmp_path):
     filters = measured(
         SPEARMAN, spearman_knorm=KNORM, energy=ENERGY, loss=[1, 2, 3], five=[1, 2, 3, 4, 5]
     )
-    metadata.write(write_gguf(tmp_path / "src.gguf"), tmp_path / "model.gguf", filters)
+    gguf_copy.write(write_gguf(tmp_path / "src.gguf"), tmp_path / "model.gguf", filters)
     return tmp_path / "model.gguf"
 
 
@@ -105,26 +105,28 @@ def test_heads_are_shown_one_by_one(model):
 )
 def test_the_verdict_counts_the_layers_whose_mean_is_below_0_3(n_weak, n_layer, verdict):
     spearman = np.array([[0.1, 0.4]] * n_weak + [[0.2, 0.5]] * (n_layer - n_weak))
-    fit = report.fit(measured(np.random.default_rng(0).permutation(spearman)))
-    assert fit.verdict == verdict
-    assert fit.summary.startswith(f"Q-Filters fit: {verdict}: {n_weak} of {n_layer} layers below")
-    assert len(fit.weak) == n_weak
-    assert fit.n_better is None
+    graded = fit(measured(np.random.default_rng(0).permutation(spearman)))
+    assert graded.verdict == verdict
+    assert graded.summary.startswith(
+        f"Q-Filters fit: {verdict}: {n_weak} of {n_layer} layers below"
+    )
+    assert len(graded.weak) == n_weak
+    assert graded.n_better is None
 
 
 def test_layers_are_named_as_in_the_model_and_undefined_ones_do_not_count():
-    filters = measured([[0.1, 0.1], [np.nan, np.nan], [0.9, 0.9], [0.9, np.nan]])
-    filters.layers = [1, 5, 7, 30]
-    fit = report.fit(filters)
-    assert (fit.weak, fit.n_measured, fit.verdict) == ([1], 3, "fair")
-    np.testing.assert_allclose(fit.spearman, [0.1, np.nan, 0.9, 0.9])
+    spearman = [[0.1, 0.1], [np.nan, np.nan], [0.9, 0.9], [0.9, np.nan]]
+    filters = measured(spearman, [1, 5, 7, 30])
+    graded = fit(filters)
+    assert (graded.weak, graded.n_measured, graded.verdict) == ([1], 3, "fair")
+    np.testing.assert_allclose(graded.spearman, [0.1, np.nan, 0.9, 0.9])
 
 
 def test_without_figures_the_fit_is_unknown(tmp_path):
     shown = inspect(write_gguf(tmp_path / "f.gguf", filter_keys()))
     assert "Q-Filters fit: unknown" in shown
     assert "layer " not in shown
-    assert report.fit(measured(np.full((3, 2), np.nan))).verdict == "unknown"
+    assert fit(measured(np.full((3, 2), np.nan))).verdict == "unknown"
 
 
 def test_json_has_everything_and_null_for_undefined(model):
@@ -145,9 +147,9 @@ def test_json_has_everything_and_null_for_undefined(model):
 def test_mean_queries_are_named_where_there_are_any(model, tmp_path):
     assert "no mean queries before RoPE: qblend uses the filters" in inspect(model)
     assert json.loads(inspect(model, "--json"))["filters"]["queries"] is False
-    filters = metadata.read(model)
-    filters.queries = filters.weight
-    metadata.write(model, tmp_path / "queries.gguf", filters, force=True)
+    filters = schema.read(model)
+    filters.vectors["queries"] = filters.vectors["filters"]
+    gguf_copy.write(model, tmp_path / "queries.gguf", filters, force=True)
     assert "no mean queries" not in inspect(tmp_path / "queries.gguf")
     assert "mean queries before RoPE: qblend" in inspect(tmp_path / "queries.gguf")
     assert json.loads(inspect(tmp_path / "queries.gguf", "--json"))["filters"]["queries"] is True
@@ -161,8 +163,8 @@ def test_a_file_without_filters_says_what_to_do(tmp_path):
 
 
 def test_bad_filters_are_refused_in_one_line(tmp_path):
-    for value, words in [(np.nan, "NaN"), (0.0, "layer 0, KV head 0 is all zero")]:
-        path = write_gguf(tmp_path / "f.gguf", filter_keys(**weights_with(value)))
+    for value, words in [(np.nan, "NaN"), (0.0, "layer 0 are all zero for KV head 0")]:
+        path = write_gguf(tmp_path / "f.gguf", filter_keys(filters=("array", filters_with(value))))
         assert words in refused(path)
 
 
@@ -204,9 +206,12 @@ def test_control_characters_in_a_file_never_reach_the_terminal(tmp_path):
 
 
 def test_escaped_text_keeps_writing_of_all_sorts_and_escapes_the_rest():
-    assert report.escaped("Straße 漢字 é") == "Straße 漢字 é"
-    assert report.escaped("a\x1b[1mb\n\udcff\u202e") == "a\\x1b[1mb\\n\\udcff\\u202e"
-    assert report.escaped("x" * 400) == "x" * 300 + "..."
+    assert escaped("Straße 漢字 é") == "Straße 漢字 é"
+    assert escaped("a\x1b[1mb\n\udcff\u202e") == "a\\x1b[1mb\\n\\udcff\\u202e"
+    assert escaped("x" * 400) == "x" * 300 + "..."
+    answer = "Café\u00a0: \u3000可\n\tمی\u200cخواهم 👩\u200d🔬"
+    assert escaped(answer * 30, None, lines=True) == answer * 30
+    assert escaped("a\r\u202eb\u2066\x9b\ud800", None, lines=True) == r"a\r\u202eb\u2066\x9b\ud800"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of bytes")
@@ -264,7 +269,7 @@ def test_the_heat_map_has_a_field_of_the_right_colour_for_every_head(tmp_path):
     spearman[2:4] = -0.2
     spearman[5, 0] = np.nan
     filters = measured(spearman, spearman_knorm=np.full((8, 3), 0.4))
-    report.plot(tmp_path / "heat.png", filters, "$x$ \x1b[1m")
+    figures.plot(tmp_path / "heat.png", filters, "$x$ \x1b[1m")
     high, low = (pixels(tmp_path / "heat.png", end, "viridis") for end in (1.0, 0.0))
     assert high / low == pytest.approx(17 / 6, rel=0.1)
     # the differences are 0.6 and -0.6, the ends of the scale
@@ -276,16 +281,16 @@ def test_the_heat_map_has_a_field_of_the_right_colour_for_every_head(tmp_path):
 def test_80_layers_of_8_heads_and_a_plot_without_key_norms_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     random = np.random.default_rng(0)
-    figures = random.uniform(size=(2, 80, 8))
-    report.plot(tmp_path / "large.png", measured(figures[0], spearman_knorm=figures[1]))
+    ranks = random.uniform(size=(2, 80, 8))
+    figures.plot(tmp_path / "large.png", measured(ranks[0], spearman_knorm=ranks[1]))
     data = (tmp_path / "large.png").read_bytes()
     width, height = np.frombuffer(data[16:24], ">u4")
     assert data.startswith(b"\x89PNG")
     assert width >= 800
     assert height >= 80 * 15  # a row is high enough to read
-    report.plot(tmp_path / "one.svg", measured(figures[0]))
+    figures.plot(tmp_path / "one.svg", measured(ranks[0]))
     assert b"<svg" in (tmp_path / "one.svg").read_bytes()
-    report.plot(tmp_path / "one.pdf", measured([[np.nan]], spearman_knorm=[[np.nan]]))
+    figures.plot(tmp_path / "one.pdf", measured([[np.nan]], spearman_knorm=[[np.nan]]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large.png", "one.pdf", "one.svg"]
 
 

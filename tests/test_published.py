@@ -18,12 +18,14 @@ import tiny_models
 import torch
 from click.testing import CliRunner
 from fake_hub import TOKEN, FakeHub, Repo
+from gguf_files import rectangular, stacked
 from huggingface_hub import PyTorchModelHubMixin
-from qfllama.convert import export, published
+from qfllama.convert import export, native_model, published
 from test_split import split
 
-from qfllama import Llama, QFilterConfig, QFilterError, metadata
+from qfllama import Llama, QFilterConfig, QFilterError, gguf_copy, schema
 from qfllama.cli import main
+from qfllama.shape import model_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,10 +45,14 @@ class QFilters(torch.nn.Module, PyTorchModelHubMixin):
 
 def random_filters(path, seed=0):
     """Filters for all layers of the GGUF file `path`."""
-    shape = metadata.model_shape(path)
+    shape = model_shape(path)
     size = (shape.n_layer, shape.n_head_kv, shape.head_dim)
     weight = np.random.default_rng(seed).standard_normal(size, np.float32)
-    return metadata.Filters(weight, list(range(shape.n_layer)), {"text": "none", "seed": seed})
+    return rectangular(
+        weight,
+        calibration={"text": "none", "seed": seed},
+        layout=native_model.rope_layout(path),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +67,13 @@ def tiny(checkpoint):
     """A small llama model with random filters: 2 layers, 2 KV heads of 16."""
     plain, path = checkpoint.parent / "plain.gguf", checkpoint.parent / "tiny.gguf"
     export.checkpoint_to_gguf(checkpoint, plain, "f32")
-    metadata.write(plain, path, random_filters(plain))
+    gguf_copy.write(plain, path, random_filters(plain))
     return path
 
 
 @pytest.fixture
 def exported(tiny, tmp_path):
-    return published.save(metadata.read(tiny), tiny, tmp_path / "export")
+    return published.save(schema.read(tiny), tiny, tmp_path / "export")
 
 
 def run(*arguments, code=0):
@@ -91,7 +97,7 @@ def save_tensor(path, tensor, name="q_filters"):
 
 def test_the_authors_class_reads_an_export_and_finds_the_filters_reversed(tiny, exported):
     theirs = QFilters.from_pretrained(exported).q_filters.detach().numpy()
-    ours = metadata.read(tiny).weight
+    ours = stacked(schema.read(tiny))
     # cached rows of a llama model: halves side by side
     halves = np.concatenate([ours[..., 0::2], ours[..., 1::2]], axis=-1)
     np.testing.assert_array_equal(theirs, -halves)
@@ -105,8 +111,8 @@ def test_what_the_authors_class_writes_is_read(tiny, tmp_path):
     module.save_pretrained(tmp_path / "theirs")
     filters = published.load(tmp_path / "theirs", tiny)
     theirs = module.q_filters.detach().numpy()
-    np.testing.assert_array_equal(filters.weight[..., 0::2], -theirs[..., :8])
-    np.testing.assert_array_equal(filters.weight[..., 1::2], -theirs[..., 8:])
+    np.testing.assert_array_equal(stacked(filters)[..., 0::2], -theirs[..., :8])
+    np.testing.assert_array_equal(stacked(filters)[..., 1::2], -theirs[..., 8:])
     assert filters.layers == [0, 1]
     facts = filters.calibration
     assert facts["text"] == "published: theirs"
@@ -120,15 +126,15 @@ def test_exporting_and_loading_again_changes_no_bit_on_the_real_model(smollm2, t
     for spec in (tmp_path / "export", tmp_path / "export" / "model.safetensors"):
         again = published.load(spec, smollm2)
         assert again.layers == filters.layers
-        np.testing.assert_array_equal(again.weight, filters.weight)
+        np.testing.assert_array_equal(stacked(again), stacked(filters))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_filters_of_any_precision_are_read(tiny, tmp_path, dtype):
     tensor = torch.randn(2, 2, 16).to(dtype)
     filters = published.load(save_tensor(tmp_path / "some.safetensors", tensor), tiny)
-    assert filters.weight.dtype == np.float32
-    np.testing.assert_array_equal(filters.weight[..., 0], -tensor[..., 0].float())
+    assert stacked(filters).dtype == np.float32
+    np.testing.assert_array_equal(stacked(filters)[..., 0], -tensor[..., 0].float())
 
 
 def test_an_order_read_off_the_weights_goes_before_that_of_the_architecture(tiny, tmp_path):
@@ -136,8 +142,8 @@ def test_an_order_read_off_the_weights_goes_before_that_of_the_architecture(tiny
     spec = save_tensor(tmp_path / "some.safetensors", tensor)
     backwards = np.arange(16)[::-1]
     filters = published.load(spec, tiny, order={0: np.arange(16), 1: backwards})
-    np.testing.assert_array_equal(filters.weight[0], -tensor[0])
-    np.testing.assert_array_equal(filters.weight[1], -tensor[1].numpy()[:, backwards])
+    np.testing.assert_array_equal(stacked(filters)[0], -tensor[0])
+    np.testing.assert_array_equal(stacked(filters)[1], -tensor[1].numpy()[:, backwards])
     published.save(filters, tiny, tmp_path / "back", order={0: np.arange(16), 1: backwards})
     theirs = QFilters.from_pretrained(tmp_path / "back").q_filters
     np.testing.assert_array_equal(theirs.detach(), tensor)
@@ -172,7 +178,7 @@ def test_the_engine_keeps_what_the_published_formula_keeps_of_transformers_keys(
     model, plain = convert_family(family, tmp_path, monkeypatch)
     path = tmp_path / "model.gguf"
     filters = random_filters(plain)
-    metadata.write(plain, path, filters)
+    gguf_copy.write(plain, path, filters)
     published.save(filters, path, tmp_path / "export")
     tensors = safetensors.torch.load_file(tmp_path / "export" / "model.safetensors")["q_filters"]
 
@@ -323,9 +329,9 @@ def test_layers_without_keys_to_evict_are_exported_as_zeros_and_left_out_again(
 ):
     """lfm2: two layers out of four have attention."""
     path = convert_family("lfm2", tmp_path, monkeypatch)[1]
-    shape = metadata.model_shape(path)
+    shape = model_shape(path)
     weight = np.random.default_rng(0).standard_normal((2, 2, shape.head_dim), np.float32)
-    filters, notes = metadata.Filters(weight, [1, 3]), []
+    filters, notes = rectangular(weight, [1, 3]), []
     published.save(filters, path, tmp_path / "export", note=notes.append)
     assert "2 layers out of 4 have no filter and get zeros" in notes.pop()
     card = (tmp_path / "export" / "README.md").read_text()
@@ -337,7 +343,7 @@ def test_layers_without_keys_to_evict_are_exported_as_zeros_and_left_out_again(
     assert not theirs[[0, 2]].any()
     again = published.load(tmp_path / "export", path, notes.append)
     assert again.layers == [1, 3]
-    np.testing.assert_array_equal(again.weight, weight)
+    np.testing.assert_array_equal(stacked(again), weight)
     assert notes == ["using the filters of 2 layers out of 4: the others never evict"]
 
 
@@ -463,7 +469,7 @@ def test_any_part_of_a_split_model_is_exported_as_its_first_one(tmp_path):
     for part in parts:
         out = tmp_path / f"from {part.name}"
         weight = np.random.default_rng(0).standard_normal((1, 2, 8), np.float32)
-        published.save(metadata.Filters(weight, [0]), part, out)
+        published.save(rectangular(weight), part, out)
         tensor = safetensors.torch.load_file(out / "model.safetensors")["q_filters"]
         np.testing.assert_array_equal(tensor, -weight)
 
@@ -515,7 +521,8 @@ def load_from_hub(name, model, environment, code=0):
         "import json, sys; from qfllama import QFilterError; from qfllama.convert import published\n"
         "try: filters = published.load(*sys.argv[1:])\n"
         "except QFilterError as error: sys.exit(str(error))\n"
-        "print(json.dumps([filters.weight.tolist(), filters.calibration]))"
+        "rows = [rows.tolist() for rows in filters.vectors['filters'].values()]\n"
+        "print(json.dumps([rows, filters.calibration]))"
     )
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     result = subprocess.run(
@@ -539,7 +546,7 @@ def test_filters_go_to_the_hub_and_come_back(hub, tiny, tmp_path):
     assert not repo.private
     assert repo.files == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     weight, facts = load_from_hub("me/tiny_qfilt", tiny, hub.environment(tmp_path / "other"))
-    np.testing.assert_array_equal(np.float32(weight), metadata.read(tiny).weight)
+    np.testing.assert_array_equal(np.float32(weight), stacked(schema.read(tiny)))
     assert facts["text"] == "published: me/tiny_qfilt"
     assert facts["revision"] == repo.sha
     away = hub.environment(tmp_path / "other") | {"HF_ENDPOINT": "http://127.0.0.1:9"}
@@ -606,13 +613,13 @@ def test_a_hub_id_that_gives_no_filters_is_refused_before_anything_large_is_load
 
 def test_convert_takes_a_checkpoint_and_its_filters_from_the_hub(hub, checkpoint, tiny, tmp_path):
     out, folder = tmp_path / "out.gguf", tmp_path / "export"
-    published.save(metadata.read(tiny), tiny, folder)
+    published.save(schema.read(tiny), tiny, folder)
     for name, files in (("me/tiny-model", checkpoint), ("me/tiny_qfilt", folder)):
         hub.repos[name] = Repo(files={path.name: path.read_bytes() for path in files.iterdir()})
     qfllama(
         *("convert", "me/tiny-model", "-o", out, "--filters", "me/tiny_qfilt"),
         environment=hub.environment(tmp_path / "home"),
     )
-    filters = metadata.read(out)
-    np.testing.assert_array_equal(filters.weight, metadata.read(tiny).weight)
+    filters = schema.read(out)
+    np.testing.assert_array_equal(stacked(filters), stacked(schema.read(tiny)))
     assert filters.calibration["text"] == "published: me/tiny_qfilt"

@@ -7,17 +7,19 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import gguf
 import llama_cpp
 import numpy as np
 import pytest
 from conftest import last_logits
-from test_metadata import some_filters, write_gguf
+from gguf_files import some_filters, stacked, write_gguf
 
 import qfllama
-from qfllama import gguf_header, metadata
+from qfllama import files, gguf_copy, gguf_header, schema
 from qfllama.config import QFilterError
+from qfllama.shape import model_shape
 
 
 def split(src, stem, max_tensors, first_without_tensors=False):
@@ -68,9 +70,9 @@ def tensors(paths):
 def test_any_part_stands_for_the_model(parts):
     for part in parts:
         assert gguf_header.parts(part) == parts
-        assert metadata.model_shape(part) == metadata.model_shape(parts[0])
-        assert metadata.model_shape(part).n_layer == 3
-        assert metadata.read(part) is None
+        assert model_shape(part) == model_shape(parts[0])
+        assert model_shape(part).n_layer == 3
+        assert schema.read(part) is None
 
 
 def test_a_whole_file_is_its_only_part(tmp_path):
@@ -80,7 +82,7 @@ def test_a_whole_file_is_its_only_part(tmp_path):
 
 def test_filters_go_to_the_first_part_and_the_others_stay_as_they_are(parts, tmp_path):
     before, seen = content(parts[0].parent), []
-    written = metadata.write(
+    written = gguf_copy.write(
         parts[1],
         tmp_path / "out.gguf",
         some_filters(),
@@ -100,7 +102,7 @@ def test_filters_go_to_the_first_part_and_the_others_stay_as_they_are(parts, tmp
             assert old[name].contents() == new[name].contents()
     assert new["split.count"].contents() == n
     for part in written:
-        np.testing.assert_array_equal(metadata.read(part).weight, some_filters().weight)
+        np.testing.assert_array_equal(stacked(schema.read(part)), stacked(some_filters()))
     size = sum(path.stat().st_size for path in written)
     assert seen[-1] == (size, size)
     assert seen == sorted(seen)
@@ -121,7 +123,7 @@ def test_the_names_that_llama_cpp_finds_are_made_of_the_name_given(tmp_path):
 def test_missing_parts_are_named(parts, tmp_path):
     parts[1].unlink()
     with pytest.raises(QFilterError, match=re.escape(f"{parts[1]} of the {len(parts)} parts")):
-        metadata.write(parts[0], tmp_path / "out.gguf", some_filters())
+        gguf_copy.write(parts[0], tmp_path / "out.gguf", some_filters())
     parts[2].unlink()
     with pytest.raises(QFilterError, match=f"{parts[1].name} and 1 more"):
         gguf_header.parts(parts[0])
@@ -132,7 +134,7 @@ def test_missing_parts_are_named(parts, tmp_path):
 
 def test_a_later_part_without_the_first_is_refused(parts):
     parts[0].unlink()
-    for use in (metadata.read, metadata.model_shape, gguf_header.parts):
+    for use in (schema.read, model_shape, gguf_header.parts):
         with pytest.raises(QFilterError, match=f"{parts[0].name}.* is missing"):
             use(parts[1])
 
@@ -141,7 +143,7 @@ def test_a_truncated_later_part_is_refused_by_name(parts, tmp_path):
     data = parts[-1].read_bytes()
     parts[-1].write_bytes(data[:-40])
     with pytest.raises(QFilterError, match=f"{parts[-1].name} is truncated"):
-        metadata.write(parts[0], tmp_path / "out.gguf", some_filters())
+        gguf_copy.write(parts[0], tmp_path / "out.gguf", some_filters())
     parts[-1].write_bytes(b"")
     with pytest.raises(QFilterError, match=f"{parts[-1].name}: not a GGUF"):
         gguf_header.parts(parts[0])
@@ -172,27 +174,27 @@ def test_every_output_is_checked_before_anything_is_written(parts, tmp_path):
     later.write_text("precious")
     before = content(tmp_path / "split")
     with pytest.raises(QFilterError, match=f"{later.name} exists; replace it with --force"):
-        metadata.check_target(parts[0], tmp_path / "out.gguf")
-    metadata.check_target(parts[0], tmp_path / "out.gguf", whole=True)
+        files.check_target(parts[0], tmp_path / "out.gguf")
+    files.check_target(parts[0], tmp_path / "out.gguf", whole=True)
     with pytest.raises(QFilterError, match="--force"):
-        metadata.write(parts[0], tmp_path / "out.gguf", some_filters())
+        gguf_copy.write(parts[0], tmp_path / "out.gguf", some_filters())
     for name in ("model.gguf", parts[1].name):
         with pytest.raises(QFilterError, match="the input itself"):
-            metadata.write(parts[0], parts[0].with_name(name), some_filters(), force=True)
+            gguf_copy.write(parts[0], parts[0].with_name(name), some_filters(), force=True)
     assert later.read_text() == "precious"
     assert content(tmp_path / "split") == before
-    written = metadata.write(parts[0], tmp_path / "out.gguf", some_filters(), force=True)
-    assert written == metadata.targets(parts[0], tmp_path / "out.gguf")
+    written = gguf_copy.write(parts[0], tmp_path / "out.gguf", some_filters(), force=True)
+    assert written == files.targets(parts[0], tmp_path / "out.gguf")
     assert tensors(written) == tensors(parts)
 
 
 def test_old_filters_of_a_split_model_are_replaced_only_with_force(parts, tmp_path):
-    once = metadata.write(parts[0], tmp_path / "once.gguf", some_filters(1))
+    once = gguf_copy.write(parts[0], tmp_path / "once.gguf", some_filters(1))
     for part in once:
         with pytest.raises(QFilterError, match="--force"):
-            metadata.check_source(part)
-    twice = metadata.write(once[1], tmp_path / "twice.gguf", some_filters(2), force=True)
-    fresh = metadata.write(parts[0], tmp_path / "fresh.gguf", some_filters(2))
+            schema.check_source(part)
+    twice = gguf_copy.write(once[1], tmp_path / "twice.gguf", some_filters(2), force=True)
+    fresh = gguf_copy.write(parts[0], tmp_path / "fresh.gguf", some_filters(2))
     assert [p.read_bytes() for p in twice] == [p.read_bytes() for p in fresh]
 
 
@@ -201,7 +203,7 @@ def test_room_is_needed_for_all_parts(parts, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=size - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(QFilterError, match="not enough space"):
-        metadata.write(parts[0], tmp_path / "out.gguf", some_filters())
+        gguf_copy.write(parts[0], tmp_path / "out.gguf", some_filters())
 
 
 @pytest.mark.parametrize("existing", [[], [0, 1, 2], [1]], ids=["new", "replaced", "mixed"])
@@ -212,7 +214,7 @@ def test_a_write_that_stops_at_any_rename_leaves_the_folder_as_it_was(
     parts = split(write_gguf(tmp_path / "whole.gguf"), tmp_path / "model.gguf", 2, True)
     out = tmp_path / "out"
     out.mkdir()
-    targets = metadata.targets(parts[0], out / "out.gguf")
+    targets = files.targets(parts[0], out / "out.gguf")
     for i in existing:
         targets[i].write_text(f"precious {i}")
     before, rename, n_renames = content(out), os.replace, len(existing) + len(targets)
@@ -227,11 +229,11 @@ def test_a_write_that_stops_at_any_rename_leaves_the_folder_as_it_was(
 
         monkeypatch.setattr(os, "replace", replace)
         with pytest.raises((KeyboardInterrupt, QFilterError)):
-            metadata.write(parts[0], out / "out.gguf", some_filters(), force=True)
+            gguf_copy.write(parts[0], out / "out.gguf", some_filters(), force=True)
         assert content(out) == before
     monkeypatch.setattr(os, "replace", lambda src, dst: (calls.append(dst), rename(src, dst)))
     calls.clear()
-    written = metadata.write(parts[0], out / "out.gguf", some_filters(), force=True)
+    written = gguf_copy.write(parts[0], out / "out.gguf", some_filters(), force=True)
     assert len(calls) == n_renames
     assert calls[-1] == written[0]  # without the first part no other is loaded
     assert sorted(out.iterdir()) == written
@@ -240,13 +242,13 @@ def test_a_write_that_stops_at_any_rename_leaves_the_folder_as_it_was(
 @pytest.mark.skipif(sys.platform == "win32", reason="no file size limits there")
 def test_a_disk_that_fills_up_at_a_later_part_leaves_the_folder_as_it_was(parts, tmp_path):
     program = textwrap.dedent("""
-        import resource, sys, numpy as np
-        from qfllama import config, metadata
-        filters = metadata.Filters(np.ones((3, 2, 8), np.float32), [0, 1, 2])
+        import resource, sys
+        from gguf_files import some_filters
+        from qfllama import config, gguf_copy
         limit = int(sys.argv[3])
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:
-            metadata.write(sys.argv[1], sys.argv[2], filters)
+            gguf_copy.write(sys.argv[1], sys.argv[2], some_filters())
         except config.QFilterError as error:
             sys.exit(str(error))
     """)
@@ -255,6 +257,7 @@ def test_a_disk_that_fills_up_at_a_later_part_leaves_the_folder_as_it_was(parts,
     (tmp_path / "out").mkdir()
     done = subprocess.run(
         [sys.executable, "-c", program, parts[0], tmp_path / "out" / "out.gguf", "4000"],
+        cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
     )
@@ -277,7 +280,7 @@ def logits(llm):
 def test_llama_cpp_loads_the_converted_parts_and_computes_the_same(smollm2, real_parts, tmp_path):
     assert len(real_parts) == 3
     filters = some_filters(0, 30, 3, 64)
-    written = metadata.write(real_parts[2], tmp_path / "out.gguf", filters)
+    written = gguf_copy.write(real_parts[2], tmp_path / "out.gguf", filters)
     for old, new in zip(real_parts[1:], written[1:], strict=True):
         old, new = (hashlib.sha256(path.read_bytes()).digest() for path in (old, new))
         assert old == new

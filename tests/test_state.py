@@ -17,8 +17,9 @@ import llama_cpp
 import numpy as np
 import pytest
 from conftest import last_logits
+from gguf_files import rectangular
 
-from qfllama import Llama, QFilterConfig, QFilterError, metadata, state
+from qfllama import Llama, QFilterConfig, QFilterError, gguf_copy, state
 from qfllama.conversation import Conversation
 from qfllama.llama import CACHE_TYPES
 
@@ -499,11 +500,10 @@ def test_a_model_is_known_by_its_weights_and_keys_but_not_by_its_filters(tmp_pat
     assert write("a.gguf") != write("c.gguf", value=1.0)
     assert write("a.gguf") != write("d.gguf", tokenizer="b")
     weight = np.ones((N_LAYER, N_HEAD_KV, HEAD_DIM), np.float32) / 8
-    filters = metadata.Filters(weight, list(range(N_LAYER)), {}, {})
-    metadata.write(smollm2, tmp_path / "filtered.gguf", filters)
+    filters = rectangular(weight)
+    gguf_copy.write(smollm2, tmp_path / "filtered.gguf", filters)
     assert state.model_identity(tmp_path / "filtered.gguf") == state.model_identity(smollm2)
-    other = dataclasses.replace(filters, weight=-weight)
-    assert state.filters_identity(filters) != state.filters_identity(other)
+    assert state.filters_identity(filters) != state.filters_identity(rectangular(-weight))
 
 
 # -- qfllama compress and chat --state

@@ -33,7 +33,8 @@ from kvpress import QFilterPress
 from kvpress.presses.qfilter_press import QFilters
 from qfllama.convert import published
 
-from qfllama import Llama, QFilterConfig, metadata
+from qfllama import Llama, QFilterConfig, gguf_copy, schema
+from qfllama.shape import model_shape
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from reference.model import write_f32_copy  # noqa: E402
@@ -97,9 +98,10 @@ def run_reference(clone, keys, folder, n_keep, window):
 
 def by_our_score(gguf, keys, n_keep, window):
     """As `run_reference`, with the filters in the GGUF file on keys in llama.cpp's layout."""
-    filters = metadata.read(gguf)
+    filters = schema.read(gguf)
     cached = keys[..., published.head_order(gguf)].astype(np.float32)
-    scores = np.einsum("lhtd,lhd->lht", cached[filters.layers], filters.weight)
+    rows = np.stack(list(filters.vectors["filters"].values()))
+    scores = np.einsum("lhtd,lhd->lht", cached[filters.layers], rows)
     last = np.arange(keys.shape[2]) >= keys.shape[2] - window
     scores[..., last] = np.inf
     return np.sort(np.argsort(-scores, axis=-1)[..., :n_keep], axis=-1)
@@ -129,10 +131,10 @@ def run_engine(gguf, tokens, n_keep, threads):
     assert llm.qfilter_stats()["evictions"] == 0
     llm.eval(tokens[-1:])
     assert llm.qfilter_stats()["evictions"] == 1
-    shape = metadata.read(gguf).weight.shape
+    shape = model_shape(gguf)
     kept = [
-        [llm.kept_positions(layer, head)[:-1] for head in range(shape[1])]
-        for layer in range(shape[0])
+        [llm.kept_positions(layer, head)[:-1] for head in range(shape.n_head_kv)]
+        for layer in range(shape.n_layer)
     ]
     llm.close()
     return np.array(kept)
@@ -141,10 +143,10 @@ def run_engine(gguf, tokens, n_keep, threads):
 def f32_and_export(gguf, folder):
     """Made in the folder: a copy of the file with weights in float32, and its filters exported."""
     plain, f32, export = (folder / name for name in ("plain.gguf", "f32.gguf", "export"))
-    filters = metadata.read(gguf)
+    filters = schema.read(gguf)
     published.save(filters, gguf, export)
     write_f32_copy(gguf, plain)
-    metadata.write(plain, f32, filters, force=True)
+    gguf_copy.write(plain, f32, filters, force=True)
     plain.unlink()
     return f32, export
 

@@ -37,11 +37,12 @@ from qfllama.bench import resident_bytes
 from qfllama.commands.chat import cache_stats
 from qfllama.evaluation import needle, tasks
 from qfllama.evaluation.contexts import BATCH, Model
-from qfllama.evaluation.results import bootstrap, table
+from qfllama.evaluation.results import bootstrap
 from qfllama.evaluation.run import answer_likelihood, likelihood_tokens, split
 from qfllama.evaluation.scoring import nll
+from qfllama.files import write_json
 from qfllama.machine import provenance
-from qfllama.report import write_json
+from qfllama.tables import aligned
 
 EXPORT = "QFLLAMA_PEERS_EXPORT"
 """In the environment, for the processes that measure speed: the folder with the exported filters."""
@@ -292,7 +293,7 @@ def main() -> None:
         {"name": name, "ratio": ratio, **needle.summary(mine)}
         for (name, ratio), mine in sorted(found.items(), key=lambda item: item[0][1])
     ]
-    print(table([["", "", "cells", "right", "digits", "nll", "95 %"]] + [
+    print(aligned([["", "", "cells", "right", "digits", "nll", "95 %"]] + [
         [row["name"], f"x{row['ratio']}", f"{row['cells']:,.0f}", f"{row['right']:.1%}",
          f"{row['digits']:.1%}", f"{row['nll']:.3f}", "{:.3f}-{:.3f}".format(*row["nll_ci"])]
         for row in rows
@@ -303,12 +304,12 @@ def main() -> None:
         for ours, theirs in SAME.items() for ratio in args.ratios
     ]  # fmt: skip
     print()
-    print(table([["the same method: nll, ours less theirs", "", "", "95 %"]] + [
+    print(aligned([["the same method: nll, ours less theirs", "", "", "95 %"]] + [
         ["{ours} / {theirs}".format(**row), f"x{row['ratio']}", f"{row['difference'][0]:+.4f}",
          "{:+.4f} to {:+.4f}".format(*row["difference"][1:])] for row in same
     ]))  # fmt: skip
     print()
-    print(table([["", "first token s", "tok/s", "KV MiB", "peak MiB"]] + [
+    print(aligned([["", "first token s", "tok/s", "KV MiB", "peak MiB"]] + [
         [name, f"{row['first']:.2f}", f"{row['decode']:.1f}", f"{row['kv_bytes'] / 2**20:.1f}",
          f"{row['peak'] / 2**20:.0f}"] for name, row in fast.items()
     ]))  # fmt: skip

@@ -21,9 +21,9 @@ import numpy as np
 from safetensors.numpy import load_file
 from train import KINDS
 
-from qfllama.evaluation.results import table
+from qfllama.files import write_json
 from qfllama.machine import provenance
-from qfllama.report import write_json
+from qfllama.tables import aligned
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "tests"))
@@ -137,7 +137,7 @@ def report(kinds: dict[str, dict]) -> str:
                 policy, *(f"{cell['right']:.0%} {cell['nll']:.2f}" for cell in cells),
                 f"{ppl[policy]:.2f}",
             ])  # fmt: skip
-        parts.append(table(lines))
+        parts.append(aligned(lines))
     return "\n\n".join(parts)
 
 

@@ -47,13 +47,14 @@ def progress_bar(plan) -> Iterator:
 
 def check_outputs(model: Path, json_file: str | None, image: Path | None) -> None:
     """What shall be written can be; said before anything is measured."""
-    from qfllama import metadata, report
+    from qfllama.figures import figure_class
+    from qfllama.files import check_target
 
     if json_file not in (None, "-"):
-        metadata.check_target(model, json_file, force=True, whole=True)
+        check_target(model, json_file, force=True, whole=True)
     if image is not None:
-        report.figure_class(image)
-        metadata.check_target(model, image, force=True, whole=True)
+        figure_class(image)
+        check_target(model, image, force=True, whole=True)
 
 
 @click.command("bench")
@@ -122,10 +123,11 @@ def command(model, json_file, image, **options):
     x is the quotient to llama.cpp's f16 cache. Figures are medians.
     """
     with dies_of_ctrl_c():
-        from qfllama import bench, bench_report, metadata, report
+        from qfllama import bench, bench_report, figures, files
         from qfllama.commands.compress import no_log
+        from qfllama.shape import model_shape
 
-        n_ctx_train = metadata.model_shape(model).n_ctx_train
+        n_ctx_train = model_shape(model).n_ctx_train
         plan, notes = bench.make_plan(n_ctx_train, **options)
         check_outputs(model, json_file, image)
     for line in notes:
@@ -133,13 +135,13 @@ def command(model, json_file, image, **options):
     with progress_bar(plan) as progress, contextlib.closing(bench.Engines(plan, model)) as engines:
         with dies_of_ctrl_c(), no_log():  # it warns of every context beyond the training
             engines.open(progress)
-        result = report.plain(engines.measure(progress))
+        result = files.plain(engines.measure(progress))
     if json_file == "-":
         click.echo(json.dumps(result, indent=1))
     else:
         click.echo(bench_report.tables(result))
         if json_file:
-            report.write_json(json_file, result)
+            files.write_json(json_file, result)
     if image is not None:
-        Figure = report.figure_class(image)
-        report.save_figure(bench_report.draw(Figure, result), image, dpi=150)
+        Figure = figures.figure_class(image)
+        figures.save_figure(bench_report.draw(Figure, result), image, dpi=150)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qfllama.config import POLICIES, QFilterConfig, QFilterError
-from qfllama.text import printable
+from qfllama.terminal import escaped
 
 if TYPE_CHECKING:
     from qfllama import Llama
@@ -91,9 +91,9 @@ def cache_stats(llm: Llama) -> dict[str, int]:
         return llm.qfilter_stats()
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    from qfllama import metadata
+    from qfllama.shape import model_shape
 
-    shape = metadata.model_shape(llm.model_path)
+    shape = model_shape(llm.model_path)
     heads = shape.n_head_kv
     n_heads = sum(heads) if isinstance(heads, list) else heads * shape.n_layer
     n_cells = -(-llm.n_ctx() // 256) * 256
@@ -142,7 +142,9 @@ def answer(conversation: Conversation, text: str, options: dict) -> None:
                 if not last:
                     erase_progress()
                 last = piece
-                click.echo(printable(piece) if sys.stdout.isatty() else piece, nl=False)
+                click.echo(
+                    escaped(piece, None, lines=True) if sys.stdout.isatty() else piece, nl=False
+                )
         except RuntimeError as error:
             raise QFilterError(
                 f"the engine failed ({error}); send the next message to have the conversation"
@@ -209,7 +211,7 @@ def chat(start: Callable[[], Conversation], options: dict) -> int:
                 answered += 1
             except QFilterError as error:
                 failed += 1
-                click.echo(f"qfllama: {printable(str(error))}", err=True)
+                click.echo(f"qfllama: {escaped(error, None, lines=True)}", err=True)
     return int(failed > 0 and answered == 0 and not interactive)
 
 
@@ -250,10 +252,11 @@ def open_model(model: Path, config: QFilterConfig | None, **kwargs) -> Llama:
     """
     import jinja2
 
-    from qfllama import Llama, metadata
+    from qfllama import Llama
+    from qfllama.shape import model_shape
 
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    metadata.model_shape(model)  # has a clear word about a file that is no model
+    model_shape(model)  # has a clear word about a file that is no model
     try:
         return Llama(str(model), qfilters=config, flash_attn=True, **kwargs)
     except QFilterError:

@@ -163,13 +163,14 @@ def command(
         raise click.UsageError(f"--ratio {ratio} is not a finite number; 8 keeps an eighth")
     text = read_document(document)
     with dies_of_ctrl_c():
-        from qfllama import metadata
+        from qfllama.files import check_target
+        from qfllama.shape import model_shape
 
-        metadata.check_target(model, output, force=force, whole=True)
+        check_target(model, output, force=force, whole=True)
         if output.exists() and output.samefile(document):
             raise QFilterError(f"{output} is the document itself: give another output file")
         tokens = document_tokens(model, system, text)
-        n_ctx = n_ctx or metadata.model_shape(model).n_ctx_train
+        n_ctx = n_ctx or model_shape(model).n_ctx_train
         if len(tokens) >= n_ctx:
             raise QFilterError(
                 f"{document} takes {len(tokens):,} of {n_ctx:,} positions: shorten it, or use a "

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import click
 
-from .. import report
 from ..config import QFilterError
-from ..gguf_header import escaped
+from ..fit import fit
+from ..terminal import escaped
 
 
 @click.command("convert")
@@ -66,11 +66,11 @@ from ..gguf_header import escaped
 )
 @click.option(
     "--rank",
-    default=16,
+    default=0,
     show_default=True,
     type=click.IntRange(0, 256),
-    help="Principal directions per query head for the policy qfilters2; 0: filters of the first "
-    "order only.",
+    help="Principal directions per query head in the second moments, which only the policy "
+    "qfilters2 reads; 0: none.",
 )
 @click.option(
     "--text",
@@ -183,12 +183,11 @@ def _refuse_calibration(calibration):
 
 def _print(summary):
     filters, made = summary.filters, summary.filters.calibration
-    n_layer, n_head_kv, head_dim = filters.weight.shape
     for part in summary.outputs[1:]:
         click.echo(escaped(part))
     click.echo(
         f"{escaped(summary.outputs[0])}: {summary.n_bytes / 2**20:,.1f} MiB, filters "
-        f"for {n_layer} layers x {n_head_kv} KV heads x {head_dim}"
+        f"for {filters.size}"
     )
     if made["route"] == "published":
         click.echo(escaped(made["text"]))
@@ -198,4 +197,4 @@ def _print(summary):
         f"tokens ({made['sequences']} sequences of {escaped(made['text'])}) "
         f"in {summary.seconds:.0f} s"
     )
-    click.echo(report.fit(filters).summary)
+    click.echo(fit(filters).summary)

@@ -132,7 +132,7 @@ class Session:
 
     def _check(self) -> None:
         """Raises QFilterError or UsageError for what can be told before the model is loaded."""
-        from qfllama import metadata
+        from qfllama import schema
         from qfllama.evaluation import plots
 
         chosen = self._chosen
@@ -143,7 +143,7 @@ class Session:
         for name in ("json_path", "plot_path", "results_path"):
             check_folder(chosen[name])
         for policy in set(chosen["policies"] or ()) & set(CALIBRATED):
-            metadata.check_policy(chosen["path"], metadata.read(chosen["path"]), policy)
+            schema.check_policy(chosen["path"], schema.read(chosen["path"]), policy)
 
     def _load(self) -> Model:
         from qfllama.evaluation.contexts import Model
@@ -208,7 +208,7 @@ class Session:
         about["model"] = Path(self.model.path).name
         about["text"] = self.text.name
         if path := self._chosen["json_path"]:
-            from qfllama.report import write_json
+            from qfllama.files import write_json
 
             value = {"about": about, "settings": self._settings, "rows": rows, **extra}
             write_json(path, value)
@@ -233,12 +233,12 @@ def check_folder(path: Path | None) -> None:
 
 def usable(model: Model) -> list[str]:
     """The full cache and every policy that the model's file has what it takes for."""
-    from qfllama import metadata
+    from qfllama import schema
 
     names = [FULL]
     for policy in POLICIES:
         try:
-            metadata.check_policy(model.path, model.filters, policy)
+            schema.check_policy(model.path, model.filters, policy)
         except QFilterError:
             continue
         names.append(policy)

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from .. import metadata
+from .. import schema
 from ..config import QFilterError
 
 
@@ -26,14 +26,14 @@ def command(model, folder, force, upload, private):
         raise click.UsageError("--private needs --upload user/name")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from qfllama.convert import published
+    from qfllama.convert import published, published_hub
 
-    published.check_packages()
-    filters = metadata.read(model)
+    published_hub.check_packages()
+    filters = schema.read(model)
     if filters is None:
         raise QFilterError(f"{model} has no filters; add them with `qfllama convert`")
     if upload:
-        published.check_upload(upload)
+        published_hub.check_upload(upload)
     published.save(
         filters,
         model,
@@ -42,7 +42,6 @@ def command(model, folder, force, upload, private):
         repo=upload,
         note=lambda line: click.echo(line, err=True),
     )
-    n_layer, n_head_kv, head_dim = filters.weight.shape
-    click.echo(f"{folder}: filters for {n_layer} layers x {n_head_kv} KV heads x {head_dim}")
+    click.echo(f"{folder}: filters for {filters.size}")
     if upload:
-        click.echo(published.upload(folder, upload, private=private))
+        click.echo(published_hub.upload(folder, upload, private=private))

@@ -9,9 +9,14 @@ import sys
 
 import click
 
-from .. import gguf_header, metadata, report
+from .. import figures, gguf_header, schema
 from ..config import QFilterError
-from ..gguf_header import escaped
+from ..files import check_target, plain
+from ..filters import span
+from ..fingerprint import fingerprint
+from ..fit import fit, other_figures, table
+from ..shape import model_shape
+from ..terminal import escaped
 
 
 @click.command("inspect")
@@ -30,11 +35,11 @@ def command(model, heads, as_json, image):
 
     MODEL may be any part of a split GGUF (NAME-00001-of-00003.gguf)."""
     files = gguf_header.parts(model)
-    shape, filters = metadata.model_shape(files[0]), metadata.read(files[0])
+    shape, filters = model_shape(files[0]), schema.read(files[0], compare=False)
     if image:
         _plot(image, files, shape, filters)
     if as_json:
-        _print(json.dumps(report.plain(_facts(files, shape, filters)), indent=2, allow_nan=False))
+        _print(json.dumps(plain(_facts(files, shape, filters)), indent=2, allow_nan=False))
     else:
         _print("\n".join(_lines(files, shape, filters, heads)))
     if image:
@@ -42,10 +47,10 @@ def command(model, heads, as_json, image):
 
 
 def _plot(image, files, shape, filters):
-    metadata.check_target(files[0], image, force=True, whole=True)
+    check_target(files[0], image, force=True, whole=True)
     if filters is None:
         raise QFilterError(f"{files[0]} has no filters to plot; add them with `qfllama convert`")
-    report.plot(image, filters, shape.name)
+    figures.plot(image, filters, shape.name)
 
 
 def _lines(files, shape, filters, heads):
@@ -62,30 +67,51 @@ def _lines(files, shape, filters, heads):
         src = escaped(files[0], 4096)
         yield f"no filters; add them with `qfllama convert {src} -o OUT.gguf`"
         return
-    n_layer, n_head_kv, head_dim = filters.weight.shape
-    yield f"filters: {n_layer} layers x {n_head_kv} KV heads x {head_dim}"
-    if filters.moments is not None:
-        n_head, rank = filters.moments.shape[1], filters.rank
-        size = filters.moments.nbytes / 2**20
-        yield f"second order: rank {rank} for {n_head} query heads, {size:.1f} MiB"
-    if filters.queries is not None:
+    yield f"filters: {filters.size}"
+    if moments := filters.vectors.get("moments"):
+        n_head = span(map(len, moments.values()))
+        size = sum(rows.nbytes for rows in moments.values()) / 2**20
+        yield f"second moments: rank {filters.rank} for {n_head} query heads, {size:.1f} MiB"
+    if "queries" in filters.vectors:
         yield "mean queries before RoPE: qblend and qahead turn them to the positions to come"
     else:
         yield "no mean queries before RoPE: qblend uses the filters, qahead can't be used"
+    if filters.layout:
+        yield f"layout of the rotary pairs: {filters.layout}"
+        yield f"a reader must know: {', '.join(filters.requires) or 'nothing more'}"
+        yield f"fingerprint of the tensors: {escaped(filters.fingerprint)}"
+    if _of_these_tensors(files, filters) is False:
+        yield (
+            "warning: the filters were made for other weights and will be refused: run "
+            f"`qfllama convert {escaped(files[0], 4096)} -o OUT.gguf --force`"
+        )
     for name, value in filters.calibration.items():
         yield f"  {escaped(name.replace('_', ' '), 40):14} {escaped(value)}"
-    yield from report.other_figures(filters)
-    if figures := report.table(filters, heads=heads):
-        yield from ("", figures, "")
-    fit = report.fit(filters)
-    if fit.n_better is not None:
-        yield f"better than minus the key norm in {fit.n_better} of {fit.n_measured} layers"
-    yield fit.summary
+    yield from other_figures(filters)
+    if quality := table(filters, heads=heads):
+        yield from ("", quality, "")
+    graded = fit(filters)
+    if graded.n_better is not None:
+        yield f"better than minus the key norm in {graded.n_better} of {graded.n_measured} layers"
+    yield graded.summary
 
 
 def _heads(count):
     """One number, or the least and largest where layers differ."""
-    return f"{min(count)} to {max(count)}" if isinstance(count, list) else str(count)
+    return span(count if isinstance(count, list) else [count])
+
+
+def _of_these_tensors(files, filters):
+    """Whether the filters were made for the tensors of the file; None if they don't say."""
+    return filters.fingerprint and filters.fingerprint == fingerprint(files[0])
+
+
+def _quality(filters, name):
+    """A quality figure by layer, where there is one number per KV head, else as it is."""
+    by_layer = filters.figures(name)
+    if by_layer is None or [len(values) for values in by_layer] != filters.n_head_kv:
+        return filters.quality[name]
+    return by_layer
 
 
 def _facts(files, shape, filters):
@@ -93,23 +119,28 @@ def _facts(files, shape, filters):
     facts = {"files": [str(file) for file in files], "model": dataclasses.asdict(shape)}
     if filters is None:
         return facts | {"filters": None}
-    fit = report.fit(filters)
+    graded = fit(filters)
     return facts | {
         "filters": {
             "version": filters.version,
-            "shape": list(filters.weight.shape),
+            "requires": filters.requires,
+            "layout": filters.layout,
+            "fingerprint": filters.fingerprint,
+            "of_these_tensors": _of_these_tensors(files, filters),
             "rank": filters.rank,
-            "queries": filters.queries is not None,
+            "queries": "queries" in filters.vectors,
             "layers": filters.layers,
+            "head_count_kv": filters.n_head_kv,
+            "head_dim": filters.head_dim,
             "calibration": filters.calibration,
-            "quality": filters.quality,
+            "quality": {name: _quality(filters, name) for name in filters.quality},
             "fit": {
-                "verdict": fit.verdict,
-                "summary": fit.summary,
-                "weak_layers": fit.weak,
-                "measured_layers": fit.n_measured,
-                "layers_better_than_knorm": fit.n_better,
-                "spearman": fit.spearman,
+                "verdict": graded.verdict,
+                "summary": graded.summary,
+                "weak_layers": graded.weak,
+                "measured_layers": graded.n_measured,
+                "layers_better_than_knorm": graded.n_better,
+                "spearman": graded.spearman,
             },
         }
     }

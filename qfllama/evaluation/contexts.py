@@ -12,9 +12,10 @@ import llama_cpp._internals as internals
 import numpy as np
 from llama_cpp._logger import llama_log_callback, set_verbose
 
-from qfllama import metadata, native, state
+from qfllama import native, schema, state
 from qfllama.config import QFilterConfig, QFilterError
-from qfllama.llama import STATE_RESIZE, BoundedContext, cache_type
+from qfllama.llama import STATE_RESIZE, BoundedContext, cache_type, keywords
+from qfllama.shape import model_shape
 
 BATCH = 512
 """Tokens of a batch where nothing is evicted meanwhile."""
@@ -41,8 +42,8 @@ class Model:
         verbose: bool = False,
     ):
         self.path = str(path)
-        self.shape = metadata.model_shape(self.path)
-        self.filters = metadata.read(self.path)
+        self.shape = model_shape(self.path)
+        self.filters = schema.read(self.path)
         self.type_k, self.type_v = type_k or "f16", type_v or "f16"
         self._types = cache_type(self.type_k), cache_type(self.type_v)
         self.n_threads = n_threads or os.cpu_count() or 1
@@ -84,13 +85,14 @@ class Model:
         Raises:
             QFilterError: the policy needs filters that the file doesn't have, or memory is short.
         """
-        metadata.check_policy(self.path, self.filters, config.policy)
-        vectors = metadata.for_policy(self.filters, config.policy, self.shape)
+        schema.check_policy(self.path, self.filters, config.policy)
+        rope_type = llama_cpp.llama_model_rope_type(self.model.model)
+        kind, arrays = schema.for_policy(self.filters, config.policy, self.shape, rope_type)
         try:
             with self._log():  # which warns of every context longer than the model was trained for
                 context = BoundedContext(
                     model=self.model, params=self._params(n_ctx, config.interval), verbose=False,
-                    config=config, **vectors,
+                    config=config, **keywords(kind, arrays),
                 )  # fmt: skip
         except ValueError as error:
             raise QFilterError(

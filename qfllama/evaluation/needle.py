@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qfllama.config import QFilterError
-from qfllama.evaluation.results import bootstrap, table, wilson
+from qfllama.evaluation.results import bootstrap, wilson
 from qfllama.evaluation.run import Variant
 from qfllama.evaluation.tasks import (
     NAMES,
@@ -16,6 +16,7 @@ from qfllama.evaluation.tasks import (
     generator,
     number,
 )
+from qfllama.tables import aligned
 
 NEEDLE = "The secret number of {} is {}."
 QUESTION = "\n\nWhat is the secret number of {0}? The secret number of {0} is"
@@ -121,7 +122,7 @@ def report(rows: list[dict], titles: list[str]) -> str:
         ]
         for title, row in zip(titles, rows, strict=True)
     ]
-    return table([head, *body]) + "\n\n" + _by_depth(rows, titles)
+    return aligned([head, *body]) + "\n\n" + _by_depth(rows, titles)
 
 
 def _by_depth(rows: list[dict], titles: list[str]) -> str:
@@ -132,7 +133,7 @@ def _by_depth(rows: list[dict], titles: list[str]) -> str:
         [title, *(_percent(row["by_depth"].get(part)) for part in parts)]
         for title, row in zip(titles, rows, strict=True)
     ]
-    return table([head, *body])
+    return aligned([head, *body])
 
 
 def _percent(cell: dict | None) -> str:

@@ -9,10 +9,11 @@ from tqdm import tqdm
 
 from qfllama.config import QFilterError
 from qfllama.evaluation.contexts import Context, Model
-from qfllama.evaluation.results import Results, bootstrap, table
+from qfllama.evaluation.results import Results, bootstrap
 from qfllama.evaluation.run import Plan, Variant, forks
 from qfllama.evaluation.scoring import nll
 from qfllama.evaluation.tasks import Text
+from qfllama.tables import aligned
 
 BUCKET = 128
 """Positions whose losses are kept as one sum."""
@@ -178,4 +179,4 @@ def report(rows: list[dict], titles: list[str]) -> str:
         if with_full:
             cells += [f"{row['above_full']:+.4f}", "{:.4f}-{:.4f}".format(*row["above_full_ci"])]
         body.append(cells)
-    return table([head, *body])
+    return aligned([head, *body])

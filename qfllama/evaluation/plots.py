@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qfllama.evaluation.needle import BINS
-from qfllama.report import figure_class, save_figure
+from qfllama.figures import figure_class, save_figure
 
 
 def check(path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from qfllama.config import QFilterError
 from qfllama.evaluation.contexts import Context, Model
-from qfllama.evaluation.results import bootstrap, table
+from qfllama.evaluation.results import bootstrap
 from qfllama.evaluation.run import Asking, Variant, answer_likelihood, likelihood_tokens, split
 from qfllama.evaluation.scoring import generate
 from qfllama.evaluation.tasks import (
@@ -25,6 +25,7 @@ from qfllama.evaluation.tasks import (
     generator,
     number,
 )
+from qfllama.tables import aligned
 
 NEEDLE = "The secret number of {} is {}."
 INTRO = "The text below mentions secret numbers. Remember them, you will be asked for them.\n\n"
@@ -389,4 +390,4 @@ def _table(rows, titles, name, style) -> str:
         + [format(row[name], style)]
         for title, row in zip(titles, rows, strict=True)
     ]
-    return table([head, *body])
+    return aligned([head, *body])

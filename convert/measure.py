@@ -63,7 +63,7 @@ class Fit:
         self._open.clear()
 
     def figures(self) -> dict[str, np.ndarray]:
-        """Figures float32 [n_layer, n_head_kv], layers ascending:
+        """Figures float32, one number per KV head of all layers in turn, layers ascending:
 
         energy: share of the queries' energy on v1, mean over the query heads of the group
         mean_cosine: mean |cosine| of the queries to the mean query, over the group
@@ -81,7 +81,7 @@ class Fit:
             ranks = _defined_mean(self._ranks[layer])
             rows["spearman"].append(ranks[0])
             rows["spearman_knorm"].append(ranks[1])
-        return {name: np.array(values, np.float32) for name, values in rows.items()}
+        return {name: np.concatenate(values).astype(np.float32) for name, values in rows.items()}
 
 
 class _Sequence:

@@ -1,0 +1,397 @@
+"""The qfilters.* keys of a GGUF file: read, check, pack. No other file knows these keys.
+
+    qfilters.version        u32    3
+    qfilters.requires       str[]  what a reader has to understand: "queries", "moments"; absent: no
+                                   more than is in this table without them
+    qfilters.layout         str    how RoPE pairs the numbers of a row of K: one of LAYOUTS
+    qfilters.fingerprint    str    of the tensors that the filters were made for (fingerprint.py)
+    qfilters.layers         i32[]  model layers that have filters, ascending
+    qfilters.head_count_kv  u32[]  KV heads, one number per entry of `layers`
+    qfilters.head_dim       u32[]  as head_count_kv
+    qfilters.filters        f32[]  [n_head_kv][head_dim] of each layer, one layer after another
+    qfilters.queries        f32[]  mean queries before RoPE, shaped as `filters`; optional
+    qfilters.head_count     u32[]  query heads, as head_count_kv; only with moments
+    qfilters.rank           u32    only with moments
+    qfilters.moments        u16[]  bits of float16, [n_head][1 + rank][head_dim] of each layer;
+                                   optional
+    qfilters.calibration.*  str, int  where the filters come from:
+        text, route (torch, llama or published), model_sha256, tool         str
+        sequences, held_out (sequences among them that only the quality was measured on),
+        tokens, samples (queries per head), seed                            int
+    qfilters.quality.*      f32[]  how well the filters fit, [n_head_kv] of each layer, NaN where
+                                   undefined:
+        energy          0..1   share of the energy of held-out queries that lies on v1, mean over
+                               the query heads of the KV head
+        mean_cosine     0..1   mean |cosine| of held-out queries to the mean query
+        spearman        -1..1  rank correlation between k.filter and the mean attention logit that
+                               held-out queries at least 64 positions later give each key
+        spearman_knorm  -1..1  the same for minus the norm of the key
+        any other name         kept and shown; one number per KV head, per layer, or any size
+
+Versions 1 and 2, which are still read, have neither `requires`, `layout` nor `fingerprint`; their
+filters are called `weight`, all layers have the same shape, and layer_count, head_count_kv,
+head_dim and head_count are single numbers. Version 2 has moments, version 1 has none.
+
+They are key-value pairs and never tensors: stock llama.cpp ignores keys it doesn't know and
+refuses tensors it doesn't know.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import numpy as np
+
+from . import gguf_header
+from .config import NEEDS, QFilterError
+from .filters import LAYOUTS, OPTIONAL, VERSION, Filters, choose
+from .fingerprint import fingerprint
+from .gguf_header import ARRAY, F32, I32, I64, STRING, U16, U32
+from .shape import ModelShape
+from .terminal import escaped
+
+PREFIX = "qfilters."
+AGAIN = "run `qfllama convert` again"
+PROVENANCE = {
+    "text": str,
+    "route": str,
+    "model_sha256": str,
+    "tool": str,
+    "sequences": int,
+    "held_out": int,
+    "tokens": int,
+    "samples": int,
+    "seed": int,
+}
+QUALITY = {
+    "energy": (0.0, 1.0),
+    "mean_cosine": (0.0, 1.0),
+    "spearman": (-1.0, 1.0),
+    "spearman_knorm": (-1.0, 1.0),
+}
+"""The figures of this schema: least and largest value."""
+ROUNDING = 1e-3
+
+
+# -- reading
+
+
+def read(path, *, compare=True) -> Filters | None:
+    """Filters stored in the GGUF file at `path` (for a split model, of which `path` may be any
+    part: in its first part), None if there are none.
+
+    compare: refuse filters that were made for other tensors than those in the file
+
+    Raises QFilterError for a file that is no GGUF, is truncated, or whose filters are newer than
+    this program, incomplete, of an impossible shape, not finite or zero, or of other tensors."""
+    path, header = gguf_header.scan_first(path)
+    keys = [key for key in header.fields if key.startswith(PREFIX)]
+    if not keys:
+        return None
+    version = _typed(path, header, "version", U32)
+    if version > VERSION:
+        raise QFilterError(
+            f"{path} has filters of version {version}, this qfllama knows version "
+            f"{VERSION}; upgrade with `pip install -U qfllama`"
+        )
+    filters = (_read_uniform if version < 3 else _read_layers)(path, header, version)
+    for key in keys:
+        group, _, name = key.removeprefix(PREFIX).partition(".")
+        if group == "calibration":
+            filters.calibration[name] = header.get(key)
+        elif group == "quality":
+            filters.quality[name] = _typed(path, header, f"quality.{name}", (ARRAY, F32))
+    check_sound(path, filters)
+    if compare and filters.fingerprint not in (None, fingerprint(path)):
+        raise QFilterError(
+            f"the filters in {path} were made for other weights (another fine-tune or "
+            f"quantization): run `qfllama convert {path} -o OUT.gguf --force` on this file"
+        )
+    return filters
+
+
+def _read_layers(path, header, version):
+    requires = []
+    if PREFIX + "requires" in header.fields:
+        requires = _typed(path, header, "requires", (ARRAY, STRING))
+    if unknown := [name for name in requires if name not in OPTIONAL]:
+        raise QFilterError(
+            f"the filters in {path} require {escaped(', '.join(unknown))}, which this qfllama does "
+            "not know; upgrade with `pip install -U qfllama`"
+        )
+    layers = _layers(path, header)
+
+    def sizes(key):
+        numbers = _typed(path, header, key, (ARRAY, U32)).tolist()
+        if len(numbers) != len(layers):
+            raise QFilterError(
+                f"{path}: {PREFIX}{key} has {len(numbers)} numbers for {len(layers)} layers; {AGAIN}"
+            )
+        return numbers
+
+    dims = sizes("head_dim")
+    shapes = list(zip(sizes("head_count_kv"), dims, strict=True))
+    vectors = {"filters": _by_layer(path, header, "filters", F32, layers, shapes)}
+    if "queries" in requires or PREFIX + "queries" in header.fields:
+        vectors["queries"] = _by_layer(path, header, "queries", F32, layers, shapes)
+    if "moments" in requires or PREFIX + "moments" in header.fields:
+        n_rows = 1 + _typed(path, header, "rank", U32)
+        shapes = [(n, n_rows, dim) for n, dim in zip(sizes("head_count"), dims, strict=True)]
+        vectors["moments"] = _by_layer(path, header, "moments", U16, layers, shapes)
+    layout, of_tensors = (_typed(path, header, key, STRING) for key in ("layout", "fingerprint"))
+    return Filters(vectors, layout=layout, fingerprint=of_tensors, version=version)
+
+
+def _read_uniform(path, header, version):
+    """Versions 1 and 2, in which all layers have the same shape."""
+    n_layer, n_head_kv, head_dim = (
+        _typed(path, header, key, U32) for key in ("layer_count", "head_count_kv", "head_dim")
+    )
+    layers = _layers(path, header)
+    if len(layers) != n_layer:
+        raise QFilterError(
+            f"{path}: {PREFIX}layers has {len(layers)} numbers for {n_layer} layers; {AGAIN}"
+        )
+    shapes = [(n_head_kv, head_dim)] * n_layer
+    vectors = {"filters": _by_layer(path, header, "weight", F32, layers, shapes)}
+    if PREFIX + "queries" in header.fields:
+        vectors["queries"] = _by_layer(path, header, "queries", F32, layers, shapes)
+    if version > 1:
+        n_head, rank = (_typed(path, header, key, U32) for key in ("head_count", "rank"))
+        shapes = [(n_head, 1 + rank, head_dim)] * n_layer
+        vectors["moments"] = _by_layer(path, header, "moments", U16, layers, shapes)
+    return Filters(vectors, version=version)
+
+
+def _layers(path, header):
+    layers = _typed(path, header, "layers", (ARRAY, I32)).tolist()
+    _check_layers(path, layers)
+    return layers
+
+
+def _by_layer(path, header, key, kind, layers, shapes):
+    """Layer -> its part of the array `key`, in its shape; 16-bit numbers as float16."""
+    values = _typed(path, header, key, (ARRAY, kind))
+    sizes = [math.prod(shape) for shape in shapes]
+    if values.size != sum(sizes):
+        raise QFilterError(
+            f"{path}: {PREFIX}{key} has {values.size} numbers, the shapes of its layers take "
+            f"{sum(sizes)}; {AGAIN}"
+        )
+    values = values.view(np.float16) if kind == U16 else values
+    parts = np.split(values, np.cumsum(sizes)[:-1]) if sizes else []
+    return {
+        layer: part.reshape(shape) for layer, part, shape in zip(layers, parts, shapes, strict=True)
+    }
+
+
+def _typed(path, header, key, kind):
+    if header.type_of(PREFIX + key) != kind:
+        state = "has the wrong type" if PREFIX + key in header.fields else "is missing"
+        raise QFilterError(f"{path}: {PREFIX}{escaped(key)} {state}; {AGAIN}")
+    return header.get(PREFIX + key)
+
+
+# -- checks
+
+
+def check_sound(where, filters: Filters) -> None:
+    """QFilterError unless all vectors have their shape (see `Filters`), are finite and not zero,
+    and layout, provenance and figures are as the schema has them."""
+    layers = filters.layers
+    _check_layers(where, layers)
+    for kind, by_layer in filters.vectors.items():
+        if kind not in ("filters", *OPTIONAL) or list(by_layer) != layers:
+            raise QFilterError(f"{where}: {kind} are not those of the layers {layers}; {AGAIN}")
+        for layer, rows in by_layer.items():
+            _check_rows(f"{where}: the {kind} of layer {layer}", kind, rows, filters, layer)
+    if filters.layout not in LAYOUTS.values() and (filters.layout or filters.version >= 3):
+        raise QFilterError(
+            f"{where}: qfilters.layout is {escaped(filters.layout)}, not one of "
+            f"{', '.join(LAYOUTS.values())}; upgrade with `pip install -U qfllama`"
+        )
+    for name, value in filters.calibration.items():
+        kinds = PROVENANCE.get(name, (str, int))
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            what = "text" if kinds is str else "a whole number"
+            what = "text or a whole number" if kinds == (str, int) else what
+            raise QFilterError(
+                f"{where}: qfilters.calibration.{escaped(name)} is not {what}; {AGAIN}"
+            )
+    for name in filters.quality.keys() & QUALITY.keys():
+        _check_figures(where, name, np.ravel(filters.quality[name]), sum(filters.n_head_kv))
+
+
+def _check_layers(where, layers):
+    if not layers or layers != sorted(set(layers)) or layers[0] < 0:
+        raise QFilterError(
+            f"{where}: qfilters.layers lists {escaped(layers)}, which are no layers in ascending "
+            f"order; {AGAIN}"
+        )
+
+
+def _check_rows(what, kind, rows, filters, layer):
+    """QFilterError unless the vectors of one kind and layer are sound; what: names them."""
+    shape, expected = np.shape(rows), "[n_head_kv, head_dim]"
+    fits = len(shape) == 2 and 0 not in shape
+    if kind != "filters":
+        n_head_kv, head_dim = expected = filters.vectors["filters"][layer].shape
+        fits = shape == expected
+    if kind == "moments":
+        expected = f"[a multiple of {n_head_kv}, 1 + {filters.rank}, {head_dim}], rank at least 1"
+        fits = len(shape) == 3 and shape[0] > 0 and shape[0] % n_head_kv == 0
+        fits = fits and shape[1:] == (1 + max(filters.rank, 1), head_dim)
+    if not fits:
+        raise QFilterError(f"{what} have the shape {list(shape)}, expected {expected}; {AGAIN}")
+    if not np.isfinite(rows).all():
+        raise QFilterError(f"{what} contain NaN or infinite numbers; {AGAIN}")
+    zero = np.flatnonzero(~np.any(rows, axis=-1)) if kind != "moments" else []
+    if len(zero):
+        raise QFilterError(f"{what} are all zero for KV head {zero[0]}; {AGAIN}")
+
+
+def _check_figures(where, name, values, n_head_kv):
+    """QFilterError unless there is a figure in its range for every one of all KV heads."""
+    if values.size != n_head_kv:
+        raise QFilterError(
+            f"{where}: qfilters.quality.{name} has {values.size} numbers for {n_head_kv} KV heads; "
+            f"{AGAIN}"
+        )
+    least, largest = QUALITY[name]
+    inside = (values >= least - ROUNDING) & (values <= largest + ROUNDING)
+    if not (np.isnan(values) | inside).all():
+        raise QFilterError(
+            f"{where}: qfilters.quality.{name} is not between {least:g} and {largest:g}; {AGAIN}"
+        )
+
+
+def check_fits(filters: Filters, shape: ModelShape) -> None:
+    """QFilterError, naming both shapes, unless the filters belong to a model of this shape."""
+    for layer, rows in filters.vectors["filters"].items():
+        n_head, n_head_kv = shape.heads(layer) if layer < shape.n_layer else (0, 0)
+        if rows.shape != (n_head_kv, shape.head_dim):
+            raise QFilterError(
+                f"the filters do not fit the model: they are for {len(rows)} KV heads x "
+                f"{rows.shape[1]} in layer {layer}, the model has {n_head_kv} KV heads x "
+                f"{shape.head_dim} there ({shape.n_layer} layers); {AGAIN} on this model"
+            )
+        moments = filters.vectors.get("moments")
+        if moments and len(moments[layer]) != n_head:
+            raise QFilterError(
+                f"the filters do not fit the model: they are for {len(moments[layer])} query heads "
+                f"in layer {layer}, the model has {n_head}; {AGAIN} on this model"
+            )
+
+
+def _check_layout(filters, rope_type):
+    """QFilterError if filters are in another basis than the K rows of the running llama.cpp."""
+    here = LAYOUTS.get(rope_type, f"rope type {rope_type}")
+    if filters.layout not in (None, here):
+        raise QFilterError(
+            f"the filters are for rotary pairs in the layout {filters.layout}, this llama.cpp has "
+            f"{here} for the model: run `qfllama convert --force` on this file again"
+        )
+
+
+def check_source(src, *, force=False) -> None:
+    """QFilterError if the GGUF file at SRC has filters already and they may not be replaced."""
+    _, header = gguf_header.scan_first(src)
+    if not force and any(key.startswith(PREFIX) for key in header.fields):
+        raise QFilterError(f"{src} already has filters; replace them with --force")
+
+
+# -- what a policy takes
+
+
+def for_policy(
+    filters: Filters | None, policy: str, shape: ModelShape, rope_type: int
+) -> tuple[str | None, dict]:
+    """`choose` for a policy that `check_policy` let pass; (None, {}) if it needs no vectors.
+
+    rope_type: `llama_model_rope_type` of the loaded model
+
+    Raises:
+        QFilterError: the filters don't belong to a model of this shape, or are in another layout.
+    """
+    if policy not in NEEDS:
+        return None, {}
+    check_fits(filters, shape)
+    _check_layout(filters, rope_type)
+    return choose(filters, NEEDS[policy])
+
+
+def check_policy(path, filters: Filters | None, policy: str) -> None:
+    """Raises QFilterError if the file at `path`, with these filters, lacks what a policy needs."""
+    needs = NEEDS.get(policy)
+    if needs is None or choose(filters, needs)[0]:
+        return
+    if filters is None:
+        raise QFilterError(
+            f"{path} has no filters for the policy {policy}: make them with "
+            f"`qfllama convert {path} -o OUT.gguf`, or use another policy (kvdiff needs none)"
+        )
+    if "moments" in needs:
+        raise QFilterError(
+            f"{path} has no second moments, which the policy {policy} needs: make them with "
+            f"`qfllama convert {path} -o OUT.gguf --rank 16 --force`, or use another policy (qblend)"
+        )
+    raise QFilterError(
+        f"{path} has no mean queries, which the policy {policy} needs: use another policy "
+        f"(qblend), or calibrate with `qfllama convert {path} -o OUT.gguf --force`, which says "
+        "so if this model can have none"
+    )
+
+
+# -- writing
+
+
+def pack(filters: Filters) -> list[bytes]:
+    """The qfilters.* keys as packed GGUF key-value pairs, in the newest version."""
+    moments = filters.vectors.get("moments")
+    pairs = [_pair("version", U32, VERSION)]
+    if filters.requires:
+        pairs.append(_pair("requires", (ARRAY, STRING), filters.requires))
+    pairs += [
+        _pair("layout", STRING, filters.layout),
+        _pair("fingerprint", STRING, filters.fingerprint),
+        _pair("layers", (ARRAY, I32), np.asarray(filters.layers, "<i4")),
+        _pair("head_count_kv", (ARRAY, U32), np.asarray(filters.n_head_kv, "<u4")),
+        _pair("head_dim", (ARRAY, U32), np.asarray(filters.head_dim, "<u4")),
+        _pair("filters", (ARRAY, F32), _joined(filters.vectors["filters"], "<f4")),
+    ]
+    if "queries" in filters.vectors:
+        pairs.append(_pair("queries", (ARRAY, F32), _joined(filters.vectors["queries"], "<f4")))
+    if moments:
+        n_head = [len(rows) for rows in moments.values()]
+        pairs += [
+            _pair("head_count", (ARRAY, U32), np.asarray(n_head, "<u4")),
+            _pair("rank", U32, filters.rank),
+            _pair("moments", (ARRAY, U16), _joined(moments, "<f2")),
+        ]
+    for name, value in filters.calibration.items():
+        pairs.append(_pair(f"calibration.{name}", STRING if isinstance(value, str) else I64, value))
+    for name, value in filters.quality.items():
+        pairs.append(_pair(f"quality.{name}", (ARRAY, F32), np.asarray(value, "<f4")))
+    return pairs
+
+
+def _joined(by_layer, dtype):
+    return np.concatenate([np.asarray(rows, dtype).ravel() for rows in by_layer.values()])
+
+
+def _pair(key, kind, value):
+    head = _string(PREFIX + key)
+    if kind == STRING:
+        return head + struct.pack("<I", STRING) + _string(value)
+    if kind == (ARRAY, STRING):
+        texts = b"".join(map(_string, value))
+        return head + struct.pack("<IIQ", *kind, len(value)) + texts
+    if isinstance(kind, tuple):
+        return head + struct.pack("<IIQ", *kind, value.size) + value.tobytes()
+    return head + struct.pack("<I" + gguf_header.SCALARS[kind], kind, value)
+
+
+def _string(text):
+    raw = text.encode("utf-8", "surrogateescape")
+    return struct.pack("<Q", len(raw)) + raw
