@@ -28,7 +28,7 @@ class Calibration:
     Texts: files, else a dataset NAME[:config], else built in. column: of the dataset, or the field
     of a .jsonl file. strict: refuse to make do with less text than asked for.
     backend: what runs the model, one of BACKENDS; by default torch for a checkpoint and llama for
-    a GGUF. n_gpu_layers: as llama.cpp's, of the backend llama; negative: all
+    a GGUF. n_gpu_layers: of the backend llama, see engine.Model
     rank: of the second-order filters, 0 for none"""
 
     max_seq_len: int = 2048
@@ -41,7 +41,7 @@ class Calibration:
     column: str | None = None
     strict: bool = False
     backend: str | None = None
-    n_gpu_layers: int = -1
+    n_gpu_layers: int | str = "auto"
     rank: int = 16
 
 
@@ -178,6 +178,9 @@ def _calibrated(model, calibration, texts, note, progress):
         progress("reading calibration text", sum(lengths), " tokens") as bar,
         model.opened(max(lengths)) as running,
     ):
+        choice = getattr(running, "offload", None)
+        if choice is not None and choice.auto and choice.total is not None:
+            note(str(choice))
         found = _read(running, layers, sequences, calibration, bar.update)
         weight, moments, queries, quality, n_samples = found
         layers = sorted(weight)

@@ -187,7 +187,7 @@ def head_order(gguf) -> np.ndarray:
 def _rope_type(gguf):
     """llama.cpp's llama_rope_type of the model in a GGUF file, which needs no weights."""
     with native_model.loaded(gguf, vocab_only=True) as model:
-        return llama_cpp.llama_model_rope_type(model)
+        return llama_cpp.llama_model_rope_type(model.model)
 
 
 def _orders(gguf, n_layer, order):

@@ -2,7 +2,7 @@
 
 from qfllama.config import QFilterConfig, QFilterError
 
-__all__ = ["Llama", "QFilterConfig", "QFilterError", "__version__"]
+__all__ = ["Conversation", "Llama", "QFilterConfig", "QFilterError", "__version__"]
 
 
 def __getattr__(name: str):
@@ -11,6 +11,10 @@ def __getattr__(name: str):
         from qfllama.llama import Llama
 
         return Llama
+    if name == "Conversation":
+        from qfllama.conversation import Conversation
+
+        return Conversation
     if name == "__version__":
         from importlib.metadata import version
 

@@ -9,7 +9,6 @@ from ctypes import (
     c_char_p,
     c_float,
     c_int32,
-    c_int64,
     c_size_t,
     c_uint32,
     c_uint64,
@@ -18,13 +17,42 @@ from ctypes import (
 
 import llama_cpp
 
+from qfllama.config import QFilterError
+
 _lib = llama_cpp.llama_cpp._lib
 
-if not hasattr(_lib, "llama_qfilter_init_from_model"):
-    raise ImportError(
-        f"llama-cpp-python {llama_cpp.__version__} has no Q-Filters in it: "
-        "install the patched build with `pip install ./patches`"
-    )
+ABI_VERSION = 2
+"""Of qfilter.h, for which this file was written."""
+ACCEPTED = (ABI_VERSION, 1)  # remove `, 1` once the engine has llama_qfilter_abi_version()
+
+
+class EngineMismatch(QFilterError, ImportError):
+    """The installed llama-cpp-python has no engine of ours, or one of another version."""
+
+
+def check_abi(lib) -> None:
+    """Raises EngineMismatch unless the library `lib` has the C API that this file declares."""
+    if not hasattr(lib, "llama_qfilter_init_from_model"):
+        raise EngineMismatch(
+            f"llama-cpp-python {llama_cpp.__version__} has no Q-Filters in it: "
+            "install the patched build with `pip install ./patches`"
+        )
+    numbered = hasattr(lib, "llama_qfilter_abi_version")
+    version = lib.llama_qfilter_abi_version() if numbered else 1
+    if version not in ACCEPTED:
+        older = version < ABI_VERSION
+        raise EngineMismatch(
+            f"the engine in llama-cpp-python is {'older' if older else 'newer'} than this qfllama "
+            f"(C API version {version}, needed {ABI_VERSION}): "
+            + (
+                "build it again with `pip install --force-reinstall --no-deps ./patches`"
+                if older
+                else "install the qfllama that belongs to it with `pip install .`"
+            )
+        )
+
+
+check_abi(_lib)
 
 FLAG_GRAPH_GATHER = 1
 """Treat the CPU as another device: move rows with ggml graphs (tests)."""
@@ -70,29 +98,16 @@ class Stats(ctypes.Structure):
     ]
 
 
-class Attn(ctypes.Structure):
-    """`struct llama_qfilter_attn`."""
-
-    _fields_ = [
-        ("il", c_int32),
-        ("head_dim", c_int32),
-        ("n_head", c_int32),
-        ("n_tokens", c_int32),
-        ("n_head_kv", c_int32),
-        ("n_kv", c_int32),
-        ("kq_scale", c_float),
-    ]
-
-
-def _function(name, restype, *argtypes):
+def declare(name, restype, *argtypes):
+    """A function of the library, with its types."""
     fn = getattr(_lib, name)
     fn.restype = restype
     fn.argtypes = argtypes
     return fn
 
 
-default_params = _function("llama_qfilter_default_params", Params)
-supported = _function(
+default_params = declare("llama_qfilter_default_params", Params)
+supported = declare(
     "llama_qfilter_supported",
     c_bool,
     llama_cpp.llama_model_p_ctypes,
@@ -100,23 +115,23 @@ supported = _function(
     c_char_p,
     c_size_t,
 )
-model_supported = _function(
+model_supported = declare(
     "llama_qfilter_model_supported", c_bool, llama_cpp.llama_model_p_ctypes, c_char_p, c_size_t
 )
-layer_evicts = _function(
+layer_evicts = declare(
     "llama_qfilter_layer_evicts", c_bool, llama_cpp.llama_model_p_ctypes, c_int32
 )
-init_from_model = _function(
+init_from_model = declare(
     "llama_qfilter_init_from_model",
     llama_cpp.llama_context_p_ctypes,
     llama_cpp.llama_model_p_ctypes,
     llama_cpp.llama_context_params,
     POINTER(Params),
 )
-compress = _function(
+compress = declare(
     "llama_qfilter_compress", c_int32, llama_cpp.llama_context_p_ctypes, c_int32, c_uint32
 )
-kept = _function(
+kept = declare(
     "llama_qfilter_kept",
     c_int32,
     llama_cpp.llama_context_p_ctypes,
@@ -126,7 +141,7 @@ kept = _function(
     POINTER(c_int32),
     c_size_t,
 )
-rows = _function(
+rows = declare(
     "llama_qfilter_rows",
     c_size_t,
     llama_cpp.llama_context_p_ctypes,
@@ -136,20 +151,6 @@ rows = _function(
     c_void_p,
     c_size_t,
 )
-get_stats = _function(
+get_stats = declare(
     "llama_qfilter_get_stats", c_bool, llama_cpp.llama_context_p_ctypes, POINTER(Stats)
 )
-ropes_init = _function("llama_qfilter_ropes_init", c_void_p, llama_cpp.llama_context_p_ctypes)
-ropes_free = _function("llama_qfilter_ropes_free", None, c_void_p)
-ropes_back = _function(
-    "llama_qfilter_ropes_back",
-    c_bool,
-    c_void_p,
-    c_int32,
-    c_void_p,
-    c_int64,
-    c_int64,
-    c_void_p,
-)
-attn_of = _function("llama_qfilter_attn_of", c_bool, c_void_p, POINTER(Attn))
-attn_get = _function("llama_qfilter_attn_get", None, c_void_p, c_bool, c_void_p)
