@@ -19,14 +19,14 @@ def loaded(path, **params) -> Iterator[Model]:
     """The model in the GGUF file at `path`; params: of `engine.Model`.
 
     QFilterError with llama.cpp's own words if it cannot load the file."""
-    model = waited(lambda: Model(path, **params), undo=Model.close)
+    model = in_thread(lambda: Model(path, **params), undo=Model.close)
     try:
         yield model
     finally:
         model.close()
 
 
-def waited(work, undo=None):
+def in_thread(work, undo=None):
     """work() in another thread, which is waited for; undo(its result) if that is interrupted.
 
     Whatever logs or calls back has to run this way: a KeyboardInterrupt that is raised within a
@@ -70,7 +70,7 @@ def context(model: Model, n_ctx: int, n_batch: int, **params) -> Context:
     to be closed by the caller. params: of `engine.context_params`.
 
     QFilterError with llama.cpp's own words if it cannot run the model."""
-    return waited(
+    return in_thread(
         lambda: model.open(None, n_ctx=n_ctx, n_batch=n_batch, **params), undo=Context.close
     )
 

@@ -1,8 +1,15 @@
 """Long conversations in a small KV cache: Q-Filters (arXiv 2503.02812) for llama.cpp."""
 
-from qfllama.config import QFilterConfig, QFilterError
+from qfllama.config import QFilterConfig, QFilterError, QFilterWarning
 
-__all__ = ["Conversation", "Llama", "QFilterConfig", "QFilterError", "__version__"]
+__all__ = [
+    "Conversation",
+    "Llama",
+    "QFilterConfig",
+    "QFilterError",
+    "QFilterWarning",
+    "__version__",
+]
 
 
 def __getattr__(name: str):

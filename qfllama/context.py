@@ -51,11 +51,18 @@ def cache_type(value: int | str | None) -> int | None:
         ) from None
 
 
-def refused(what: str, lines: list[str], n_gpu_layers: int, advice: str) -> QFilterError:
-    """The error for what llama.cpp refused, with its own first words (`lines` of its log)."""
+def refused(
+    what: str,
+    lines: list[str],
+    n_gpu_layers: int,
+    advice: str,
+    found: list[offload.Device] | None = None,
+) -> QFilterError:
+    """The error for what llama.cpp refused, with its own first words (`lines` of its log); where the
+    memory of a device (`found`, by default those there are) was too small with the cure for that."""
     why = lines[0] if lines else "no reason given"
     if any(NO_MEMORY.search(line) for line in lines):
-        if n_gpu_layers != 0 and offload.devices():
+        if n_gpu_layers != 0 and (offload.devices() if found is None else found):
             advice = "use a smaller n_gpu_layers (--n-gpu-layers), or a smaller cache"
         return NoMemory(f"{what}: {why}; {advice}")
     return QFilterError(f"{what}: {why}; {advice}")

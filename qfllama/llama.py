@@ -255,14 +255,14 @@ class Llama(SavedStates):
                 super().eval(tokens[done : done + n])
                 done += n
         except (RuntimeError, KeyboardInterrupt):
-            self._forget_lost()
+            self._recount_after_failure()
             raise
 
     def _cut(self) -> bool:
         """Take out of the cache what is beyond `n_tokens`; False: it can't be."""
         return self._ctx.kv_cache_seq_rm(0, self.n_tokens, -1)
 
-    def _forget_lost(self) -> None:
+    def _recount_after_failure(self) -> None:
         """After a failure or Ctrl-C: only what the cache still holds counts as read, and nothing
         if it holds more (a batch that nobody noted) and can't be cut back."""
         self.n_tokens = min(self.n_tokens, self._ctx.n_past())
@@ -326,7 +326,7 @@ class Llama(SavedStates):
         try:
             self._ctx.compress(wanted)
         except EngineError:
-            self._forget_lost()
+            self._recount_after_failure()
             raise
         return Compressed(before, self._ctx.used())
 

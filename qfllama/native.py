@@ -18,11 +18,14 @@ from ctypes import (
 import llama_cpp
 
 from qfllama.config import QFilterError
+from qfllama.policies import TABLE, Policy
 
 _lib = llama_cpp.llama_cpp._lib
 
 ABI_VERSION = 2
 """Of qfilter.h, for which this file was written."""
+KINDS = ("filters", "queries", "moments")
+"""enum llama_qfilter_kind."""
 ACCEPTED = (ABI_VERSION, 1)  # remove `, 1` once the engine has llama_qfilter_abi_version()
 
 
@@ -52,7 +55,30 @@ def check_abi(lib) -> None:
         )
 
 
+def check_policies(lib) -> None:
+    """Raises EngineMismatch unless the engine has the policies of `policies.TABLE`, which is written
+    out there so that a --help needs no engine."""
+    lib.llama_qfilter_policy_name.restype = c_char_p
+    lib.llama_qfilter_policy_needs.restype = c_int32
+    found, number = [], 0
+    while (name := lib.llama_qfilter_policy_name(number)) is not None:
+        needs, j = [], 0
+        while (kind := lib.llama_qfilter_policy_needs(number, j)) >= 0:
+            needs.append(KINDS[kind])
+            j += 1
+        found.append(Policy(name.decode(), number, tuple(needs)))
+        number += 1
+    if tuple(found) != TABLE:
+        raise EngineMismatch(
+            f"the engine in llama-cpp-python has other policies ({', '.join(p.name for p in found)})"
+            " than this qfllama: build it again with `pip install --force-reinstall --no-deps "
+            "./patches`"
+        )
+
+
 check_abi(_lib)
+if hasattr(_lib, "llama_qfilter_policy_name"):  # remove this line with `ACCEPTED`
+    check_policies(_lib)
 
 FLAG_GRAPH_GATHER = 1
 """Treat the CPU as another device: move rows with ggml graphs (tests)."""

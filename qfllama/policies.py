@@ -1,4 +1,8 @@
-"""The policies: how a cached key is scored, and what of a file's filters each of them needs."""
+"""The policies: how a cached key is scored, and what of a file's filters each of them needs.
+
+The table is the engine's, written out here so that `--help` needs no engine; `native` compares the
+two when the engine is loaded.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from qfllama import QFilterError, native
+from qfllama.policies import TABLE, Policy
 
 
 def library(version=None, **others):
@@ -35,6 +36,28 @@ def test_another_engine_is_refused_with_both_versions_and_what_to_do(lib, facts)
     assert "\n" not in str(refused.value)
     for fact in facts:
         assert fact in str(refused.value)
+
+
+def engine_with(table):
+    """A library that has these policies."""
+    needs = {policy.number: [native.KINDS.index(kind) for kind in policy.needs] for policy in table}
+
+    def name(i):
+        return table[i].name.encode() if i < len(table) else None
+
+    def kind(i, j):
+        return needs[i][j] if j < len(needs[i]) else -1
+
+    return SimpleNamespace(llama_qfilter_policy_name=name, llama_qfilter_policy_needs=kind)
+
+
+def test_an_engine_with_other_policies_than_this_package_is_refused():
+    native.check_policies(engine_with(TABLE))
+    renamed = (*TABLE[:-1], TABLE[-1]._replace(name="qbehind"))
+    other_needs = (TABLE[0]._replace(needs=("queries",)), *TABLE[1:])
+    for table in (TABLE[:-1], renamed, other_needs, (*TABLE, Policy("new", len(TABLE)))):
+        with pytest.raises(native.EngineMismatch, match="policies.*--force-reinstall"):
+            native.check_policies(engine_with(table))
 
 
 @pytest.mark.parametrize("command", ["chat", "compress", "bench", "eval", "convert"])

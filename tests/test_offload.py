@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from qfllama import Llama, QFilterError, metadata, offload
+from qfllama.context import NoMemory, refused
 from qfllama.engine import Model
 from qfllama.offload import RESERVE, Cache, Device
 
@@ -105,6 +106,29 @@ def test_a_number_that_was_given_is_taken_and_tried_once(write):
 def test_a_choice_is_tried_with_ever_fewer_layers():
     assert [a.n_layers for a in offload.Offload(33, 33, True).attempts()][:3] == [33, 24, 18]
     assert [a.n_layers for a in offload.Offload(33, 33, True).attempts()][-1] == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 7,605.33 MiB on device 0: "
+        "cudaMalloc failed: out of memory",
+        "llama_model_load: error loading model: unable to allocate CUDA0 buffer",
+        "ggml_vulkan: Device memory allocation of size 5368709120 failed to allocate",
+        "graph_reserve: failed to allocate compute buffers",
+    ],
+)
+def test_too_little_memory_on_a_device_names_the_option_that_cures_it(line):
+    gpu = [Device("CUDA0", 8 << 30)]
+    error = refused("llama.cpp can't load x.gguf", [line], 33, "give another file", gpu)
+    assert isinstance(error, NoMemory)
+    assert line in str(error) and "--n-gpu-layers" in str(error)
+    assert "another file" not in str(error)
+    for n_layers, found in ((0, gpu), (-1, [])):  # memory of the machine
+        error = refused("llama.cpp can't load x.gguf", [line], n_layers, "give another", found)
+        assert "--n-gpu-layers" not in str(error)
+    error = refused("llama.cpp can't load x.gguf", ["wrong magic"], 33, "give another file", gpu)
+    assert not isinstance(error, NoMemory) and "another file" in str(error)
 
 
 @pytest.mark.parametrize("wanted", ["most", "", 1.5, True])

@@ -129,7 +129,7 @@ def command(
             )
         config, wanted = cache_config(len(tokens), ratio, max_length, window_length, sinks, policy)
         llm = open_model(
-            model, config, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=n_threads,
+            model, config, may_be_whole=True, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=n_threads,
             n_threads_batch=n_threads, type_k=type_k, type_v=type_v, verbose=verbose,
         )  # fmt: skip
     seconds = read(llm, tokens)

@@ -12,19 +12,14 @@ import click
 from .. import gguf_header, metadata, report
 from ..config import QFilterError
 from ..gguf_header import escaped
+from .options import option
 
 
 @click.command("inspect")
 @click.argument("model", type=click.Path())
 @click.option("--heads", is_flag=True, help="A line for every KV head, not one per layer.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: all but the weights.")
-@click.option(
-    "--plot",
-    "image",
-    type=click.Path(),
-    metavar="FILE.png",
-    help="Draw the fit of every layer and KV head (.png, .svg or .pdf).",
-)
+@option("plot", help="Draw the fit of every layer and KV head (.png, .svg or .pdf).")
 def command(model, heads, as_json, image):
     """Show the shape of the GGUF file MODEL, how well its filters fit and where they come from.
 

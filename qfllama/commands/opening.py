@@ -23,8 +23,13 @@ def read_document(path: Path | None) -> str | None:
         raise QFilterError(f"{path}: not a UTF-8 text: convert it to plain text first") from error
 
 
-def open_model(model: Path, config: QFilterConfig | None, **kwargs) -> Llama:
+def open_model(
+    model: Path, config: QFilterConfig | None, *, may_be_whole: bool = False, **kwargs
+) -> Llama:
     """The model, in the stock cache if `config` is None; options that are None are left out.
+
+    Args:
+        may_be_whole: a bound as large as n_ctx is meant, and no word is lost about it.
 
     Raises:
         QFilterError: whatever is wrong with the file, the options or the memory of this machine.
@@ -49,7 +54,7 @@ def open_model(model: Path, config: QFilterConfig | None, **kwargs) -> Llama:
         raise QFilterError(
             f"{model}: llama.cpp can't use this file ({error}); --verbose shows its log"
         ) from error
-    for warning in found:
+    for warning in [] if may_be_whole else found:
         note(f"note: {warning.message}")
     note_offload(llm.offload)
     return llm
