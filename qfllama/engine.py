@@ -60,7 +60,7 @@ class Model(internals.LlamaModel):
             fields: of llama_model_params.
 
         Raises:
-            QFilterError: no model, or llama.cpp can't load it (in its own words).
+            QFilterError: no model, or llama.cpp cannot load it (in its own words).
         """
         self._exit_stack = None  # close() after a failure
         self.path = str(path)
@@ -86,7 +86,7 @@ class Model(internals.LlamaModel):
                 super().__init__(path_model=_FilePath(self.path), params=params, verbose=verbose)
             except ValueError:
                 raise refused(
-                    f"llama.cpp can't load {self.path}",
+                    f"llama.cpp cannot load {self.path}",
                     lines,
                     params.n_gpu_layers,
                     "give another file",

@@ -160,7 +160,7 @@ class Llama(SavedStates):
                 if not str(error).startswith("Failed to load model"):
                     raise
                 raise refused(
-                    f"llama.cpp can't load {model_path}",
+                    f"llama.cpp cannot load {model_path}",
                     lines,
                     kwargs.get("n_gpu_layers", 0),
                     "give another file",

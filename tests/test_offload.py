@@ -120,14 +120,14 @@ def test_a_choice_is_tried_with_ever_fewer_layers():
 )
 def test_too_little_memory_on_a_device_names_the_option_that_cures_it(line):
     gpu = [Device("CUDA0", 8 << 30)]
-    error = refused("llama.cpp can't load x.gguf", [line], 33, "give another file", gpu)
+    error = refused("llama.cpp cannot load x.gguf", [line], 33, "give another file", gpu)
     assert isinstance(error, NoMemory)
     assert line in str(error) and "--n-gpu-layers" in str(error)
     assert "another file" not in str(error)
     for n_layers, found in ((0, gpu), (-1, [])):  # memory of the machine
-        error = refused("llama.cpp can't load x.gguf", [line], n_layers, "give another", found)
+        error = refused("llama.cpp cannot load x.gguf", [line], n_layers, "give another", found)
         assert "--n-gpu-layers" not in str(error)
-    error = refused("llama.cpp can't load x.gguf", ["wrong magic"], 33, "give another file", gpu)
+    error = refused("llama.cpp cannot load x.gguf", ["wrong magic"], 33, "give another file", gpu)
     assert not isinstance(error, NoMemory) and "another file" in str(error)
 
 
