@@ -235,7 +235,8 @@ def command(
             full, saved,
         )  # fmt: skip
         llm = open_model(
-            model, config, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=n_threads,
+            model, config, may_be_whole=saved is not None and max_length is None,
+            n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=n_threads,
             n_threads_batch=n_threads, type_k=type_k, type_v=type_v, verbose=verbose,
         )  # fmt: skip
     if seed is not None:
