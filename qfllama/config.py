@@ -8,7 +8,7 @@ from qfllama.policies import CALIBRATED  # noqa: F401
 from qfllama.policies import NAMES as POLICIES
 
 MIN_INTERVAL, MAX_INTERVAL = 64, 512
-MAX_LENGTH = 1 << 30
+MAX_LENGTH = 1 << 30  # cells and positions are 32-bit numbers
 MAX_SEED = (1 << 32) - 1
 OPTIONAL = ("window_length", "interval")
 

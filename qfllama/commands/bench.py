@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from qfllama.commands.console import dies_of_ctrl_c, note_offload
-from qfllama.commands.options import MAX_CTX, CommaList, model_argument, option
-from qfllama.config import QFilterConfig
+from qfllama.commands.options import CommaList, model_argument, option
+from qfllama.config import MAX_LENGTH, QFilterConfig
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def check_outputs(model: Path, json_file: Path | None, image: Path | None) -> No
 @option("policy", default=QFilterConfig.policy)
 @option(
     "n-ctx",
-    type=click.IntRange(1, MAX_CTX),
+    type=click.IntRange(1, MAX_LENGTH),
     default=None,
     help="Positions of each cache.  [default: the last one measured, as far as the model was "
     "trained]",

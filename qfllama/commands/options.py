@@ -7,11 +7,8 @@ from pathlib import Path
 
 import click
 
-from qfllama.config import POLICIES, QFilterConfig
+from qfllama.config import MAX_LENGTH, POLICIES, QFilterConfig
 from qfllama.machine import n_threads
-
-MAX_CTX = 1 << 30
-"""Positions are 32-bit numbers."""
 
 IN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 OUT_FILE = click.Path(dir_okay=False, path_type=Path)
@@ -43,7 +40,7 @@ class CommaList(click.ParamType):
         for item in found:
             if self.choices is not None and item not in self.choices:
                 self.fail(f"{item!r} is none of {', '.join(self.choices)}.", param, ctx)
-            if self.least is not None and not self.least <= item < 1 << 30:
+            if self.least is not None and not self.least <= item <= MAX_LENGTH:
                 self.fail(f"{item} is not in the range x>={self.least}.", param, ctx)
         return found
 
@@ -112,7 +109,7 @@ SHARED = {
     "n-ctx": (
         ("--n-ctx",),
         {
-            "type": click.IntRange(0, MAX_CTX),
+            "type": click.IntRange(0, MAX_LENGTH),
             "default": 0,
             "help": "Positions of a conversation.  [default: those the model was trained for]",
         },
