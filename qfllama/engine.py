@@ -84,10 +84,10 @@ class Model(internals.LlamaModel):
         with engine_log.errors(verbose) as lines:
             try:
                 super().__init__(path_model=_FilePath(self.path), params=params, verbose=verbose)
-            except ValueError:
+            except ValueError as error:
                 raise refused(
                     f"llama.cpp cannot load {self.path}",
-                    lines,
+                    lines or [str(error)],
                     params.n_gpu_layers,
                     "give another file",
                 ) from None
