@@ -23,7 +23,7 @@ import gguf
 import numpy as np
 
 from qfllama import Llama, QFilterConfig, gguf_copy
-from qfllama.bench import evicting_seconds
+from qfllama.bench.measure import evicting_seconds
 from qfllama.files import write_json
 from qfllama.filters import Filters
 from qfllama.machine import provenance
@@ -52,6 +52,11 @@ class Row:
     two_layers_mib: float  # K and V of two layers
     decode_ms: float | None  # one token at 4k cells; with --shape 8b
     eviction_percent: float | None
+
+
+def evicting_seconds(stats: dict[str, int]) -> float:
+    """Time of all evictions that `Llama.qfilter_stats` counts."""
+    return (stats["score_us"] + stats["select_us"] + stats["gather_us"]) / 1e6
 
 
 def parse() -> argparse.Namespace:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from qfllama import Llama, QFilterConfig
-from qfllama.bench import resident_bytes
+from qfllama.bench.memory import resident_bytes
 from qfllama.files import write_json
 from qfllama.machine import provenance
 

@@ -16,19 +16,21 @@ from pathlib import Path
 
 import numpy as np
 
-from qfllama import Llama, QFilterConfig
-from qfllama.bench import decode, evicting_seconds, read_up_to, resident_bytes, text_tokens
+from qfllama import QFilterConfig
+from qfllama.bench.measure import decode, evicting_seconds, text_tokens
+from qfllama.bench.memory import resident_bytes
+from qfllama.engine import Context, Model
 from qfllama.files import write_json
 from qfllama.machine import provenance
 
 
-def go_on(llm: Llama, tokens: list[int], n: int, decoded: int) -> float:
+def go_on(context: Context, tokens: list[int], n: int, decoded: int) -> float:
     """Read and decode the next n tokens, a multiple of 100; seconds."""
     seconds = 0.0
     for _ in range(0, n, 100):
-        start = time.perf_counter()
-        read_up_to(llm, tokens, llm.n_tokens + 100 - decoded)
-        seconds += time.perf_counter() - start + decode(llm, tokens, decoded)
+        start, n_past = time.perf_counter(), context.n_past()
+        context.read(tokens[n_past : n_past + 100 - decoded], logits=True)
+        seconds += time.perf_counter() - start + decode(context, tokens, decoded)
     return seconds
 
 
@@ -43,37 +45,30 @@ def main() -> None:
     args = parser.parse_args()
 
     config = QFilterConfig(max_length=args.max_length)
-    llm = Llama(
-        args.model,
-        qfilters=config,
-        n_ctx=args.tokens,
-        n_threads=args.threads,
-        n_threads_batch=args.threads,
-        verbose=False,
-    )
-    tokens = text_tokens(llm, args.tokens)
+    model = Model(args.model)
+    context = model.open(config, n_ctx=args.tokens, n_threads=args.threads)
+    tokens = text_tokens(model, args.tokens)
     step = max(100, args.tokens // 2000 * 100)
     rows = []
-    before = llm.qfilter_stats()
+    n_before, seconds_before = 0, 0.0
     print(f"{'tokens':>8}  {'RSS MiB':>8}  {'tok/s':>6}  {'evictions':>9}  {'ms/eviction':>11}")
-    while llm.n_tokens + step <= args.tokens:
-        seconds = go_on(llm, tokens, step, args.decoded)
-        stats = llm.qfilter_stats()
-        evictions = stats["evictions"] - before["evictions"]
-        cost = evicting_seconds(stats) - evicting_seconds(before)
+    while context.n_past() + step <= args.tokens:
+        seconds = go_on(context, tokens, step, args.decoded)
+        n_evictions, evicting = context.stats().n_evictions, evicting_seconds(context)
+        evictions, cost = n_evictions - n_before, evicting - seconds_before
+        n_before, seconds_before = n_evictions, evicting
         rows.append(
             {
-                "tokens": llm.n_tokens,
+                "tokens": context.n_past(),
                 "rss_kib": resident_bytes("VmRSS") // 1024,
                 "tokens_per_second": round(step / seconds, 2),
-                "evictions": stats["evictions"],
+                "evictions": n_evictions,
                 "ms_per_eviction": round(1000 * cost / max(1, evictions), 3),
             }
         )
         row = rows[-1]
         print(f"{row['tokens']:>8,}  {row['rss_kib'] / 1024:>8.1f}  {row['tokens_per_second']:>6.1f}"
               f"  {row['evictions']:>9,}  {row['ms_per_eviction']:>11.2f}", flush=True)  # fmt: skip
-        before = stats
     half = rows[len(rows) // 2 :]
     slope = np.polyfit([r["tokens"] for r in half], [r["rss_kib"] for r in half], 1)[0] * 1024
     print(f"resident memory grows by {slope:.2f} bytes per token over the second half")
@@ -81,7 +76,7 @@ def main() -> None:
         about = provenance(args.threads) | {"model": Path(args.model).name}
         result = {"about": about, "bytes_per_token": round(float(slope), 3), "rows": rows}
         write_json(args.json, result)
-    llm.close()
+    model.close()
 
 
 if __name__ == "__main__":

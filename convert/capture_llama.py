@@ -8,15 +8,17 @@ bias, RoPE) and the rows of the K cache: nothing has to be known of the architec
 from __future__ import annotations
 
 import ctypes
-import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 
 import llama_cpp
 import numpy as np
 
-from .. import native
+from .. import engine_log
+from .. import native_calibration as native
 from ..config import QFilterError
+from ..machine import n_threads
+from ..offload import Cache
 from . import native_model
 
 N_BATCH = 256
@@ -55,37 +57,38 @@ class Attention:
 class LlamaModel:
     """A GGUF file that llama.cpp runs, on the GPU where there is one.
 
-    n_ctx: longest sequence it will read; n_gpu_layers: as llama.cpp's, negative: all"""
+    n_ctx: longest sequence it will read; n_gpu_layers: see engine.Model
+
+    Attributes:
+        offload: how many layers are on the GPU."""
 
     route = "llama"
 
-    def __init__(self, gguf, n_ctx: int, n_gpu_layers=-1):
+    def __init__(self, gguf, n_ctx: int, n_gpu_layers: int | str = "auto"):
         self._error = None
         self._stopped = False
         with ExitStack() as stack:
-            stack.enter_context(native_model.log_of_llama_cpp())
-            model = stack.enter_context(native_model.loaded(gguf, n_gpu_layers=n_gpu_layers))
-            self._ctx = self._context(gguf, model, n_ctx)
-            stack.callback(llama_cpp.llama_free, self._ctx)
-            self._ropes = stack.enter_context(closing(native_model.Ropes(self._ctx)))
-            self._batch = llama_cpp.llama_batch_init(N_BATCH, 0, 1)
-            stack.callback(llama_cpp.llama_batch_free, self._batch)
+            stack.enter_context(engine_log.errors())
+            loaded = native_model.loaded(gguf, n_gpu_layers=n_gpu_layers, caches=[Cache(n_ctx)])
+            model = stack.enter_context(loaded)
+            self.offload = model.offload
+            self._context = stack.enter_context(self._open(model, n_ctx))
+            self._ropes = stack.enter_context(closing(native_model.Ropes(self._context)))
             # the thread that computes is never interrupted: Ctrl-C reaches the one that waits; it
             # ends before what it works on is freed
             self._thread = stack.enter_context(ThreadPoolExecutor(1))
-            self._open = stack.pop_all()
+            self._close = stack.pop_all()
 
-    def _context(self, gguf, model, n_ctx):
+    def _open(self, model, n_ctx):
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
-        return native_model.context(
-            gguf,
-            model,
-            n_ctx,
-            N_BATCH,
-            n_threads=n_threads(),
-            n_threads_batch=n_threads(),
-            cb_eval=self._callback,
-        )
+        try:
+            return native_model.context(
+                model, n_ctx, N_BATCH, n_threads=n_threads(), cb_eval=self._callback
+            )
+        except QFilterError as error:
+            raise QFilterError(
+                f"{error}; try a smaller --max-seq-len or `--backend torch`"
+            ) from None
 
     def to_cached(self, vectors: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Vectors in the layout of this route's queries -> of rows of the K cache: the same."""
@@ -97,7 +100,7 @@ class LlamaModel:
 
     def read(self, tokens: list[int], observe) -> None:
         """Run one sequence from an empty cache; observe(Attention) at every attention layer."""
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._ctx), False)
+        llama_cpp.llama_memory_clear(self._context.memory, False)
         for start in range(0, len(tokens), N_BATCH):
             self._observe, self._start = observe, start
             work = self._thread.submit(self._decode, tokens[start : start + N_BATCH], start)
@@ -109,16 +112,8 @@ class LlamaModel:
                 raise
 
     def _decode(self, tokens, start):
-        batch, n = self._batch, len(tokens)
-        batch.n_tokens = n
-        ids = np.asarray(tokens, np.int32)
-        ctypes.memmove(batch.token, ids.ctypes.data, ids.nbytes)
-        for i in range(n):
-            batch.pos[i] = start + i
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = False
-        result = llama_cpp.llama_decode(self._ctx, batch)
+        self._context.fill([(0, start, tokens, 0)])
+        result = self._context.decode_batch()
         if self._error is not None:
             raise self._error
         if result != 0 and not self._stopped:
@@ -141,12 +136,4 @@ class LlamaModel:
             return False
 
     def close(self) -> None:
-        self._open.close()
-
-
-def n_threads() -> int:
-    """Threads to compute with: OMP_NUM_THREADS, or one for every core this process may use."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdigit() and int(wanted) > 0:
-        return int(wanted)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self._close.close()

@@ -7,11 +7,10 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 import torch
 
-from .. import gguf_header
+from .. import engine_log, gguf_header
 from ..config import QFilterError
 from . import layout, native_model
 from .text import one_line
@@ -74,14 +73,14 @@ class TorchModel:
         """How llama.cpp will turn the queries of the GGUF; None if it can't run it here. Nothing is
         computed, but the file is mapped into memory."""
         with ExitStack() as stack:
-            stack.enter_context(native_model.log_of_llama_cpp())
+            stack.enter_context(engine_log.errors())
             loaded = native_model.loaded(gguf, n_gpu_layers=0, use_extra_bufts=False)
             try:
-                ctx = native_model.context(gguf, stack.enter_context(loaded), n_ctx, 1)
+                context = native_model.context(stack.enter_context(loaded), n_ctx, 1)
             except QFilterError:
                 return None
-            stack.callback(llama_cpp.llama_free, ctx)
-            ropes = stack.enter_context(closing(native_model.Ropes(ctx)))
+            stack.enter_context(context)
+            ropes = stack.enter_context(closing(native_model.Ropes(context)))
             self._open = stack.pop_all()
             return ropes
 

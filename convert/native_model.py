@@ -1,57 +1,34 @@
-"""Models as llama.cpp sees them: loading with errors in one line, and what eviction can touch."""
+"""Models as llama.cpp sees them: loading where Ctrl-C is not lost, what can be evicted, RoPE."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 
 import llama_cpp
 import numpy as np
-from llama_cpp._logger import llama_log_callback
 
-from .. import native
+from .. import native_calibration as native
 from ..config import QFilterError
+from ..engine import Context, Model, NoMemory
 from ..filters import LAYOUTS
-
-GGML_LOG_LEVEL_ERROR = 4  # ggml.h; not among the names of llama-cpp-python
-
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|insufficient memory|std::bad_alloc|(unable|failed|cannot) (to )?allocate",
-    re.IGNORECASE,
-)
-"""What llama.cpp and ggml's backends say when memory runs out."""
-LESS_MEMORY = "use a smaller --n-gpu-layers (0: none) or a smaller --max-seq-len"
-
-_logs = [llama_log_callback]
-"""Where llama.cpp's log went before: blocks of log_of_llama_cpp() nest."""
 
 
 @contextmanager
-def loaded(path, **params):
-    """A llama_model of the GGUF file at `path`. params: fields of llama_model_params.
+def loaded(path, **params) -> Iterator[Model]:
+    """The model in the GGUF file at `path`; params: of `engine.Model`.
 
     QFilterError with llama.cpp's own words if it cannot load the file."""
-    model_params = llama_cpp.llama_model_default_params()
-    for name, value in params.items():
-        assert hasattr(model_params, name)
-        setattr(model_params, name, value)
-    with log_of_llama_cpp() as lines:
-        model = waited(
-            lambda: llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params),
-            undo=llama_cpp.llama_model_free,
-        )
-    if not model:
-        raise QFilterError(f"llama.cpp cannot load {path}: {_why(lines, 'give another file')}")
+    with _cure_of_convert():
+        model = in_thread(lambda: Model(path, **params), undo=Model.close)
     try:
         yield model
     finally:
-        llama_cpp.llama_model_free(model)
+        model.close()
 
 
-def waited(work, undo=None):
+def in_thread(work, undo=None):
     """work() in another thread, which is waited for; undo(its result) if that is interrupted.
 
     Whatever logs or calls back has to run this way: a KeyboardInterrupt that is raised within a
@@ -62,7 +39,7 @@ def waited(work, undo=None):
             return future.result()
         except BaseException:
             finish(future)
-            if undo is not None and future.exception() is None and future.result():
+            if undo is not None and future.exception() is None:
                 undo(future.result())
             raise
 
@@ -81,11 +58,7 @@ def evicting_layers(path) -> list[int]:
 
     QFilterError, naming the reason, if the model is of a kind whose cache can't be bounded."""
     with loaded(path, no_alloc=True, load_mode=llama_cpp.LLAMA_LOAD_MODE_NONE) as model:
-        why = ctypes.create_string_buffer(256)
-        if not native.model_supported(model, why, len(why)):
-            raise QFilterError(f"{path}: {why.value.decode()}; give another model")
-        n_layer = llama_cpp.llama_model_n_layer(model)
-        layers = [layer for layer in range(n_layer) if native.layer_evicts(model, layer)]
+        layers = model.evicting_layers()
     if not layers:
         raise QFilterError(
             f"{path} has no attention layer over its whole context: its cache does not grow, "
@@ -98,7 +71,7 @@ def rope_layout(path) -> str:
     """How llama.cpp pairs the numbers of a row of K for RoPE: one of `filters.LAYOUTS`. Loads no
     weights. QFilterError for a kind of RoPE that is not among them."""
     with loaded(path, vocab_only=True) as model:
-        rope_type = llama_cpp.llama_model_rope_type(model)
+        rope_type = llama_cpp.llama_model_rope_type(model.model)
     if rope_type not in LAYOUTS:
         raise QFilterError(
             f"{path} has RoPE of the unknown type {rope_type}: upgrade with `pip install -U qfllama`"
@@ -106,46 +79,32 @@ def rope_layout(path) -> str:
     return LAYOUTS[rope_type]
 
 
-def context(path, model, n_ctx: int, n_batch: int, **params):
-    """A llama_context of the `loaded` model in the GGUF file at `path`, for one sequence of up to
-    n_ctx tokens, with Flash Attention; to be freed by the caller. params: other fields of
-    llama_context_params. QFilterError with llama.cpp's own words if it cannot run the model."""
-    fields = {
-        "n_ctx": n_ctx,
-        "n_batch": n_batch,
-        "n_ubatch": n_batch,
-        "n_seq_max": 1,
-        "flash_attn_type": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
-        "no_perf": True,
-        **params,
-    }
-    context_params = llama_cpp.llama_context_default_params()
-    for name, value in fields.items():
-        setattr(context_params, name, value)
-    with log_of_llama_cpp() as lines:
-        ctx = waited(
-            lambda: llama_cpp.llama_init_from_model(model, context_params),
-            undo=llama_cpp.llama_free,
+def context(model: Model, n_ctx: int, n_batch: int, **params) -> Context:
+    """A context of a `loaded` model with the whole cache, for one sequence of up to n_ctx tokens;
+    to be closed by the caller. params: of `engine.context_params`.
+
+    QFilterError with llama.cpp's own words if it cannot run the model."""
+    with _cure_of_convert():
+        return in_thread(
+            lambda: model.open(None, n_ctx=n_ctx, n_batch=n_batch, **params), undo=Context.close
         )
-    if not ctx:
-        raise QFilterError(f"llama.cpp cannot run {path}: {_why(lines, 'try `--backend torch`')}")
-    return ctx
 
 
-def _why(lines, otherwise):
-    """llama.cpp's first error and what to do about it; lines: its errors, otherwise: what to do
-    where memory is not to blame."""
-    why = lines[0] if lines else "no reason given"
-    no_memory = any(OUT_OF_MEMORY.search(line) for line in lines)
-    return f"{why}; {LESS_MEMORY if no_memory else otherwise}"
+@contextmanager
+def _cure_of_convert() -> Iterator[None]:
+    """Where memory runs out within the block, the message names the option of convert, too."""
+    try:
+        yield
+    except NoMemory as error:
+        raise NoMemory(f"{error}; here --max-seq-len") from None
 
 
 class Ropes:
-    """How RoPE turns the queries of a llama_context's layers: made before it decodes anything,
-    closed before it is freed."""
+    """How RoPE turns the queries of a context's layers: made before it decodes anything, closed
+    before it is."""
 
-    def __init__(self, ctx):
-        self._ropes = native.ropes_init(ctx)
+    def __init__(self, context: Context):
+        self._ropes = native.ropes_init(context.ctx)
 
     def back(self, layer: int, positions, queries: np.ndarray) -> np.ndarray | None:
         """What queries were before RoPE.
@@ -163,22 +122,3 @@ class Ropes:
 
     def close(self) -> None:
         native.ropes_free(self._ropes)
-
-
-@contextmanager
-def log_of_llama_cpp():
-    """Within the block, llama.cpp's errors go to the list this gives, and no log to stderr."""
-    lines = []
-
-    @llama_cpp.llama_log_callback
-    def collect(level, message, _):
-        if level == GGML_LOG_LEVEL_ERROR:
-            lines.append(" ".join(message.decode("utf-8", "replace").split()))
-
-    _logs.append(collect)
-    try:
-        llama_cpp.llama_log_set(collect, None)
-        yield lines
-    finally:
-        _logs.remove(collect)
-        llama_cpp.llama_log_set(_logs[-1], None)

@@ -33,7 +33,7 @@ class Calibration:
     Texts: files, else a dataset NAME[:config], else built in. column: of the dataset, or the field
     of a .jsonl file. strict: refuse to make do with less text than asked for.
     backend: what runs the model, one of BACKENDS; by default torch for a checkpoint and llama for
-    a GGUF. n_gpu_layers: as llama.cpp's, of the backend llama; negative: all
+    a GGUF. n_gpu_layers: of the backend llama, see engine.Model
     rank: of the second moments (policy qfilters2), 0 for none"""
 
     max_seq_len: int = 2048
@@ -46,7 +46,7 @@ class Calibration:
     column: str | None = None
     strict: bool = False
     backend: str | None = None
-    n_gpu_layers: int = -1
+    n_gpu_layers: int | str = "auto"
     rank: int = 0
 
 
@@ -183,6 +183,9 @@ def _calibrated(model, calibration, texts, note, progress):
         progress("reading calibration text", sum(lengths), " tokens") as bar,
         model.opened(max(lengths)) as running,
     ):
+        choice = getattr(running, "offload", None)
+        if choice is not None and choice.auto and choice.total is not None:
+            note(str(choice))
         vectors, quality, n_samples = _run(running, layers, sequences, calibration, bar.update)
     layers = sorted(vectors["filters"])
     vectors = {

@@ -354,19 +354,7 @@ def _chunks(tokenize, source, size, count):
 def _tokenizer(gguf):
     """(tokenize, bos): llama.cpp's tokenizer of a GGUF file, str -> list of ids without special
     tokens, and the list of ids that starts a sequence."""
-    import llama_cpp
-
     from . import native_model
 
     with native_model.loaded(gguf, vocab_only=True) as model:
-        vocab = llama_cpp.llama_model_get_vocab(model)
-
-        def tokenize(text):
-            data = text.encode("utf-8", "replace")
-            count = -llama_cpp.llama_tokenize(vocab, data, len(data), None, 0, False, False)
-            ids = (llama_cpp.llama_token * count)()
-            llama_cpp.llama_tokenize(vocab, data, len(data), ids, count, False, False)
-            return list(ids)
-
-        wants_bos = llama_cpp.llama_vocab_get_add_bos(vocab)
-        yield tokenize, [llama_cpp.llama_vocab_bos(vocab)] if wants_bos else []
+        yield model.tokens, model.tokens("", start=True)

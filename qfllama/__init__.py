@@ -1,8 +1,15 @@
 """Long conversations in a small KV cache: Q-Filters (arXiv 2503.02812) for llama.cpp."""
 
-from qfllama.config import QFilterConfig, QFilterError
+from qfllama.config import QFilterConfig, QFilterError, QFilterWarning
 
-__all__ = ["Llama", "QFilterConfig", "QFilterError", "__version__"]
+__all__ = [
+    "Conversation",
+    "Llama",
+    "QFilterConfig",
+    "QFilterError",
+    "QFilterWarning",
+    "__version__",
+]
 
 
 def __getattr__(name: str):
@@ -11,6 +18,10 @@ def __getattr__(name: str):
         from qfllama.llama import Llama
 
         return Llama
+    if name == "Conversation":
+        from qfllama.conversation import Conversation
+
+        return Conversation
     if name == "__version__":
         from importlib.metadata import version
 

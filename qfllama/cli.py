@@ -11,7 +11,7 @@ import sys
 
 import click
 
-from qfllama.config import QFilterError
+from qfllama.config import EngineError, QFilterError
 from qfllama.terminal import escaped
 
 COMMANDS = {  # qfllama/commands/<name>.py, each with a `command`
@@ -65,6 +65,8 @@ class LazyGroup(click.Group):
             message = usage_error_text(error)
         except QFilterError as error:
             message = " ".join(str(error).split())
+        except EngineError as error:
+            message = f"the engine failed ({error}); --verbose shows its log"
         except OSError as error:
             message = os_error_text(error)
         else:

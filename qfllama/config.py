@@ -4,36 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-POLICIES = (
-    "qfilters",
-    "knorm",
-    "streaming",
-    "keydiff",
-    "random",
-    "qfilters2",
-    "qblend",
-    "kvdiff",
-    "qahead",
-)
-"""How a cached key is scored, in the order of `enum llama_qfilter_policy`."""
-NEEDS = {
-    "qfilters": ("filters",),
-    "qfilters2": ("moments",),
-    "qblend": ("queries", "filters"),
-    "qahead": ("queries",),
-}
-"""Kinds of vectors (see `filters.Filters`) that a policy takes from the file, the best first."""
-CALIBRATED = tuple(NEEDS)
-"""Policies that need what `qfllama convert` puts into the file."""
+from qfllama.policies import CALIBRATED  # noqa: F401
+from qfllama.policies import NAMES as POLICIES
 
 MIN_INTERVAL, MAX_INTERVAL = 64, 512
-MAX_LENGTH = 1 << 30
+MAX_LENGTH = 1 << 30  # cells and positions are 32-bit numbers
 MAX_SEED = (1 << 32) - 1
 OPTIONAL = ("window_length", "interval")
 
 
 class QFilterError(ValueError):
     """Something a user can fix; one line that ends in what to do."""
+
+
+class EngineError(RuntimeError):
+    """llama.cpp failed at something that it should be able to do; its log says more."""
+
+
+class QFilterWarning(UserWarning):
+    """Something that works, but not as its user may expect."""
 
 
 class _Default(int):
@@ -120,3 +109,9 @@ class QFilterConfig:
     def n_keep(self) -> int:
         """Cells left after an eviction."""
         return self.max_length - self.interval
+
+    def window_of(self, n_cells: int) -> int:
+        """The window where a sequence is compressed to n_cells: the one that was given, else a
+        quarter of n_cells."""
+        given = type(self.window_length) is not _Default
+        return self.window_length if given else n_cells // 4

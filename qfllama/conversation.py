@@ -16,12 +16,17 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import jinja2
 import llama_cpp
 from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
 
 from qfllama.config import QFilterError
+from qfllama.turns import stream_in_turn
+
+if TYPE_CHECKING:
+    from qfllama.llama import Llama
 
 
 class ContextFull(QFilterError):
@@ -41,7 +46,7 @@ class Turn:
     ended: str = "stop"  # or "length" (max_tokens), "context" (n_ctx), "interrupted"
 
 
-def chat_formatter(llm: llama_cpp.Llama) -> Jinja2ChatFormatter:
+def chat_formatter(llm: Llama) -> Jinja2ChatFormatter:
     """The chat template in the model's file; ChatML, as llama.cpp does, where there is none."""
 
     def text(token: int) -> str:
@@ -54,24 +59,48 @@ def chat_formatter(llm: llama_cpp.Llama) -> Jinja2ChatFormatter:
 
 
 class Conversation:
-    """Messages, the tokens they are in the model's eyes, and the engine that has read them.
+    """A chat over one `Llama` that reads every token once, however long it gets.
 
-    `document` goes before the text of the first user message. `tokens` is all of it up to now, as
-    read and generated; the first `llm.n_tokens` of them are in the engine's cache.
+        from qfllama import Conversation, Llama
 
-    With `prompt`, a file of `qfllama compress`, system message and document are in the cache from
-    the start.
+        llm = Llama("model-qf.gguf", qfilters=True)
+        chat = Conversation(llm, system="Answer in one sentence.")
+        for piece in chat.ask("What is a KV cache?", max_tokens=200, temp=0.2):
+            print(piece, end="", flush=True)
+        print(chat.turn)  # tokens read and generated, seconds, why it ended
+
+    `Llama.create_chat_completion` renders and tokenizes the whole history for each answer. A
+    bounded cache can't go back into what it has compacted, so wherever the new tokens differ
+    from those it has read, it reads everything again. A conversation keeps the tokens as they were
+    read and generated, and only appends.
+
+    Attributes:
+        llm: the `Llama`; nobody else should use it between the turns, or the conversation is read
+            again.
+        messages: all of it, as `{"role": ..., "content": ...}`.
+        tokens: all of it up to now, as read and generated; the first `llm.n_tokens` of them are
+            in the cache.
+        turn: what the latest question and its answer cost, a `Turn`.
     """
 
     def __init__(
         self,
-        llm: llama_cpp.Llama,
+        llm: Llama,
         system: str | None = None,
         document: str | None = None,
         prompt: str | os.PathLike | None = None,
     ) -> None:
-        """Raises QFilterError for a `prompt` that `llm` can't load, or that is no chat's."""
-        self.llm = llm
+        """
+        Args:
+            system: the system prompt.
+            document: a text that goes before the first user message.
+            prompt: a file of `qfllama compress`; its system prompt and document are in the cache
+                from the start.
+
+        Raises:
+            QFilterError: `llm` can't load `prompt`, or that is no chat's.
+        """
+        self.llm, self._turns = llm, llm._turns
         self.document = document
         self.messages: list[dict[str, str]] = []
         self.tokens: list[int] = []
@@ -122,11 +151,11 @@ class Conversation:
 
     def _start_over(self) -> None:
         """The engine as it was when the conversation began."""
-        if self._prompt is None:
-            self.llm.reset()
-        else:
+        self.llm.reset()
+        if self._prompt is not None:
             self._loaded = self.llm.load_prompt(self._prompt)
 
+    @stream_in_turn
     def ask(
         self,
         text: str,
@@ -138,13 +167,17 @@ class Conversation:
     ) -> Iterator[str]:
         """Add a user message and yield the answer in pieces of whole characters.
 
-        `stopped` is asked between batches and between tokens; what was generated until then stays
-        in the conversation, what was not read yet is read with the next message. `progress` gets
-        the tokens read and those to read. `sampling` goes to `Llama.generate`.
+        Args:
+            max_tokens: of the answer; None: as many as n_ctx holds.
+            stopped: asked between batches and between tokens; what was generated until then stays
+                in the conversation, what was not read yet is read with the next message.
+            progress: gets the tokens read and those to read.
+            sampling: of `Llama.generate`: temp, top_p, grammar, ...
 
-        Raises ContextFull, and QFilterError if the chat template refuses the conversation (nothing
-        has changed then); RuntimeError if the engine fails (all is read again with the next
-        message).
+        Raises:
+            ContextFull: the conversation doesn't fit into n_ctx; nothing has changed.
+            QFilterError: the chat template refuses the conversation; nothing has changed.
+            RuntimeError: the engine failed; all is read again with the next message.
         """
         self._add_user(text)
         self.turn = turn = Turn()

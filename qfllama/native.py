@@ -1,5 +1,4 @@
-"""ctypes declarations of qfilter.h and qfilter-calibration.h, the C API of the patched llama.cpp;
-nothing else."""
+"""ctypes declarations of qfilter.h, the C API of the patched llama.cpp; nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +9,6 @@ from ctypes import (
     c_char_p,
     c_float,
     c_int32,
-    c_int64,
     c_size_t,
     c_uint8,
     c_uint32,
@@ -20,30 +18,63 @@ from ctypes import (
 
 import llama_cpp
 
-ABI_VERSION = 2
-"""LLAMA_QFILTER_ABI_VERSION of the qfilter.h that this module declares."""
-
-INSTALL = "install the engine of this qfllama with `pip install ./patches`"
+from qfllama.config import QFilterError
+from qfllama.policies import TABLE, Policy
 
 _lib = llama_cpp.llama_cpp._lib
 
-
-def _abi_version() -> int:
-    """Of the engine: 0 for stock llama.cpp, 1 for engines that did not tell theirs yet."""
-    if hasattr(_lib, "llama_qfilter_abi_version"):
-        return _lib.llama_qfilter_abi_version()
-    return int(hasattr(_lib, "llama_qfilter_init_from_model"))
-
-
-if (_found := _abi_version()) != ABI_VERSION:
-    what = f"an engine of version {_found}, this qfllama needs version {ABI_VERSION}"
-    raise ImportError(
-        f"llama-cpp-python {llama_cpp.__version__} has "
-        f"{what if _found else 'no Q-Filters in it'}: {INSTALL}"
-    )
-
+ABI_VERSION = 2
+"""LLAMA_QFILTER_ABI_VERSION of the qfilter.h that this module declares."""
 KINDS = ("filters", "queries", "moments")
 """What a policy can need, in the order of `enum llama_qfilter_kind`."""
+BUILD = "build it again with `pip install --force-reinstall --no-deps ./patches`"
+
+
+class EngineMismatch(QFilterError, ImportError):
+    """The installed llama-cpp-python has no engine of ours, or one of another version."""
+
+
+def check_abi(lib) -> None:
+    """Raises EngineMismatch unless the library `lib` has the C API that this file declares."""
+    if not hasattr(lib, "llama_qfilter_init_from_model"):
+        raise EngineMismatch(
+            f"llama-cpp-python {llama_cpp.__version__} has no Q-Filters in it: "
+            "install the patched build with `pip install ./patches`"
+        )
+    # the first engines had no number
+    has_version = hasattr(lib, "llama_qfilter_abi_version")
+    version = lib.llama_qfilter_abi_version() if has_version else 1
+    if version != ABI_VERSION:
+        older = version < ABI_VERSION
+        raise EngineMismatch(
+            f"the engine in llama-cpp-python is {'older' if older else 'newer'} than this qfllama "
+            f"(C API version {version}, needed {ABI_VERSION}): "
+            + (BUILD if older else "install the qfllama that belongs to it with `pip install .`")
+        )
+
+
+def check_policies(lib) -> None:
+    """Raises EngineMismatch unless the engine has the policies of `policies.TABLE`, which is written
+    out there so that a --help needs no engine."""
+    lib.llama_qfilter_policy_name.restype = c_char_p
+    lib.llama_qfilter_policy_needs.restype = c_int32
+    found, number = [], 0
+    while (name := lib.llama_qfilter_policy_name(number)) is not None:
+        needs = []
+        while (kind := lib.llama_qfilter_policy_needs(number, len(needs))) >= 0:
+            needs.append(KINDS[kind])
+        found.append(Policy(name.decode(), number, tuple(needs)))
+        number += 1
+    if tuple(found) != TABLE:
+        raise EngineMismatch(
+            f"the engine in llama-cpp-python has other policies ({', '.join(p.name for p in found)})"
+            f" than this qfllama: {BUILD}"
+        )
+
+
+check_abi(_lib)
+check_policies(_lib)
+
 FLAG_GRAPH_GATHER = 1
 """Treat the CPU as another device: move rows with ggml graphs (tests)."""
 STATE_RESIZE = 1
@@ -111,21 +142,7 @@ class SeqStats(ctypes.Structure):
     ]
 
 
-class Attn(ctypes.Structure):
-    """`struct llama_qfilter_attn`."""
-
-    _fields_ = [
-        ("il", c_int32),
-        ("head_dim", c_int32),
-        ("n_head", c_int32),
-        ("n_tokens", c_int32),
-        ("n_head_kv", c_int32),
-        ("n_kv", c_int32),
-        ("kq_scale", c_float),
-    ]
-
-
-def _function(name, restype, *argtypes):
+def declare(name, restype, *argtypes):
     fn = getattr(_lib, name)
     fn.restype = restype
     fn.argtypes = argtypes
@@ -134,13 +151,13 @@ def _function(name, restype, *argtypes):
 
 _model_p, _context_p = llama_cpp.llama_model_p_ctypes, llama_cpp.llama_context_p_ctypes
 
-last_error = _function("llama_qfilter_last_error", c_char_p)
+last_error = declare("llama_qfilter_last_error", c_char_p)
 
-policy_name = _function("llama_qfilter_policy_name", c_char_p, c_int32)
-policy_needs = _function("llama_qfilter_policy_needs", c_int32, c_int32, c_int32)
+policy_name = declare("llama_qfilter_policy_name", c_char_p, c_int32)
+policy_needs = declare("llama_qfilter_policy_needs", c_int32, c_int32, c_int32)
 
-params_init = _function("llama_qfilter_params_init", None, POINTER(Params), c_size_t)
-supported = _function(
+params_init = declare("llama_qfilter_params_init", None, POINTER(Params), c_size_t)
+supported = declare(
     "llama_qfilter_supported",
     c_bool,
     _model_p,
@@ -148,9 +165,9 @@ supported = _function(
     c_char_p,
     c_size_t,
 )
-model_supported = _function("llama_qfilter_model_supported", c_bool, _model_p, c_char_p, c_size_t)
-layer_evicts = _function("llama_qfilter_layer_evicts", c_bool, _model_p, c_int32)
-init_from_model = _function(
+model_supported = declare("llama_qfilter_model_supported", c_bool, _model_p, c_char_p, c_size_t)
+layer_evicts = declare("llama_qfilter_layer_evicts", c_bool, _model_p, c_int32)
+init_from_model = declare(
     "llama_qfilter_init_from_model",
     _context_p,
     _model_p,
@@ -158,10 +175,10 @@ init_from_model = _function(
     POINTER(Params),
 )
 
-compress = _function("llama_qfilter_compress", c_int32, _context_p, c_int32, c_uint32, c_uint32)
-room = _function("llama_qfilter_room", c_int32, _context_p, c_int32)
-rewind_limit = _function("llama_qfilter_rewind_limit", c_int32, _context_p, c_int32)
-kept = _function(
+compress = declare("llama_qfilter_compress", c_int32, _context_p, c_int32, c_uint32, c_uint32)
+room = declare("llama_qfilter_room", c_int32, _context_p, c_int32)
+rewind_limit = declare("llama_qfilter_rewind_limit", c_int32, _context_p, c_int32)
+kept = declare(
     "llama_qfilter_kept",
     c_int32,
     _context_p,
@@ -171,10 +188,10 @@ kept = _function(
     POINTER(c_int32),
     c_size_t,
 )
-rows = _function(
+rows = declare(
     "llama_qfilter_rows", c_size_t, _context_p, c_int32, c_int32, c_bool, c_void_p, c_size_t
 )
-state_seq_set_data = _function(
+state_seq_set_data = declare(
     "llama_qfilter_state_seq_set_data",
     c_size_t,
     _context_p,
@@ -183,24 +200,7 @@ state_seq_set_data = _function(
     c_int32,
     c_uint32,
 )
-get_stats = _function("llama_qfilter_get_stats", c_bool, _context_p, POINTER(Stats))
-get_seq_stats = _function(
+get_stats = declare("llama_qfilter_get_stats", c_bool, _context_p, POINTER(Stats))
+get_seq_stats = declare(
     "llama_qfilter_get_seq_stats", c_bool, _context_p, c_int32, POINTER(SeqStats)
-)
-
-# qfilter-calibration.h
-
-attn_of = _function("llama_qfilter_attn_of", c_bool, c_void_p, POINTER(Attn))
-attn_get = _function("llama_qfilter_attn_get", None, c_void_p, c_bool, c_void_p)
-ropes_init = _function("llama_qfilter_ropes_init", c_void_p, _context_p)
-ropes_free = _function("llama_qfilter_ropes_free", None, c_void_p)
-ropes_back = _function(
-    "llama_qfilter_ropes_back",
-    c_bool,
-    c_void_p,
-    c_int32,
-    c_void_p,
-    c_int64,
-    c_int64,
-    c_void_p,
 )

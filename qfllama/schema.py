@@ -44,10 +44,11 @@ import struct
 import numpy as np
 
 from . import gguf_header
-from .config import NEEDS, QFilterError
+from .config import QFilterError
 from .filters import LAYOUTS, OPTIONAL, VERSION, Filters, choose
 from .fingerprint import fingerprint
 from .gguf_header import ARRAY, F32, I32, I64, STRING, U16, U32
+from .policies import BY_NAME
 from .shape import ModelShape
 from .terminal import escaped
 
@@ -306,25 +307,27 @@ def check_source(src, *, force=False) -> None:
 
 def for_policy(
     filters: Filters | None, policy: str, shape: ModelShape, rope_type: int
-) -> tuple[str | None, dict]:
-    """`choose` for a policy that `check_policy` let pass; (None, {}) if it needs no vectors.
+) -> dict[str, dict]:
+    """What a policy that `check_policy` let pass takes: the kind of vectors -> model layer ->
+    array; {} if it needs none.
 
     rope_type: `llama_model_rope_type` of the loaded model
 
     Raises:
         QFilterError: the filters don't belong to a model of this shape, or are in another layout.
     """
-    if policy not in NEEDS:
-        return None, {}
+    if not (needs := BY_NAME[policy].needs):
+        return {}
     check_fits(filters, shape)
     _check_layout(filters, rope_type)
-    return choose(filters, NEEDS[policy])
+    kind, by_layer = choose(filters, needs)
+    return {kind: by_layer}
 
 
 def check_policy(path, filters: Filters | None, policy: str) -> None:
     """Raises QFilterError if the file at `path`, with these filters, lacks what a policy needs."""
-    needs = NEEDS.get(policy)
-    if needs is None or choose(filters, needs)[0]:
+    needs = BY_NAME[policy].needs
+    if not needs or choose(filters, needs)[0]:
         return
     if filters is None:
         raise QFilterError(

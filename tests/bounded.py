@@ -1,115 +1,64 @@
-"""A bounded llama_context without the Llama class around it: many of them on one model, and
-batches for any sequence."""
+"""A bounded context on one thread, with the small sizes that most tests want, and batches for any
+sequence."""
 
 import ctypes
 
-import llama_cpp
 import llama_cpp._internals as internals
-import numpy as np
 from llama_cpp._logger import set_verbose
 
 from qfllama import QFilterConfig, native
-from qfllama.llama import BoundedContext, cache_type
+from qfllama.engine import Context, Model, context_params, why_unsupported
 
 set_verbose(False)
 
 
-def load(path) -> internals.LlamaModel:
-    return internals.LlamaModel(
-        path_model=str(path), params=llama_cpp.llama_model_default_params(), verbose=False
-    )
+def load(path) -> Model:
+    return Model(path)
 
 
-class Bounded:
-    """A context on one thread for `n_seq` sequences of up to n_ctx positions each."""
+class Bounded(Context):
+    """A context for `n_seq` sequences of up to n_ctx positions each."""
 
     def __init__(
         self,
-        model,
-        config,
+        model: internals.LlamaModel,
+        config: QFilterConfig,
         *,
         n_ctx=1024,
-        n_seq=1,
-        type_k="f16",
-        type_v="f16",
         weight=None,
         moments=None,
         queries=None,
         flags=0,
-        offload_kqv=True,
-        params=None,
+        bound=None,
+        **params,
     ):
-        """params: fields of llama_qfilter_params in place of those that follow from config."""
-        fields = params or {}
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = n_ctx * n_seq, n_seq
-        params.n_batch = params.n_ubatch = config.interval
-        params.n_threads = params.n_threads_batch = 1
-        params.offload_kqv = offload_kqv
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.type_k, params.type_v = cache_type(type_k), cache_type(type_v)
+        """bound: fields of llama_qfilter_params; params: of llama_context_params."""
+        params = context_params(n_ctx=n_ctx, n_batch=config.interval, **params)
         self.why_not = self.refusal(model, params)
-        kind = type("Context", (BoundedContext,), {"flags": flags, "fields": fields})
-        self.context = kind(
-            model=model,
-            params=params,
-            verbose=False,
-            config=config,
-            weight=weight,
-            moments=moments,
-            queries=queries,
-        )
-        self.ctx = self.context.ctx
-        self.memory = llama_cpp.llama_get_memory(self.ctx)
+        vectors = {"filters": weight, "moments": moments, "queries": queries}
+        super().__init__(
+            model, params, config, {k: v for k, v in vectors.items() if v}, flags=flags,
+            **(bound or {}),
+        )  # fmt: skip
         self.n_vocab = model.n_vocab()
-        self.batch = llama_cpp.llama_batch_init(config.interval, 0, 1)
 
     @staticmethod
     def refusal(model, params) -> str:
-        why = ctypes.create_string_buffer(256)
-        native.supported(model.model, params, why, len(why))
-        return why.value.decode()
+        return why_unsupported(model, params)
+
+    @property
+    def batch(self):
+        return self._batch
+
+    def fill(self, parts):
+        """parts: (sequence, first position, tokens), each with the logits of its last token; or
+        as in Context."""
+        super().fill([(*part, 1)[:4] for part in parts])
 
     def decode(self, tokens, seq=0, start=None) -> int:
         """llama_decode of the tokens after the sequence's last position; what it returned."""
-        if start is None:
-            start = llama_cpp.llama_memory_seq_pos_max(self.memory, seq) + 1
-        self.fill([(seq, start, tokens)])
-        return llama_cpp.llama_decode(self.ctx, self.batch)
-
-    def fill(self, parts):
-        """parts: (sequence, first position, tokens)"""
-        i = 0
-        for seq, start, tokens in parts:
-            for j, token in enumerate(tokens):
-                self.batch.token[i], self.batch.pos[i] = token, start + j
-                self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, seq
-                self.batch.logits[i] = j == len(tokens) - 1
-                i += 1
-        self.batch.n_tokens = i
-
-    def logits(self, i=-1) -> np.ndarray:
-        """float32 [n_vocab] of the i-th output of the last batch."""
-        pointer = llama_cpp.llama_get_logits_ith(self.ctx, i)
-        return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,)).copy()
-
-    def kept(self, layer, head, seq=0) -> np.ndarray:
-        """int32 [n]: positions of one KV head."""
-        n = native.kept(self.ctx, seq, layer, head, None, 0)
-        assert n >= 0
-        out = np.empty(n, np.int32)
-        pointer = out.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        native.kept(self.ctx, seq, layer, head, pointer, n)
-        return out
-
-    def rows(self, layer, seq=0) -> tuple[np.ndarray, np.ndarray]:
-        """K and V of one layer as stored: uint8 [n, row_bytes]."""
-        n, result = len(self.kept(layer, 0, seq)), []
-        for is_v in (False, True):
-            out = np.empty(native.rows(self.ctx, seq, layer, is_v, None, 0), np.uint8)
-            native.rows(self.ctx, seq, layer, is_v, out.ctypes.data, out.size)
-            result.append(out.reshape(n, -1))
-        return result[0], result[1]
+        self.fill([(seq, self.n_past(seq) if start is None else start, tokens)])
+        return self.decode_batch()
 
     def stats(self) -> native.Stats:
         stats = native.Stats(struct_size=ctypes.sizeof(native.Stats))
@@ -117,25 +66,11 @@ class Bounded:
         return stats
 
     def state(self, seq=0) -> bytes:
-        size = llama_cpp.llama_state_seq_get_size(self.ctx, seq)
-        data = (ctypes.c_uint8 * size)()
-        assert llama_cpp.llama_state_seq_get_data(self.ctx, data, size, seq) == size
-        return bytes(data)
+        return bytes(super().state(seq))
 
     def restore(self, state: bytes, seq=0, flags=0) -> bool:
-        size = len(state)
-        data = (ctypes.c_uint8 * size).from_buffer_copy(state)
-        return native.state_seq_set_data(self.ctx, data, size, seq, flags) == size
-
-    def close(self):
-        llama_cpp.llama_batch_free(self.batch)
-        self.context.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.close()
+        """Without flags, unlike Context: only from a cache of the same size."""
+        return super().restore(state, seq, flags)
 
 
 def config(**sizes) -> QFilterConfig:

@@ -10,7 +10,7 @@ import numpy as np
 import tiny_models
 from llama_cpp import _ggml
 
-from qfllama.llama import cache_type
+from qfllama.context import cache_type
 
 N_LAYER, N_HEAD, N_HEAD_KV = 4, 6, 2
 POLICIES = ["qfilters", "qfilters2", "qahead", "qblend", "knorm", "keydiff", "streaming"]

@@ -8,13 +8,18 @@ import json
 import math
 import re
 import statistics
+import types
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from qfllama import QFilterConfig, QFilterError, bench, bench_report
+from qfllama import QFilterConfig, QFilterError, native
+from qfllama.bench import measure, plan, report
+from qfllama.bench.memory import resident_bytes
 from qfllama.cli import main
+from qfllama.config import EngineError
+from qfllama.offload import Offload
 
 N_CTX, MAX_LENGTH, INTERVAL = 4096, 96, 64
 POSITIONS, PROMPTS = (96, 150, 224), (40, 100)
@@ -76,7 +81,7 @@ def test_kv_bytes_are_those_of_the_models_shape(measured):
         assert row["kv_bytes"] == 2 * cells * k_or_v, row
 
 
-@pytest.mark.skipif(bench.resident_bytes() is None, reason="only Linux tells a process's memory")
+@pytest.mark.skipif(resident_bytes() is None, reason="only Linux tells a process's memory")
 def test_the_process_grows_by_what_a_cache_holds(measured):
     """K and V are written when a context is opened; the rest of it is small."""
     rows = {row["engine"]: row for row in measured[0]["memory"]}
@@ -132,20 +137,20 @@ class Clock:
         return self.now
 
 
-class FakeLlama:
+class FakeContext:
     """Takes PER_TOKEN for each token and EVICTION for each eviction; a burst where it's told."""
 
-    n_batch = INTERVAL
+    params = types.SimpleNamespace(n_batch=INTERVAL)
 
     def __init__(self, clock, turns, max_length=None, slow_turn=None):
         self.clock, self.turns, self.slow_turn = clock, turns, slow_turn
-        self.qfilter_config = max_length and QFilterConfig(max_length=max_length)
+        self.config = max_length and QFilterConfig(max_length=max_length)
         self.n_tokens = self.cells = self.evictions = 0
 
-    def eval(self, tokens):
+    def read(self, tokens, logits):
         for _ in tokens:
-            if self.qfilter_config and self.cells == self.qfilter_config.max_length:
-                self.cells -= self.qfilter_config.interval
+            if self.config and self.cells == self.config.max_length:
+                self.cells -= self.config.interval
                 self.evictions += 1
                 self.clock.now += EVICTION
             slow = self.slow_turn == self.n_tokens // 8
@@ -154,33 +159,42 @@ class FakeLlama:
             self.n_tokens += 1
         self.turns.append((self, self.n_tokens))
 
-    def sample(self, temp):
+    def logits(self):
         self.clock.now += SAMPLE
+        return np.zeros(3)
 
-    def reset(self):
+    def kv_cache_clear(self):
         self.n_tokens = self.cells = 0
 
-    def qfilter_stats(self):
+    def n_past(self):
+        return self.n_tokens
+
+    def used(self):
+        return self.cells
+
+    def stats(self):
         us = round(self.evictions * EVICTION * 1e6)
-        return {"evictions": self.evictions, "score_us": us // 2, "select_us": 0,
-                "gather_us": us - us // 2, "cells_used": self.cells}  # fmt: skip
+        return native.Stats(
+            n_evictions=self.evictions, t_score_us=us // 2, t_gather_us=us - us // 2
+        )
 
 
 @pytest.fixture
 def fakes(monkeypatch):
     """(engines with a clock of their own, the order of their turns)."""
     clock, turns = Clock(), []
-    monkeypatch.setattr(bench, "time", clock)
-    plan, _ = bench.make_plan(
+    monkeypatch.setattr(measure, "time", clock)
+    wanted, _ = plan.make_plan(
         8192, positions=(64, 512, 1024), prompts=(128, 1000), max_lengths=(96,), types=("f16",),
         stock_types=(), repeat=3,
     )  # fmt: skip
-    engines = bench.Engines(plan, "fake.gguf")
+    engines = measure.Engines(wanted, "fake.gguf")
+    engines.model = types.SimpleNamespace(offload=Offload(0))
     engines.tokens = list(range(1024))
     engines.each = [
         # one of the turns of decoding up to 512 comes while the machine does something else
-        bench.Engine(plan.kinds[0], FakeLlama(clock, turns, slow_turn=60), 800, 900, 1000),
-        bench.Engine(plan.kinds[1], FakeLlama(clock, turns, MAX_LENGTH), 80, 90, 100),
+        measure.Engine(wanted.kinds[0], FakeContext(clock, turns, slow_turn=60), 800, 900, 1000),
+        measure.Engine(wanted.kinds[1], FakeContext(clock, turns, MAX_LENGTH), 80, 90, 100),
     ]
     engines.process_bytes = 10_000
     return engines, turns
@@ -202,7 +216,7 @@ def test_a_speed_is_the_median_of_its_turns_with_evictions_spread_out(fakes, dec
 
 def test_the_first_token_takes_the_whole_prompt_and_the_choice(fakes):
     engines, _ = fakes
-    engines.each[0].llm.slow_turn = None
+    engines.each[0].context.slow_turn = None
     rows = {(row["engine"], row["prompt"]): row for row in engines.measure()["first_token"]}
     for n in (128, 1000):
         stock, ours = n * PER_TOKEN + SAMPLE, n * PER_TOKEN + SAMPLE
@@ -215,11 +229,11 @@ def test_the_first_token_takes_the_whole_prompt_and_the_choice(fakes):
 def test_no_engine_gets_far_ahead_of_another(fakes):
     engines, turns = fakes
     engines.measure()
-    position = {engine.llm: 0 for engine in engines.each}
+    position = {engine.context: 0 for engine in engines.each}
     for llm, n_tokens in turns:
         position[llm] = n_tokens
-        if n_tokens > bench.READ_AT_ONCE:  # not where reading starts again
-            assert max(position.values()) - min(position.values()) <= bench.READ_AT_ONCE
+        if n_tokens > measure.READ_AT_ONCE:  # not where reading starts again
+            assert max(position.values()) - min(position.values()) <= measure.READ_AT_ONCE
 
 
 def test_the_progress_bar_ends_at_its_end(fakes):
@@ -231,11 +245,11 @@ def test_the_progress_bar_ends_at_its_end(fakes):
 
 def test_turns_are_medians_of_several_reads(fakes, monkeypatch):
     engines, _ = fakes
-    engines.each[0].llm.slow_turn = None
+    engines.each[0].context.slow_turn = None
     found = iter([0.5, 0.001, 0.002])  # of three reads the choice of the token
-    monkeypatch.setattr(bench.Engine, "first_token", lambda engine: next(found))
-    engines.each, plan = engines.each[:1], engines.plan
-    engines.plan = bench.Plan(plan.kinds[:1], (), (128,), 128, repeat=3)
+    monkeypatch.setattr(measure.Engine, "first_token", lambda engine: next(found))
+    engines.each, wanted = engines.each[:1], engines.plan
+    engines.plan = plan.Plan(wanted.kinds[:1], (), (128,), 128, repeat=3)
     (row,) = engines.first_tokens(lambda n: None)
     assert row["seconds"] == pytest.approx(128 * PER_TOKEN + statistics.median([0.5, 0.001, 0.002]))
 
@@ -244,31 +258,31 @@ def test_turns_are_medians_of_several_reads(fakes, monkeypatch):
 
 
 def test_defaults_end_where_the_model_was_trained_to(fakes):
-    plan, notes = bench.make_plan(8192)
-    assert plan.positions == (512, 1024, 2048, 4096, 8192) and plan.n_ctx == 8192
-    assert [kind.name for kind in plan.kinds[:4]] == [
+    wanted, notes = plan.make_plan(8192)
+    assert wanted.positions == (512, 1024, 2048, 4096, 8192) and wanted.n_ctx == 8192
+    assert [kind.name for kind in wanted.kinds[:4]] == [
         "stock f16", "stock q8_0", "stock q4_0", "512 f16"
     ]  # fmt: skip
-    assert len(plan.kinds) == 11
+    assert len(wanted.kinds) == 11
     assert len(notes) == 1 and "8,192" in notes[0] and "--n-ctx" in notes[0]
-    plan, notes = bench.make_plan(8192, n_ctx=32768)
-    assert plan.positions[-1] == plan.n_ctx == 32768 and not notes
-    plan, notes = bench.make_plan(1500)
-    assert plan.positions == (512, 1024) and plan.prompts == (512, 1024) and len(notes) == 1
-    assert {kind.max_length for kind in plan.kinds} == {None, 512}
+    wanted, notes = plan.make_plan(8192, n_ctx=32768)
+    assert wanted.positions[-1] == wanted.n_ctx == 32768 and not notes
+    wanted, notes = plan.make_plan(1500)
+    assert wanted.positions == (512, 1024) and wanted.prompts == (512, 1024) and len(notes) == 1
+    assert {kind.max_length for kind in wanted.kinds} == {None, 512}
 
 
 def test_quick_is_smaller_and_gives_way_to_what_is_asked_for():
-    quick, _ = bench.make_plan(8192, quick=True)
-    assert len(quick.kinds) == 2 and quick.work * 5 < bench.make_plan(8192)[0].work
-    plan, _ = bench.make_plan(8192, quick=True, positions=(8192,), types=("q8_0",))
-    assert plan.positions == (8192,)
-    assert [kind.name for kind in plan.kinds] == ["stock f16", "512 q8_0"]
+    quick, _ = plan.make_plan(8192, quick=True)
+    assert len(quick.kinds) == 2 and quick.work * 5 < plan.make_plan(8192)[0].work
+    wanted, _ = plan.make_plan(8192, quick=True, positions=(8192,), types=("q8_0",))
+    assert wanted.positions == (8192,)
+    assert [kind.name for kind in wanted.kinds] == ["stock f16", "512 q8_0"]
 
 
 def test_stock_f16_always_takes_part_and_no_cache_twice():
-    plan, _ = bench.make_plan(8192, stock_types=("q8_0", "F16"), max_lengths=(512, 512))
-    names = [kind.name for kind in plan.kinds]
+    wanted, _ = plan.make_plan(8192, stock_types=("q8_0", "F16"), max_lengths=(512, 512))
+    names = [kind.name for kind in wanted.kinds]
     assert names == ["stock f16", "stock q8_0", "512 f16", "512 q8_0"]
 
 
@@ -308,27 +322,23 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
 
 
-def test_what_llama_cpp_refuses_is_named(smollm2, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise ValueError("Failed")
-
-    plan, _ = bench.make_plan(8192, quick=True)
-    monkeypatch.setattr(bench, "Llama", refuse)
-    engines = bench.Engines(plan, smollm2)
-    with pytest.raises(QFilterError, match="another model"):
+def test_a_cache_that_llama_cpp_refuses_is_named(smollm2):
+    """Heads of 64 can't be divided into blocks of 256."""
+    wanted, _ = plan.make_plan(8192, quick=True, policy="knorm")
+    kinds = (*wanted.kinds, plan.Kind(10, 512))  # q2_K
+    engines = measure.Engines(dataclasses.replace(wanted, kinds=kinds, n_gpu_layers=0), smollm2)
+    with pytest.raises(QFilterError, match="512 10.*q2_K.*--n-ctx"):
         engines.open()
-    engines._owner = "weights"
-    with pytest.raises(QFilterError, match="512 f16.*--n-ctx"):
-        engines._llama(plan.kinds[1])
+    engines.close()
 
 
 def test_an_engine_that_fails_is_reported(fakes, monkeypatch):
     engines, _ = fakes
 
-    def fail(tokens):
-        raise RuntimeError("llama_decode returned -3")
+    def fail(tokens, logits):
+        raise EngineError("llama_decode returned -3")
 
-    monkeypatch.setattr(engines.each[1].llm, "eval", fail)
+    monkeypatch.setattr(engines.each[1].context, "read", fail)
     with pytest.raises(QFilterError, match="llama_decode returned -3"):
         engines.measure()
 
@@ -340,5 +350,5 @@ def test_a_system_that_tells_no_memory_gets_a_dash(fakes):
     engines.process_bytes = None
     result = engines.result([], [])
     assert [row["process_bytes"] for row in result["memory"]] == [None, None]
-    line = next(line for line in bench_report.tables(result).splitlines() if "96 f16" in line)
+    line = next(line for line in report.tables(result).splitlines() if "96 f16" in line)
     assert line.split() == ["96", "f16", "0.0", "0.10x", "-", "-", "-"]

@@ -491,7 +491,7 @@ def test_filters_that_cannot_be_used_are_one_line(filtered, tmp_path):
         (["--policy", "streaming", "--max-length", "8"], "max_length"),
         (["--policy", "streaming", "--max-length", "256", "--window-length", "256"], "window"),
         (["--policy", "streaming", "--max-length", "256", "--interval", "252"], "interval"),
-        (["--policy", "streaming", "--max-length", "-1"], "max_length"),
+        (["--policy", "streaming", "--max-length", "-1"], "--max-length"),
         (["--policy", "streaming", "--type-k", "q9_9"], "q9_9"),
         (["--policy", "magic"], "magic"),
         (["--full", "--max-length", "256"], "--max-length"),

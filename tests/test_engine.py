@@ -9,7 +9,7 @@ from conftest import last_logits
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qfllama import native
-from qfllama.config import QFilterConfig, QFilterError
+from qfllama.config import QFilterConfig, QFilterError, QFilterWarning
 from qfllama.llama import Llama
 
 N_LAYER, N_HEAD_KV, HEAD_DIM = 30, 3, 64
@@ -346,6 +346,30 @@ def test_a_state_without_the_logits_of_every_position_is_refused_where_they_are_
 def test_an_n_ctx_that_is_none_is_refused(make, n_ctx):
     with pytest.raises(QFilterError, match="n_ctx is"):
         make(n_ctx=n_ctx)
+
+
+def test_qfilters_alone_gives_a_cache_for_all_positions_the_model_was_trained_for(
+    make, tokens, recwarn
+):
+    """With upstream's default of 512 positions a bound of 4,096 cells would never evict."""
+    llm = make(SMALL, n_ctx=0)
+    assert llm.n_ctx() == llm._model.n_ctx_train() == 8192
+    config = QFilterConfig(max_length=256, policy="knorm")
+    plain = Llama(llm.model_path, qfilters=config, n_threads=2, verbose=False)
+    assert plain.n_ctx() == 8192 and plain.n_batch == config.interval
+    plain.eval(tokens[:600])
+    assert plain.qfilter_stats()["evictions"] > 0
+    plain.close()
+    assert not [w for w in recwarn if issubclass(w.category, QFilterWarning)]
+
+
+@pytest.mark.parametrize("n_ctx", [512, 300])
+def test_a_bound_that_bounds_nothing_works_and_is_said(make, tokens, n_ctx):
+    with pytest.warns(QFilterWarning, match="max_length 4,096.*n_ctx is 512"):
+        llm = make(QFilterConfig(policy="knorm"), n_ctx=n_ctx)
+    llm.eval(tokens[:512])
+    stats = llm.qfilter_stats()
+    assert (stats["cells_used"], stats["evictions"]) == (512, 0)
 
 
 def test_reset_empties_the_cache(make, tokens):

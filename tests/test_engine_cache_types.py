@@ -14,7 +14,7 @@ from reference.cache import POLICIES, BoundedCache, Head, rotate, select
 from reference.model import rope as rope_of_model
 
 from qfllama import native
-from qfllama.llama import CACHE_TYPES
+from qfllama.context import CACHE_TYPES
 
 N_LAYER, N_HEAD_KV, HEAD_DIM = 2, 2, 64
 

@@ -1,3 +1,4 @@
+# ruff: noqa: F811 - fixtures of another file
 """What the engine itself does with wrong input: no checksum and no Python check stands in between."""
 
 import ctypes
@@ -13,6 +14,7 @@ from bounded import Bounded, config
 from test_engine_sequences import FAMILIES, LAYER, decode, models, tokens  # noqa: F401
 
 from qfllama import native
+from qfllama.policies import BY_NAME
 
 PATCHES = Path(__file__).parent.parent / "patches"
 HEAD = struct.Struct("<8IQI")  # llama_memory_qfilter::state_write()
@@ -71,7 +73,7 @@ def family(request):
 
 
 @pytest.fixture
-def fresh(models, tokens, family):  # noqa: F811
+def fresh(models, tokens, family):
     """Logits that an empty context of the family computes."""
     with Bounded(models[family], config()) as llm:
         return decode(llm, tokens[:60])
@@ -83,7 +85,7 @@ def values(word: int) -> list[int]:
     return [x & 0xFFFFFFFF for x in [0, 1, 2, 47, 49, 0x7FFFFFFF, 0x80000000, -1, *near]]
 
 
-def test_every_number_of_a_state_may_be_wrong(models, tokens, family):  # noqa: F811
+def test_every_number_of_a_state_may_be_wrong(models, tokens, family):
     """Our part of a state, number by number: what is accepted can be used, what is refused leaves
     nothing."""
     n_accepted = n_refused = 0
@@ -116,7 +118,7 @@ def test_every_number_of_a_state_may_be_wrong(models, tokens, family):  # noqa: 
 
 
 @pytest.mark.parametrize("p1", [0x7FFFFFFF, 200])
-def test_a_table_beyond_the_last_position_is_refused(models, tokens, p1):  # noqa: F811
+def test_a_table_beyond_the_last_position_is_refused(models, tokens, p1):
     """New cells would count as rows of the table, and be looked up behind its end."""
     with Bounded(models["llama"], config()) as llm:
         llm.layer = LAYER["llama"]
@@ -127,7 +129,7 @@ def test_a_table_beyond_the_last_position_is_refused(models, tokens, p1):  # noq
         check_empty(llm)
 
 
-def test_a_state_that_breaks_off_anywhere_leaves_no_part_of_it(models, tokens, family, fresh):  # noqa: F811
+def test_a_state_that_breaks_off_anywhere_leaves_no_part_of_it(models, tokens, family, fresh):
     """Of a windowed model that is the base cache while the window is still to come."""
     with Bounded(models[family], config()) as llm:
         llm.layer = LAYER[family]
@@ -144,7 +146,7 @@ def test_a_state_that_breaks_off_anywhere_leaves_no_part_of_it(models, tokens, f
         np.testing.assert_array_equal(decode(llm, tokens[:60]), fresh)
 
 
-def test_parts_that_end_at_different_positions_are_refused(models, tokens):  # noqa: F811
+def test_parts_that_end_at_different_positions_are_refused(models, tokens):
     """A windowed model whose base cache has read more than its windows would read it twice."""
     with Bounded(models["gemma3"], config()) as llm:
         decode(llm, tokens[:40])
@@ -160,7 +162,7 @@ def test_parts_that_end_at_different_positions_are_refused(models, tokens):  # n
         assert "damaged" in last_error()
 
 
-def test_a_bound_of_all_there_is_is_no_bound(models, tokens):  # noqa: F811
+def test_a_bound_of_all_there_is_is_no_bound(models, tokens):
     """UINT32_MAX cells: what one writes for as many as positions."""
     stock = Bounded(models["llama"], config(max_length=1024))
     with stock, open_with(models["llama"], n_cells=0xFFFFFFFF) as llm:
@@ -180,7 +182,7 @@ def test_a_bound_of_all_there_is_is_no_bound(models, tokens):  # noqa: F811
     ],
     ids=str,
 )
-def test_sizes_whose_sum_is_too_large_for_32_bits_are_refused(models, sizes):  # noqa: F811
+def test_sizes_whose_sum_is_too_large_for_32_bits_are_refused(models, sizes):
     with pytest.raises(ValueError):
         open_with(models["llama"], **sizes)
     for name, value in sizes.items():
@@ -188,7 +190,7 @@ def test_sizes_whose_sum_is_too_large_for_32_bits_are_refused(models, sizes):  #
         assert str(value) in last_error()
 
 
-def test_what_is_not_there_is_refused_and_not_looked_into(models):  # noqa: F811
+def test_what_is_not_there_is_refused_and_not_looked_into(models):
     """NULL for a model, a context, parameters, statistics."""
     why, nothing = ctypes.create_string_buffer(100), None
     cparams = llama_cpp.llama_context_default_params()
@@ -212,16 +214,16 @@ def test_what_is_not_there_is_refused_and_not_looked_into(models):  # noqa: F811
         assert native.kept(llm.ctx, 0, 1, 0, None, 100) == 0
 
 
-def test_structs_may_be_of_an_older_header(models, tokens):  # noqa: F811
+def test_structs_may_be_of_an_older_header(models, tokens):
     """Fields that a caller doesn't know count as zero and are not written."""
     params = native.Params(n_vectors=7)
     native.params_init(ctypes.byref(params), native.Params.n_vectors.offset)
     assert params.struct_size == native.Params.n_vectors.offset
     assert (params.n_cells, params.n_vectors) == (4096, 7)
-    assert not native.init_from_model(
-        models["llama"].model, cparams_of(), ctypes.byref(params)
-    ), "the default policy needs vectors"
-    params.policy = POLICIES["kvdiff"]
+    assert not native.init_from_model(models["llama"].model, cparams_of(), ctypes.byref(params)), (
+        "the default policy needs vectors"
+    )
+    params.policy = BY_NAME["kvdiff"].number
     ctx = native.init_from_model(models["llama"].model, cparams_of(), ctypes.byref(params))
     assert ctx
     stats = native.Stats(struct_size=native.Stats.n_cells_used.offset, n_cells=77)
@@ -233,7 +235,7 @@ def test_structs_may_be_of_an_older_header(models, tokens):  # noqa: F811
     assert "version" in last_error()
 
 
-def test_vectors_of_another_shape_are_refused_by_layer_and_size(models):  # noqa: F811
+def test_vectors_of_another_shape_are_refused_by_layer_and_size(models):
     good = np.ones((2, 32), np.float32)
     for il, shape in ((1, (2, 64)), (0, (3, 32))):
         vectors = {layer: good for layer in range(8)} | {il: np.ones(shape, np.float32)}
@@ -246,7 +248,7 @@ def test_vectors_of_another_shape_are_refused_by_layer_and_size(models):  # noqa
     assert "queries" in last_error()
 
 
-def test_room_rewind_limit_and_statistics_are_those_of_a_sequence(models, tokens, family):  # noqa: F811
+def test_room_rewind_limit_and_statistics_are_those_of_a_sequence(models, tokens, family):
     with Bounded(models[family], config(), n_seq=2) as llm:
         assert (native.room(llm.ctx, 0), native.rewind_limit(llm.ctx, 0)) == (48, 0)
         decode(llm, tokens[:46], seq=0)
@@ -268,16 +270,6 @@ def test_room_rewind_limit_and_statistics_are_those_of_a_sequence(models, tokens
             assert llm.restore(state, 0)
 
 
-def test_the_table_of_policies_has_no_gaps():
-    assert native.policy_name(-1) is None
-    assert native.policy_name(len(POLICIES)) is None
-    for number in POLICIES.values():
-        needs = [native.policy_needs(number, i) for i in range(4)]
-        kinds = [kind for kind in needs if kind >= 0]
-        assert needs == kinds + [-1] * (4 - len(kinds))
-        assert all(kind < len(native.KINDS) for kind in kinds)
-
-
 def test_the_version_of_the_build_goes_up_with_the_header():
     """pip builds the engine anew only where its version says that it is another one. After a change
     of qfilter.h: raise LLAMA_QFILTER_ABI_VERSION if callers of the old one break, raise the local
@@ -288,13 +280,8 @@ def test_the_version_of_the_build_goes_up_with_the_header():
     abi = re.search(r"ABI_VERSION (\d+)", header)[1]
     digest = hashlib.sha256(code.encode()).hexdigest()[:16]
     assert (version, abi, digest) == ("2", "2", "0be33f5f1b83acab")
-    assert native.ABI_VERSION == int(abi)
+    assert int(abi) == native.ABI_VERSION
     assert llama_cpp.__version__.endswith(f"+qfilters.{version}")
-
-
-POLICIES = {}
-while name := native.policy_name(len(POLICIES)):
-    POLICIES[name.decode()] = len(POLICIES)
 
 
 def cparams_of(n_ctx=N_CTX):
@@ -306,13 +293,9 @@ def cparams_of(n_ctx=N_CTX):
     return cparams
 
 
-def open_with(model, **params):
+def open_with(model, **bound):
     """A context with parameters that Python's config would not let through."""
-
-    class Context(Bounded):
-        pass
-
-    return Context(model, config(), params=params)
+    return Bounded(model, config(), bound=bound)
 
 
 def seq_stats(llm, seq):

@@ -13,10 +13,11 @@ from conftest import last_logits
 from qfllama import Llama, QFilterConfig
 from qfllama.cli import main
 from qfllama.commands import eval as eval_command
-from qfllama.evaluation import contexts, needle, perplexity, plots, ruler, tasks
+from qfllama.engine import Model
+from qfllama.evaluation import needle, perplexity, plots, ruler, tasks
 from qfllama.evaluation.results import Results, bootstrap, wilson
 from qfllama.evaluation.run import Plan, Variant, split
-from qfllama.evaluation.scoring import generate, score
+from qfllama.evaluation.scoring import Mark, generate, score
 from qfllama.evaluation.tasks import Question
 
 TEXT = tasks.builtin()
@@ -29,7 +30,7 @@ def words(text):
 
 @pytest.fixture(scope="module")
 def model(smollm2):
-    with contexts.Model(smollm2, n_threads=1) as model:
+    with Model(smollm2) as model:
         yield model
 
 
@@ -94,9 +95,9 @@ def test_streaming_perplexity_is_that_of_a_bounded_llama(smollm2, tmp_path, mode
 
 def test_evictions_come_when_the_cache_is_full_and_then_every_interval(model):
     config = QFilterConfig(max_length=80, window_length=8, interval=24, policy="streaming")
-    with model.open(config, 256) as context:
+    with model.open(config, n_ctx=256) as context:
         for n_tokens, evictions, used in ((80, 0, 80), (81, 1, 57), (104, 1, 80), (152, 3, 80)):
-            context.read([100] * (n_tokens - context.n_past))
+            context.read([100] * (n_tokens - context.n_past()))
             assert (context.stats().n_evictions, context.used()) == (evictions, used)
 
 
@@ -192,27 +193,27 @@ def test_going_back_makes_a_question_independent_of_those_before_it(model):
     config = QFilterConfig(max_length=96, window_length=16, interval=32, policy="knorm")
     tokens, asked = model.tokens(TEXT.text[:2000])[:84], model.tokens("\n\nThe secret number is")
     answer = model.tokens(" 1 2 3 4 5 6")
-    with model.open(config, 256) as context:
+    with model.open(config, n_ctx=256) as context:
         context.read(tokens)
-        context.mark(len(asked) + len(answer))
+        mark = Mark(context, len(asked) + len(answer))
         first = score(context, asked, answer)
         assert context.stats().n_evictions == 1
-        context.back()
+        mark.back()
         score(context, answer, asked)
-        context.back()
-        assert context.n_past == 84 and context.used() == 84
+        mark.back()
+        assert context.n_past() == 84 and context.used() == 84
         assert score(context, asked, answer) == first
 
 
 def test_an_answer_counts_as_right_if_greedy_decoding_gives_it(model):
     config = QFilterConfig(max_length=256, window_length=16, interval=64, policy="streaming")
     asked = model.tokens("The capital of France is Paris. The capital of France is")
-    with model.open(config, 256) as context:
-        context.mark(0)
+    with model.open(config, n_ctx=256) as context:
+        mark = Mark(context, 0)
         text = generate(context, asked, 2)
-        context.back()
+        mark.back()
         wrong = score(context, asked, model.tokens(" Berlin."))
-        context.back()
+        mark.back()
         right = score(context, asked, model.tokens(text))
     assert text.startswith(" Paris")
     assert right.right and not wrong.right and right.nll < wrong.nll
@@ -413,14 +414,14 @@ def test_going_back_in_models_that_forget_works_too(families, name):
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, tiny_models.VOCAB, 300).tolist()
     asked, answer = tokens[:250], tokens[50:60]
-    with contexts.Model(families[name], n_threads=1) as model, model.open(config, 1024) as context:
+    with Model(families[name]) as model, model.open(config, n_ctx=1024) as context:
         context.read(tokens)
         context.compress(150)
-        context.mark(260)
+        mark = Mark(context, 260)
         first = score(context, asked, answer)
-        context.back()
+        mark.back()
         score(context, tokens[40:290], answer)
-        context.back()
+        mark.back()
         again = score(context, asked, answer)
     assert again.nll == pytest.approx(first.nll, abs=2e-3)  # cells in another order
 
@@ -429,7 +430,7 @@ def test_going_back_in_models_that_forget_works_too(families, name):
 def test_an_answer_begins_where_the_question_ends(families, name):
     """SentencePiece tokenizers may begin every text with a space: an answer has none of its own."""
     question = Question("The number of Paris is", ("598808",))
-    with contexts.Model(families[name], n_threads=1) as model:
+    with Model(families[name]) as model:
         asked, answer = split(model, question)
         assert asked + answer == model.tokens("The number of Paris is 598808")
         assert model.text(answer).strip() == "598808" and "5" not in model.text(asked)

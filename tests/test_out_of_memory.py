@@ -28,7 +28,7 @@ if step != "run":
 try:
     with native_model.loaded(path, load_mode=mode) as model:
         limit()
-        native_model.context(path, model, 8192, 64)  # keys and values of 180 MiB
+        native_model.context(model, 8192, 64)  # keys and values of 180 MiB
 except QFilterError as error:
     print(error)
 """
@@ -45,7 +45,6 @@ def test_too_little_memory_is_one_line_with_the_options_that_help(smollm2, step)
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
-    assert "--n-gpu-layers" in done.stdout
     assert "--max-seq-len" in done.stdout
     assert "another file" not in done.stdout
     assert "--backend" not in done.stdout

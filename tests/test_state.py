@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -20,8 +21,8 @@ from conftest import last_logits
 from gguf_files import rectangular
 
 from qfllama import Llama, QFilterConfig, QFilterError, gguf_copy, state
+from qfllama.context import CACHE_TYPES
 from qfllama.conversation import Conversation
-from qfllama.llama import CACHE_TYPES
 
 N_LAYER, N_HEAD_KV, HEAD_DIM = 30, 3, 64
 QFLLAMA = str(Path(sys.executable).with_name("qfllama"))
@@ -173,6 +174,34 @@ def test_what_can_not_be_compressed_is_said_in_a_line(make, wide, prompt):
     assert wide.compress(ratio=6.6)[1] == 37
     with pytest.raises(QFilterError, match="full cache"):
         make(None, n_ctx=256).compress(ratio=2)
+
+
+@pytest.mark.parametrize(("ratio", "n_cells"), [(2, 120), (4, 60), (30, 8)])
+def test_a_window_that_nobody_gave_is_a_quarter_of_what_is_kept(make, prompt, ratio, n_cells):
+    """1,024 of the 4,096 cells of the default would be more than the whole prompt."""
+    llm = read(make(QFilterConfig(policy="knorm"), n_ctx=8192), prompt)
+    keys = llm.cached_rows(9)[0].view(np.float16).reshape(240, N_HEAD_KV, HEAD_DIM)
+    assert llm.compress(ratio=ratio) == (240, n_cells)
+    window = n_cells // 4
+    assert llm.rewind_limit() == 240 - window
+    for head in range(N_HEAD_KV):
+        norms = np.linalg.norm(keys[4 : 240 - window, head].astype(np.float64), axis=1)
+        best = 4 + np.sort(np.argsort(norms, kind="stable")[: n_cells - 4 - window])
+        expected = [*range(4), *best, *range(240 - window, 240)]
+        assert llm.kept_positions(9, head).tolist() == expected
+    logits = last_logits(llm)
+    assert np.isfinite(logits).all()
+    llm.eval(prompt[:3])
+    assert llm.qfilter_stats()["cells_used"] == n_cells + 3
+    llm.close()
+
+
+def test_fewer_cells_than_the_sinks_and_a_window_of_one_are_refused(make, prompt):
+    llm = read(make(QFilterConfig(policy="knorm"), n_ctx=8192), prompt)
+    with pytest.raises(QFilterError, match=r"4 cells .*max_length >= 5 "):
+        llm.compress(max_length=4)
+    assert llm.compress(max_length=5).after == 5
+    llm.close()
 
 
 # -- states in memory
@@ -433,6 +462,52 @@ def test_files_that_can_not_be_loaded_are_refused_with_the_reason(
         state.config_for(whole, max_length=128)
     with pytest.raises(QFilterError, match="200 positions, n_ctx is 256|cells"):
         make(SMALL, n_ctx=256).load_prompt(path)
+
+
+def test_a_file_that_the_engine_refuses_leaves_the_conversation_as_it_was(
+    make, small, wide, tokens, tmp_path
+):
+    """Its checksum is right, what it holds is not: only llama.cpp finds that out."""
+    path, bad = tmp_path / "prompt.qfstate", tmp_path / "bad.qfstate"
+    read(wide, tokens[:60]).save_prompt(path)
+    whole = state.read_prompt(path)
+    read(small, tokens[:200])
+    assert small.qfilter_stats()["evictions"] > 0
+    held, limit, used = kept(small), small.rewind_limit(), small.qfilter_stats()["cells_used"]
+    rows = small.cached_rows(17)
+    logits = last_logits(small)
+    for data in (whole.data[: len(whole.data) // 2], b"\xff" * len(whole.data), whole.data[:8]):
+        state.write_prompt(bad, dataclasses.replace(whole, data=data))
+        with pytest.raises(QFilterError, match="bad.qfstate"):
+            small.load_prompt(bad)
+        assert kept(small) == held
+        assert (small.n_tokens, small.rewind_limit()) == (200, limit)
+        assert small.qfilter_stats()["cells_used"] == used
+        for before, after in zip(rows, small.cached_rows(17), strict=True):
+            np.testing.assert_array_equal(before, after)
+        np.testing.assert_array_equal(last_logits(small), logits)
+    fresh = read(make(), tokens[:200])
+    np.testing.assert_array_equal(go_on(small, tokens[200:230]), go_on(fresh, tokens[200:230]))
+
+
+def test_saving_and_loading_a_prompt_hold_its_state_once(wide, tokens, tmp_path):
+    path = tmp_path / "prompt.qfstate"
+    read(wide, tokens)
+    wide.save_prompt(path)  # the model's fingerprint is taken once
+    size = path.stat().st_size
+
+    def peak(work) -> float:
+        tracemalloc.start()
+        try:
+            work()
+            return tracemalloc.get_traced_memory()[1] / size
+        finally:
+            tracemalloc.stop()
+
+    assert 0.9 < peak(lambda: wide.save_prompt(path)) < 1.2
+    wide.reset()
+    assert 0.9 < peak(lambda: wide.load_prompt(path)) < 1.2
+    assert 0.9 < peak(wide.save_state) < 1.2
 
 
 def with_head(content: bytes, old: bytes, new: bytes) -> bytes:

@@ -33,13 +33,13 @@ from kvpress.presses.qfilter_press import QFilters
 from kvpress_filters import f32_and_export, load_torch
 
 from qfllama import Llama, QFilterConfig
-from qfllama.bench import resident_bytes
+from qfllama.bench.memory import resident_bytes
 from qfllama.commands.chat import cache_stats
+from qfllama.engine import Model
 from qfllama.evaluation import needle, tasks
-from qfllama.evaluation.contexts import BATCH, Model
 from qfllama.evaluation.results import bootstrap
-from qfllama.evaluation.run import answer_likelihood, likelihood_tokens, split
-from qfllama.evaluation.scoring import nll
+from qfllama.evaluation.run import BATCH, answer_likelihood, likelihood_tokens, split
+from qfllama.evaluation.scoring import Mark, nll
 from qfllama.files import write_json
 from qfllama.machine import provenance
 from qfllama.tables import aligned
@@ -120,13 +120,14 @@ def ask_torch(model, cache, question: list[int], answer: list[int], n_past: int)
 # -- ours
 
 
-def ask_ours(model: Model, document, tokens: list[int], ratios: list[int]):
+def ask_ours(model: Model, document, tokens: list[int], ratios: list[int], n_threads: int):
     """Yields the name, the ratio and the results of each of OURS. The document is read once."""
     extra = max(likelihood_tokens(model, question) for question in document.questions)
     n_ctx = len(tokens) + extra
+    cache = {"n_ctx": n_ctx, "n_threads": n_threads, "type_k": "f32", "type_v": "f32"}
     sizes = {"max_length": n_ctx + BATCH, "interval": BATCH}
     full = QFilterConfig(**sizes, window_length=0, sinks=0, policy="streaming")
-    with model.open(full, n_ctx) as context:
+    with model.open(full, **cache) as context:
         for i in range(0, len(tokens), BATCH):
             context.read(tokens[i : i + BATCH])
         state = context.state()
@@ -134,19 +135,18 @@ def ask_ours(model: Model, document, tokens: list[int], ratios: list[int]):
     for name, (policy, sinks, window) in OURS.items():
         config = QFilterConfig(**sizes, window_length=window, sinks=sinks, policy=policy)
         for ratio in ratios:
-            with model.open(config, n_ctx) as context:
-                context.restore(state, len(tokens))
+            with model.open(config, **cache) as context:
+                context.restore(state)
                 context.compress(len(tokens) // ratio)
                 yield name, ratio, answered(context, document, extra)
 
 
 def answered(context, document, extra: int) -> list[dict]:
     """The results of all questions, each right after the document."""
-    cells, results = context.used(), []
-    context.mark(extra)
+    cells, results, mark = context.used(), [], Mark(context, extra)
     for question in document.questions:
-        results.append({**answer_likelihood(context, question), "cells": cells})
-        context.back()
+        results.append({**answer_likelihood(mark, question), "cells": cells})
+        mark.back()
     return results
 
 
@@ -155,7 +155,7 @@ def answered(context, document, extra: int) -> list[dict]:
 
 def quality(path: Path, f32: Path, args) -> dict:
     """(name, ratio) -> results."""
-    ours = Model(f32, n_threads=args.threads, type_k="f32", type_v="f32")
+    ours = Model(f32)
     theirs = load_torch(path)
     text = tasks.read_text(args.text)
     haystack = tasks.Haystack(text, lambda part: len(ours.tokens(part)))
@@ -175,7 +175,7 @@ def quality(path: Path, f32: Path, args) -> dict:
                     name or "transformers, full", ratio,
                     [ask_torch(theirs, cache, *pair, len(tokens)) for pair in asked],
                 )  # fmt: skip
-        for result in ask_ours(ours, document, tokens, args.ratios):
+        for result in ask_ours(ours, document, tokens, args.ratios, args.threads):
             add(*result)
         print(f"document {document.number + 1} of {args.documents}", file=sys.stderr)
     ours.close()

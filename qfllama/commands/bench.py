@@ -9,30 +9,9 @@ from pathlib import Path
 
 import click
 
-from qfllama.commands.chat import MAX_CTX, dies_of_ctrl_c
-from qfllama.config import POLICIES, QFilterConfig
-
-
-class Several(click.ParamType):
-    """Values with commas between; `none`: not any."""
-
-    name = "list"
-
-    def __init__(self, kind: type):
-        self.kind = kind
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, tuple):
-            return value
-        if value == "none":
-            return ()
-        try:
-            found = tuple(self.kind(word) for word in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is no list of whole numbers like 512,1024.", param, ctx)
-        if self.kind is int and min(found) < 1:
-            self.fail(f"{min(found)} in {value!r} is too small; use 1 or more.", param, ctx)
-        return found
+from qfllama.commands.console import dies_of_ctrl_c, note_offload
+from qfllama.commands.options import CommaList, model_argument, option
+from qfllama.config import MAX_LENGTH, QFilterConfig
 
 
 @contextlib.contextmanager
@@ -45,12 +24,12 @@ def progress_bar(plan) -> Iterator:
         yield bar.update
 
 
-def check_outputs(model: Path, json_file: str | None, image: Path | None) -> None:
+def check_outputs(model: Path, json_file: Path | None, image: Path | None) -> None:
     """What shall be written can be; said before anything is measured."""
     from qfllama.figures import figure_class
     from qfllama.files import check_target
 
-    if json_file not in (None, "-"):
+    if json_file is not None and str(json_file) != "-":
         check_target(model, json_file, force=True, whole=True)
     if image is not None:
         figure_class(image)
@@ -58,47 +37,42 @@ def check_outputs(model: Path, json_file: str | None, image: Path | None) -> Non
 
 
 @click.command("bench")
-@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@model_argument
 @click.option("--quick", is_flag=True, help="Little of everything: stock f16 and 512 f16 to 2,048.")
 @click.option(
     "--positions",
-    type=Several(int),
+    type=CommaList(int, least=1, none=True),
     help="Where decoding is measured, or none.  [default: 512,1024,... to 32768]",
 )
 @click.option(
     "--prompts",
-    type=Several(int),
+    type=CommaList(int, least=1, none=True),
     help="Prompt lengths for the time to the first token, or none.  [default: 512,1024,2048]",
 )
 @click.option(
     "--max-length",
     "max_lengths",
-    type=Several(int),
+    type=CommaList(int, least=1, none=True),
     help="Bounds of our caches.  [default: 512,1024,2048,4096]",
 )
-@click.option("--types", type=Several(str), help="Types of our caches.  [default: f16,q8_0]")
+@click.option(
+    "--types", type=CommaList(none=True), help="Types of our caches.  [default: f16,q8_0]"
+)
 @click.option(
     "--stock-types",
-    type=Several(str),
+    type=CommaList(none=True),
     help="Types of llama.cpp's caches; f16 always takes part.  [default: f16,q8_0,q4_0]",
 )
-@click.option(
-    "--policy",
-    type=click.Choice(POLICIES),
-    default=QFilterConfig.policy,
-    show_default=True,
-    help="What decides which cells are kept.",
-)
-@click.option(
-    "--n-ctx",
-    type=click.IntRange(1, MAX_CTX),
+@option("policy", default=QFilterConfig.policy)
+@option(
+    "n-ctx",
+    type=click.IntRange(1, MAX_LENGTH),
+    default=None,
     help="Positions of each cache.  [default: the last one measured, as far as the model was "
     "trained]",
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
-@click.option(
-    "--n-gpu-layers", type=click.IntRange(-1), default=0, help="Layers on the GPU, -1: all."
-)
+@option("threads")
+@option("n-gpu-layers")
 @click.option(
     "--decode",
     type=click.IntRange(1),
@@ -107,14 +81,8 @@ def check_outputs(model: Path, json_file: str | None, image: Path | None) -> Non
     help="Tokens decoded before each position.",
 )
 @click.option("--repeat", type=click.IntRange(1), help="Times a prompt is read.  [default: 3]")
-@click.option("--json", "json_file", metavar="FILE", help="Write all figures; -: to stdout.")
-@click.option(
-    "--plot",
-    "image",
-    type=click.Path(path_type=Path),
-    metavar="FILE.png",
-    help="Draw them (.png, .svg or .pdf).",
-)
+@option("json", help="Write all figures to this file; -: to stdout.")
+@option("plot")
 def command(model, json_file, image, **options):
     """Measure MODEL with llama.cpp's full caches and with ours, side by side.
 
@@ -123,25 +91,29 @@ def command(model, json_file, image, **options):
     x is the quotient to llama.cpp's f16 cache. Figures are medians.
     """
     with dies_of_ctrl_c():
-        from qfllama import bench, bench_report, figures, files
-        from qfllama.commands.compress import no_log
+        from qfllama import engine_log
+        from qfllama.bench.measure import Engines
+        from qfllama.bench.plan import make_plan
+        from qfllama.bench.report import draw, tables
+        from qfllama.figures import figure_class, save_figure
+        from qfllama.files import plain, write_json
         from qfllama.shape import model_shape
 
         n_ctx_train = model_shape(model).n_ctx_train
-        plan, notes = bench.make_plan(n_ctx_train, **options)
+        plan, notes = make_plan(n_ctx_train, **options)
         check_outputs(model, json_file, image)
     for line in notes:
         click.echo(line, err=True)
-    with progress_bar(plan) as progress, contextlib.closing(bench.Engines(plan, model)) as engines:
-        with dies_of_ctrl_c(), no_log():  # it warns of every context beyond the training
+    with progress_bar(plan) as progress, contextlib.closing(Engines(plan, model)) as engines:
+        with dies_of_ctrl_c(), engine_log.errors():  # warnings of contexts beyond the training
             engines.open(progress)
-        result = files.plain(engines.measure(progress))
-    if json_file == "-":
+        note_offload(engines.model.offload)
+        result = plain(engines.measure(progress))
+    if str(json_file) == "-":
         click.echo(json.dumps(result, indent=1))
     else:
-        click.echo(bench_report.tables(result))
+        click.echo(tables(result))
         if json_file:
-            files.write_json(json_file, result)
+            write_json(json_file, result)
     if image is not None:
-        Figure = figures.figure_class(image)
-        figures.save_figure(bench_report.draw(Figure, result), image, dpi=150)
+        save_figure(draw(figure_class(image), result), image, dpi=150)

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import re
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
 
-from qfllama.config import POLICIES, QFilterConfig, QFilterError
+from qfllama.commands.console import (
+    MIB,
+    dies_of_ctrl_c,
+    erase_progress,
+    interrupts,
+    note,
+    show_progress,
+)
+from qfllama.commands.opening import open_model, read_document
+from qfllama.commands.options import IN_FILE, Finite, model_argument, option
+from qfllama.config import QFilterConfig, QFilterError
 from qfllama.terminal import escaped
 
 if TYPE_CHECKING:
-    from qfllama import Llama
-    from qfllama.conversation import Conversation, Turn
+    from qfllama import Conversation, Llama
+    from qfllama.conversation import Turn
     from qfllama.state import Prompt
-
-MIB = 2**20
-MAX_CTX = 2**30  # positions are 32-bit numbers
 
 HELP = """\
 /stats  what the cache holds
@@ -38,77 +42,19 @@ ENDED = {  # Turn.ended -> a note behind the answer
 }
 
 
-@contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
-    """While an answer runs: was Ctrl-C pressed? A second Ctrl-C ends the program."""
-    presses = []
-
-    def handle(signum, frame):
-        if presses:
-            raise KeyboardInterrupt
-        presses.append(signum)
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: bool(presses)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-@contextmanager
-def dies_of_ctrl_c() -> Iterator[None]:
-    """While a model is loaded, Ctrl-C ends the process at once, as if Python weren't there.
-
-    A KeyboardInterrupt that comes while llama.cpp calls back to log something would be lost. A
-    shell reports 130, as elsewhere.
-    """
-    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def note(text: str) -> None:
-    """A line that is not part of an answer."""
-    click.secho(text, err=True, dim=True)
-
-
-def show_progress(done: int, total: int) -> None:
-    """How much of a long prompt has been read, on a terminal; `erase_progress` takes it away."""
-    if sys.stderr.isatty():
-        click.secho(f"\rreading {done:,}/{total:,} tokens", err=True, dim=True, nl=False)
-
-
-def erase_progress() -> None:
-    if sys.stderr.isatty():
-        click.echo("\r\x1b[K", err=True, nl=False)
-
-
 def cache_stats(llm: Llama) -> dict[str, int]:
     """`Llama.qfilter_stats`; for the full cache what it would say, from the model's shape."""
     if llm.qfilter_config is not None:
         return llm.qfilter_stats()
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
+    from qfllama.llama import cache_figures
+    from qfllama.offload import Cache, kv_bytes
     from qfllama.shape import model_shape
 
-    shape = model_shape(llm.model_path)
-    heads = shape.n_head_kv
-    n_heads = sum(heads) if isinstance(heads, list) else heads * shape.n_layer
-    n_cells = -(-llm.n_ctx() // 256) * 256
-    kv_bytes = 0
-    for kind in (llm.context_params.type_k, llm.context_params.type_v):
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        kv_bytes += n_cells * n_heads * shape.head_dim // block * size
-    return {
-        "evictions": 0,
-        "cells_used": llm.n_tokens,
-        "cells_allocated": n_cells,
-        "kv_bytes": kv_bytes,
-        "kv_bytes_full": kv_bytes,
-        "positions": llm.n_tokens,
-    }
+    params = llm.context_params
+    cache = Cache(llm.n_ctx(), params.type_k, params.type_v)
+    n_bytes = sum(kv_bytes(model_shape(llm.model_path), [cache]))
+    figures = cache_figures(llm._ctx.stats())
+    return figures | {"kv_bytes": n_bytes, "kv_bytes_full": n_bytes, "positions": llm.n_tokens}
 
 
 def status(stats: dict, turn: Turn) -> str:
@@ -215,16 +161,6 @@ def chat(start: Callable[[], Conversation], options: dict) -> int:
     return int(failed > 0 and answered == 0 and not interactive)
 
 
-def read_document(path: Path | None) -> str | None:
-    """The text of --file."""
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise QFilterError(f"{path}: not a UTF-8 text: convert it to plain text first") from error
-
-
 def bound(cache: dict, full: bool, saved: Prompt | None) -> QFilterConfig | None:
     """The config from the options in `cache` (names of QFilterConfig); None for the full cache."""
     cache = {name: value for name, value in cache.items() if value is not None}
@@ -244,95 +180,30 @@ def bound(cache: dict, full: bool, saved: Prompt | None) -> QFilterConfig | None
     return config_for(saved, **cache)
 
 
-def open_model(model: Path, config: QFilterConfig | None, **kwargs) -> Llama:
-    """The model, in the stock cache if `config` is None; options that are None are left out.
-
-    Raises:
-        QFilterError: whatever is wrong with the file, the options or the memory of this machine.
-    """
-    import jinja2
-
-    from qfllama import Llama
-    from qfllama.shape import model_shape
-
-    kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    model_shape(model)  # has a clear word about a file that is no model
-    try:
-        return Llama(str(model), qfilters=config, flash_attn=True, **kwargs)
-    except QFilterError:
-        raise
-    except MemoryError as error:
-        raise QFilterError(
-            f"not enough memory for {kwargs.get('n_ctx', 0):,} positions: use a smaller --n-ctx"
-        ) from error
-    except (ValueError, jinja2.TemplateError) as error:
-        raise QFilterError(
-            f"{model}: llama.cpp can't use this file ({error}); --verbose shows its log"
-        ) from error
-
-
-class Finite(click.FloatRange):
-    """A number in a range; `nan` and `inf` are none."""
-
-    def convert(self, value, param, ctx):
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
-
-
 @click.command()
-@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--max-length", type=int, help="Cells of the cache.  [default: 4096]")
-@click.option(
-    "--window-length",
-    type=int,
-    help="Newest positions that are always kept.  [default: max-length / 4]",
-)
-@click.option("--sinks", type=int, help="First positions that are always kept.  [default: 4]")
-@click.option(
-    "--interval",
-    type=int,
-    help="Cells that an eviction frees.  [default: max-length / 4, 64 to 512]",
-)
-@click.option(
-    "--policy",
-    type=click.Choice(POLICIES),
-    help=f"What decides which cells are kept.  [default: {QFilterConfig.policy}]",
-)
+@model_argument
+@option("max-length")
+@option("window-length")
+@option("sinks")
+@option("interval")
+@option("policy")
 @click.option("--full", is_flag=True, help="The stock cache of n_ctx cells, for comparison.")
+@option("n-ctx")
+@option("n-gpu-layers")
+@option("threads")
+@option("type-k")
+@option("type-v")
+@option("system")
+@click.option("--file", "document", type=IN_FILE, help="A text that goes before the first message.")
 @click.option(
-    "--n-ctx",
-    type=click.IntRange(0, MAX_CTX),
-    default=0,
-    help="Positions of a conversation.  [default: those the model was trained on]",
-)
-@click.option(
-    "--n-gpu-layers", type=click.IntRange(-1), help="Layers on the GPU, -1: all.  [default: 0]"
-)
-@click.option("--threads", "n_threads", type=click.IntRange(1), help="CPU threads.")
-@click.option("--type-k", help="Type of the cached K: f16, q8_0, ...  [default: f16]")
-@click.option("--type-v", help="Type of the cached V.  [default: f16]")
-@click.option("--system", help="System prompt.")
-@click.option(
-    "--file",
-    "document",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A text that goes before the first message.",
-)
-@click.option(
-    "--state",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Go on from a document that `qfllama compress` has read.",
+    "--state", type=IN_FILE, help="Go on from a document that `qfllama compress` has read."
 )
 @click.option("--prompt", help="Answer this and exit.")
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True)
 @click.option("--temperature", type=Finite(0), default=0.2, show_default=True, help="0: greedy.")
 @click.option("--top-p", type=Finite(0, 1), default=0.95, show_default=True)
-@click.option(  # llama.cpp takes 2**32 - 1 for "another one each time"
-    "--seed", type=click.IntRange(0, 2**32 - 2), help="For the same answers again."
-)
-@click.option("--verbose", is_flag=True, help="Show the engine's log.")
+@option("seed", help="Of the choice of tokens: the same seed gives the same answers.")
+@option("verbose")
 def command(
     model, max_length, window_length, sinks, interval, policy, full, n_ctx, n_gpu_layers,
     n_threads, type_k, type_v, system, document, state, prompt, max_tokens, temperature, top_p,
@@ -366,7 +237,8 @@ def command(
             full, saved,
         )  # fmt: skip
         llm = open_model(
-            model, config, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=n_threads,
+            model, config, may_be_whole=saved is not None and max_length is None,
+            n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=n_threads,
             n_threads_batch=n_threads, type_k=type_k, type_v=type_v, verbose=verbose,
         )  # fmt: skip
     if seed is not None:

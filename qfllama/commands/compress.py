@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from qfllama.commands.chat import (
-    MAX_CTX,
-    MIB,
-    dies_of_ctrl_c,
-    erase_progress,
-    open_model,
-    read_document,
-    show_progress,
-)
-from qfllama.config import POLICIES, QFilterConfig, QFilterError
+from qfllama.commands.console import MIB, dies_of_ctrl_c, erase_progress, show_progress
+from qfllama.commands.opening import open_model, read_document
+from qfllama.commands.options import IN_FILE, OUT_FILE, model_argument, option
+from qfllama.config import QFilterConfig, QFilterError
 
 if TYPE_CHECKING:
     from qfllama import Llama
@@ -28,30 +20,16 @@ if TYPE_CHECKING:
 
 def document_tokens(model: Path, system: str | None, document: str) -> list[int]:
     """What the model reads up to the end of the document, in its chat template."""
-    from qfllama.conversation import Conversation
+    from qfllama import Conversation, engine_log
 
     if not document.strip():
         raise QFilterError("the document is empty: give one with text in it")
-    with no_log():  # a context without a model behind it warns about its length
+    with engine_log.errors():  # a context without a model behind it warns about its length
         tokenizer = open_model(model, None, vocab_only=True, verbose=False)
     try:
         return Conversation(tokenizer, system, document).document_tokens()
     finally:
         tokenizer.close()
-
-
-@contextmanager
-def no_log() -> Iterator[None]:
-    """Nothing from llama.cpp's log, not even warnings."""
-    import llama_cpp
-    from llama_cpp._logger import llama_log_callback
-
-    silent = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silent, None)
-    try:
-        yield
-    finally:
-        llama_cpp.llama_log_set(llama_log_callback, None)
 
 
 def cache_config(
@@ -90,62 +68,36 @@ def read(llm: Llama, tokens: list[int]) -> float:
 
 
 @click.command("compress")
-@click.argument("model", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@model_argument
 @click.option(
-    "--file",
-    "document",
-    required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The text to compress, UTF-8.",
+    "--file", "document", required=True, type=IN_FILE, help="The text to compress, UTF-8."
 )
 @click.option(
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=OUT_FILE,
     metavar="OUT.qfstate",
     help="The file to write.",
 )
 @click.option("--ratio", type=click.FloatRange(1), help="Keep 1 of so many cells.  [default: 8]")
-@click.option(
-    "--max-length", type=click.IntRange(1), help="Keep so many cells, in place of --ratio."
-)
-@click.option(
-    "--window-length",
-    type=click.IntRange(0),
+@option("max-length", help="Keep so many cells, in place of --ratio.")
+@option(  # small: the document is read at full size and compressed once
+    "window-length",
     default=64,
     show_default=True,
     help="Last positions of the document that are always kept.",
 )
-@click.option(
-    "--sinks",
-    type=click.IntRange(0),
-    default=QFilterConfig.sinks,
-    show_default=True,
-    help="First positions that are always kept.",
-)
-@click.option(
-    "--policy",
-    type=click.Choice(POLICIES),
-    default=QFilterConfig.policy,
-    show_default=True,
-    help="What decides which cells are kept.",
-)
-@click.option("--system", help="System prompt.")
-@click.option(
-    "--n-ctx",
-    type=click.IntRange(0, MAX_CTX),
-    default=0,
-    help="Positions of a conversation.  [default: those the model was trained on]",
-)
-@click.option(
-    "--n-gpu-layers", type=click.IntRange(-1), help="Layers on the GPU, -1: all.  [default: 0]"
-)
-@click.option("--threads", "n_threads", type=click.IntRange(1), help="CPU threads.")
-@click.option("--type-k", help="Type of the cached K: f16, q8_0, ...  [default: f16]")
-@click.option("--type-v", help="Type of the cached V.  [default: f16]")
+@option("sinks", default=QFilterConfig.sinks)
+@option("policy", default=QFilterConfig.policy)
+@option("system")
+@option("n-ctx")
+@option("n-gpu-layers")
+@option("threads")
+@option("type-k")
+@option("type-v")
 @click.option("--force", is_flag=True, help="Replace OUT.qfstate if it exists.")
-@click.option("--verbose", is_flag=True, help="Show the engine's log.")
+@option("verbose")
 def command(
     model, document, output, ratio, max_length, window_length, sinks, policy, system, n_ctx,
     n_gpu_layers, n_threads, type_k, type_v, force, verbose,
@@ -178,7 +130,7 @@ def command(
             )
         config, wanted = cache_config(len(tokens), ratio, max_length, window_length, sinks, policy)
         llm = open_model(
-            model, config, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=n_threads,
+            model, config, may_be_whole=True, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=n_threads,
             n_threads_batch=n_threads, type_k=type_k, type_v=type_v, verbose=verbose,
         )  # fmt: skip
     seconds = read(llm, tokens)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from contextlib import contextmanager
 
 import click
 
 from ..config import QFilterError
 from ..fit import fit
 from ..terminal import escaped
+from .console import stopped_once
+from .options import option
 
 
 @click.command("convert")
@@ -36,12 +36,10 @@ from ..terminal import escaped
     help="What runs the model during calibration.  [default: llama for a GGUF, torch for a "
     "checkpoint]",
 )
-@click.option(
-    "--n-gpu-layers",
-    default=-1,
-    type=click.IntRange(-1, 2**31 - 1),
-    metavar="N",
-    help="Layers on the GPU with --backend llama.  [default: all]",
+@option(
+    "n-gpu-layers",
+    help="Layers on the GPU with --backend llama: a number, all, or auto for as many as fit.  "
+    "[default: auto]",
 )
 @click.option(
     "--max-seq-len",
@@ -97,11 +95,11 @@ from ..terminal import escaped
     is_flag=True,
     help="Fail if there is less text than --num-sequences x --max-seq-len.",
 )
-@click.option(
-    "--seed",
+@option(
+    "seed",
+    type=click.IntRange(0, 2**63 - 1),  # kept in the file as it is
     default=0,
     show_default=True,
-    type=click.IntRange(0, 2**63 - 1),
     help="Seed of the draw of queries.",
 )
 @click.option("--quantize", metavar="TYPE", help="Quantize the weights, e.g. to Q4_K_M or Q8_0.")
@@ -131,7 +129,7 @@ def command(src, output, filters, quantize, outtype, force, **calibration):
 
     if output.endswith(("/", os.sep)):  # a path object does without
         raise QFilterError(f"{output} is the name of a folder; give an output file")
-    with _stopped_once():
+    with stopped_once():
         summary = pipeline.convert(
             src,
             output,
@@ -144,33 +142,6 @@ def command(src, output, filters, quantize, outtype, force, **calibration):
             bars=bars,
         )
     _print(summary)
-
-
-@contextmanager
-def _stopped_once():
-    """Within the block the first signal to stop ends it, and those that follow are ignored until
-    the process has ended: whoever presses Ctrl-C twice is not to interrupt the cleaning up, too."""
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    ignored = (signal.SIG_IGN, None)  # nohup; somebody else's, not of Python
-    before = {number: at for number, at in before.items() if at not in ignored}
-
-    def stop(number, _):
-        for other in before:
-            signal.signal(other, signal.SIG_IGN)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(128 + number)
-
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) == stop:
-                signal.signal(number, handler)
 
 
 def _refuse_calibration(calibration):

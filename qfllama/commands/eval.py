@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qfllama.commands.chat import dies_of_ctrl_c
-from qfllama.config import CALIBRATED, MAX_SEED, POLICIES, QFilterConfig, QFilterError
+from qfllama.commands.console import dies_of_ctrl_c, note, note_offload
+from qfllama.commands.options import IN_FILE, OUT_FILE, CommaList, option
+from qfllama.config import CALIBRATED, POLICIES, QFilterConfig, QFilterError
 
 if TYPE_CHECKING:
-    from qfllama.evaluation.contexts import Model
+    from qfllama.engine import Model
     from qfllama.evaluation.run import Asking, Plan
     from qfllama.evaluation.tasks import Text
 
@@ -21,81 +22,38 @@ TASKS = (  # qfllama.evaluation.ruler.TASKS; --help needs no numpy
 )  # fmt: skip
 
 
-class Numbers(click.ParamType):
-    """Numbers with commas between them, each once."""
-
-    name = "number,..."
-
-    def __init__(self, kind: type, least: float):
-        self.kind, self.least = kind, least
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, list):
-            return value
-        try:
-            numbers = list(dict.fromkeys(self.kind(part) for part in value.split(",")))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers, say 2,4,8.", param, ctx)
-        for number in numbers:
-            if not self.least <= number < 1 << 30:
-                self.fail(f"{number} is not in the range x>={self.least}.", param, ctx)
-        return numbers
-
-
-class Policies(click.ParamType):
-    """Policies with commas between them, each once."""
-
-    name = "policy,..."
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, list):
-            return value
-        names = list(dict.fromkeys(value.split(",")))
-        for name in names:
-            if name not in (FULL, *POLICIES):
-                self.fail(f"{name!r} is none of {', '.join((FULL, *POLICIES))}.", param, ctx)
-        return names
-
-
 def options(command):
     """What all evaluations can be told."""
-    for option in reversed([
-        click.argument("path", metavar="MODEL",
-                       type=click.Path(exists=True, dir_okay=False, path_type=Path)),
-        click.option("--policy", "policies", type=Policies(),
-                     help=f"Any of {', '.join((FULL, *POLICIES))}.  [default: all that the file "
-                          "has filters for]"),
-        click.option("--ratio", "ratios", type=Numbers(float, 1),
+    for decorate in reversed([
+        click.argument("path", metavar="MODEL", type=IN_FILE),
+        option("policy", type=CommaList(choices=(FULL, *POLICIES)),
+               help=f"Any of {', '.join((FULL, *POLICIES))}.  [default: all that the file has "
+                    "filters for]"),
+        click.option("--ratio", type=CommaList(float, least=1),
                      help="Keep 1 of so many tokens.  [default: 2,4,8]"),
-        click.option("--max-length", "max_lengths", type=Numbers(int, 1),
-                     help="Keep so many tokens, in place of --ratio."),
-        click.option("--window-length", type=click.IntRange(0),
-                     help="Newest tokens that are always kept.  [default: 64 where the whole "
-                          "prompt is compressed once, else a quarter of the cache]"),
-        click.option("--sinks", type=click.IntRange(0), default=QFilterConfig.sinks,
-                     show_default=True, help="First tokens that are always kept."),
-        click.option("--interval", type=click.IntRange(1),
-                     help="Tokens that an eviction drops while streaming.  [default: a quarter "
-                          "of the cache, 64 to 512]"),
-        click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        option("max-length", type=CommaList(int, least=1),
+               help="Keep so many tokens, in place of --ratio."),
+        option("window-length",
+               help="Newest tokens that are always kept.  [default: 64 where the whole prompt is "
+                    "compressed once, else a quarter of the cache]"),
+        option("sinks", default=QFilterConfig.sinks),
+        option("interval",
+               help="Tokens that an eviction drops while streaming.  [default: a quarter of the "
+                    "cache, 64 to 512]"),
+        click.option("--text", type=IN_FILE,
                      help="A text file in UTF-8.  [default: docstrings of Python's library]"),
-        click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True,
-                     help="Of what is drawn by chance."),
-        click.option("--type-k", help="Type of the cached K: f16, q8_0, ...  [default: f16]"),
-        click.option("--type-v", help="Type of the cached V.  [default: f16]"),
-        click.option("--n-gpu-layers", type=click.IntRange(-1),
-                     help="Layers on the GPU, -1: all.  [default: 0]"),
-        click.option("--threads", "n_threads", type=click.IntRange(1), help="CPU threads."),
-        click.option("--results", "results_path", type=click.Path(dir_okay=False, path_type=Path),
-                     metavar="FILE.jsonl",
+        option("seed", default=0, show_default=True, help="Of what is drawn by chance."),
+        option("type-k"),
+        option("type-v"),
+        option("n-gpu-layers"),
+        option("threads"),
+        click.option("--results", type=OUT_FILE, metavar="FILE.jsonl",
                      help="Keep every result here as it comes; the same command goes on from it."),
-        click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path),
-                     metavar="OUT.json", help="Write the report, with machine and versions."),
-        click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path),
-                     metavar="OUT.png", help="Draw it (.png, .svg or .pdf)."),
-        click.option("--verbose", is_flag=True, help="Show the engine's log."),
+        option("json", help="Write the report, with machine and versions."),
+        option("plot"),
+        option("verbose"),
     ]):  # fmt: skip
-        command = option(command)
+        command = decorate(command)
     return command
 
 
@@ -113,17 +71,22 @@ class Session:
     """What all evaluations share: model, text, plan, results, report.
 
     Args:
-        setting: how the caches are used; more: settings of the task that results depend on.
+        setting: how the caches are used.
         key: what tells results apart.
+        length: tokens of the longest text.
+        more: settings of the task that results depend on.
     """
 
-    def __init__(self, task: str, setting: str, key: tuple[str, ...], chosen: dict, **more):
-
+    def __init__(
+        self, task: str, setting: str, key: tuple[str, ...], length: int, chosen: dict, **more
+    ):
         self._chosen, self._key = chosen, key
+        self._types = {name: chosen[name] or "f16" for name in ("type_k", "type_v")}
         self._check()
         self.text: Text = self._read_text()
-        self.model: Model = self._load()
+        self.model: Model = self._load(length)
         try:
+            self.model.evicting_layers()
             self.plan: Plan = self._make_plan(setting)
             self._settings = {"task": task, "setting": setting, **self._sample_settings(), **more}
         except BaseException:
@@ -136,20 +99,31 @@ class Session:
         from qfllama.evaluation import plots
 
         chosen = self._chosen
-        if chosen["ratios"] and chosen["max_lengths"]:
+        if chosen["ratio"] and chosen["max_length"]:
             raise click.UsageError("--ratio and --max-length exclude each other; give one of them")
-        if chosen["plot_path"]:
-            plots.check(chosen["plot_path"])
-        for name in ("json_path", "plot_path", "results_path"):
+        if chosen["image"]:
+            plots.check(chosen["image"])
+        for name in ("json_file", "image", "results"):
             check_folder(chosen[name])
-        for policy in set(chosen["policies"] or ()) & set(CALIBRATED):
+        for policy in set(chosen["policy"] or ()) & set(CALIBRATED):
             schema.check_policy(chosen["path"], schema.read(chosen["path"]), policy)
 
-    def _load(self) -> Model:
-        from qfllama.evaluation.contexts import Model
+    def _load(self, length: int) -> Model:
+        from qfllama.engine import Model, cache_type
+        from qfllama.offload import Cache
 
-        names = ("n_gpu_layers", "n_threads", "type_k", "type_v", "verbose")
-        return Model(self._chosen["path"], **{name: self._chosen[name] for name in names})
+        chosen = self._chosen
+        types = {name: cache_type(value) for name, value in self._types.items()}
+        model = Model(
+            chosen["path"],
+            n_gpu_layers=chosen["n_gpu_layers"],
+            caches=[Cache(length, **types)] * 2,  # what is shared is read in another one
+            verbose=chosen["verbose"],
+        )
+        note_offload(model.offload)
+        if length > (trained := model.shape.n_ctx_train):
+            note(f"note: the model was trained for {trained:,} positions")
+        return model
 
     def _read_text(self) -> Text:
         from qfllama.evaluation.tasks import read_text
@@ -160,26 +134,28 @@ class Session:
         from qfllama.evaluation.run import Plan, variants
 
         chosen = self._chosen
-        policies = chosen["policies"] or usable(self.model)
-        ratios = chosen["ratios"] or (None if chosen["max_lengths"] else [2.0, 4.0, 8.0])
+        policies = chosen["policy"] or usable(self.model)
+        ratios = chosen["ratio"] or (None if chosen["max_length"] else [2.0, 4.0, 8.0])
         names = ("sinks", "window_length", "interval", "seed")
         return Plan(
             setting,
-            tuple(variants(policies, ratios, chosen["max_lengths"])),
+            tuple(variants(policies, ratios, chosen["max_length"])),
             **{name: chosen[name] for name in names},
+            context={"n_threads": chosen["n_threads"], **self._types},
         )
 
     def _sample_settings(self) -> dict:
         """Whatever a result depends on and isn't in its key."""
         from qfllama.evaluation.tasks import VERSION
+        from qfllama.state import filters_identity, model_identity
 
         names = ("seed", "sinks", "window_length", "interval")
         return {
-            **self.model.identity(),
+            "model": model_identity(self.model.path),
+            "filters": filters_identity(self.model.filters),
             "text": self.text.sha256,
             "version": VERSION,
-            "type_k": self.model.type_k,
-            "type_v": self.model.type_v,
+            **self._types,
             **{name: self._chosen[name] for name in names},
         }
 
@@ -187,12 +163,7 @@ class Session:
         """Results so far, to be added to."""
         from qfllama.evaluation.results import Results
 
-        return Results(self._chosen["results_path"], self._settings, self._key)
-
-    def note_length(self, length: int) -> None:
-        """A word about texts that are longer than what the model was trained on."""
-        if length > (trained := self.model.shape.n_ctx_train):
-            click.echo(f"note: the model was trained for {trained:,} positions", err=True)
+        return Results(self._chosen["results"], self._settings, self._key)
 
     def report(self, module, records: dict, draw, **extra) -> None:
         """Print the table, write what was asked for.
@@ -204,15 +175,15 @@ class Session:
 
         rows, titles = module.rows(records), [variant.title for variant in records]
         click.echo(module.report(rows, titles))
-        about = provenance(self.model.n_threads)
+        about = provenance(self._chosen["n_threads"])
         about["model"] = Path(self.model.path).name
         about["text"] = self.text.name
-        if path := self._chosen["json_path"]:
+        if path := self._chosen["json_file"]:
             from qfllama.files import write_json
 
             value = {"about": about, "settings": self._settings, "rows": rows, **extra}
             write_json(path, value)
-        if path := self._chosen["plot_path"]:
+        if path := self._chosen["image"]:
             title = (
                 f"{about['model']}, {self._settings['setting']}, {about['text']}, {about['date']}"
             )
@@ -264,7 +235,7 @@ def command():
 @command.command("needle", short_help="Needles in a haystack, at all depths.")
 @options
 @setting
-@click.option("--lengths", type=Numbers(int, 128), default="1024,2048", show_default=True,
+@click.option("--lengths", type=CommaList(int, least=128), default="1024,2048", show_default=True,
               help="Tokens of the documents.")  # fmt: skip
 @click.option("--documents", "count", type=click.IntRange(1), default=4, show_default=True,
               help="Documents of every length.")  # fmt: skip
@@ -280,10 +251,11 @@ def needle_command(setting, lengths, count, needles, **chosen):
         from qfllama.evaluation import needle, plots, run
         from qfllama.evaluation.tasks import Haystack
 
-    with Session("needle", setting, run.KEY, chosen, needles_per_document=needles) as session:
+    with Session(
+        "needle", setting, run.KEY, max(lengths), chosen, needles_per_document=needles
+    ) as session:
         haystack = Haystack(session.text, lambda text: len(session.model.tokens(text)))
         documents = needle.documents(haystack, lengths, count, needles, session.plan.seed)
-        session.note_length(max(lengths))
         records = run_documents(session, documents, run.BY_LIKELIHOOD)
         session.report(needle, records, plots.needle)
 
@@ -299,35 +271,21 @@ def ppl_command(texts, length, **chosen):
     with dies_of_ctrl_c():
         from qfllama.evaluation import perplexity, plots
 
-    with Session("ppl", "stream", perplexity.KEY, chosen) as session:
+    with Session("ppl", "stream", perplexity.KEY, length, chosen) as session:
         pieces = perplexity.texts(session.model, session.text, texts, length)
-        session.note_length(length)
         with session.results() as results:
             perplexity.run(session.model, pieces, session.plan, results)
             records = perplexity.records(pieces, session.plan, results)
         session.report(perplexity, records, plots.perplexity)
 
 
-class Tasks(click.ParamType):
-    """RULER's tasks with commas between them, each once."""
-
-    name = "task,..."
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, list):
-            return value
-        names = list(dict.fromkeys(value.split(",")))
-        for name in names:
-            if name not in TASKS:
-                self.fail(f"{name!r} is none of {', '.join(TASKS)}.", param, ctx)
-        return names
-
-
 @command.command("ruler", short_help="Eight tasks after RULER.")
 @options
 @setting
-@click.option("--tasks", type=Tasks(), help=f"Any of {', '.join(TASKS)}.  [default: all]")
-@click.option("--lengths", type=Numbers(int, 256), default="1024", show_default=True,
+@click.option(
+    "--tasks", type=CommaList(choices=TASKS), help=f"Any of {', '.join(TASKS)}.  [default: all]"
+)
+@click.option("--lengths", type=CommaList(int, least=256), default="1024", show_default=True,
               help="Tokens of the documents.")  # fmt: skip
 @click.option("--documents", "count", type=click.IntRange(1), default=4, show_default=True,
               help="Documents of every task and length.")  # fmt: skip
@@ -341,7 +299,7 @@ def ruler_command(setting, tasks, lengths, count, **chosen):
         from qfllama.evaluation import plots, ruler, run
         from qfllama.evaluation.tasks import Haystack
 
-    with Session("ruler", setting, run.KEY, chosen) as session:
+    with Session("ruler", setting, run.KEY, max(lengths), chosen) as session:
 
         def tokens_of(text: str) -> int:
             return len(session.model.tokens(text))
@@ -351,6 +309,5 @@ def ruler_command(setting, tasks, lengths, count, **chosen):
         documents = ruler.documents(
             material, tasks or list(TASKS), lengths, count, session.plan.seed
         )
-        session.note_length(max(lengths))
         records = run_documents(session, documents, ruler.ASKING)
         session.report(ruler, records, plots.ruler)

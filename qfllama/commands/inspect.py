@@ -17,19 +17,14 @@ from ..fingerprint import fingerprint
 from ..fit import fit, other_figures, table
 from ..shape import model_shape
 from ..terminal import escaped
+from .options import option
 
 
 @click.command("inspect")
 @click.argument("model", type=click.Path())
 @click.option("--heads", is_flag=True, help="A line for every KV head, not one per layer.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: all but the weights.")
-@click.option(
-    "--plot",
-    "image",
-    type=click.Path(),
-    metavar="FILE.png",
-    help="Draw the fit of every layer and KV head (.png, .svg or .pdf).",
-)
+@option("plot", help="Draw the fit of every layer and KV head (.png, .svg or .pdf).")
 def command(model, heads, as_json, image):
     """Show the shape of the GGUF file MODEL, how well its filters fit and where they come from.
 

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qfllama.config import QFilterError
-from qfllama.evaluation.contexts import Context, Model
+from qfllama.engine import Context, Model
 from qfllama.evaluation.results import Results, bootstrap
 from qfllama.evaluation.run import Plan, Variant, forks
 from qfllama.evaluation.scoring import nll
@@ -51,8 +51,10 @@ class Losses:
 
     def read(self, context: Context, part: list[int]) -> None:
         """Read tokens; the last of a text has no next one to tell."""
+        end = context.n_past()
         for logits in context.outputs(part):
-            n, end = len(logits), context.n_past
+            n = len(logits)
+            end += n
             targets = self._tokens[end - n + 1 : end + 1]
             self.nll[end - n + 1 : end + 1] = nll(logits[: len(targets)], targets)
             self._bar.update(n)
@@ -97,8 +99,9 @@ def _run_text(model, i, tokens, plan, missing, results, bar) -> None:
     together = Losses(tokens, bar)
     for variant, context in forks(model, plan, tokens, missing, 0, together.read):
         own = Losses(tokens, bar)
-        own.nll[: context.n_past + 1] = together.nll[: context.n_past + 1]
-        own.read(context, tokens[context.n_past :])
+        n_past = context.n_past()
+        own.nll[: n_past + 1] = together.nll[: n_past + 1]
+        own.read(context, tokens[n_past:])
         results.add(
             {
                 **_key(i, len(tokens), variant),

@@ -12,10 +12,10 @@ import string
 from collections.abc import Callable
 
 from qfllama.config import QFilterError
-from qfllama.evaluation.contexts import Context, Model
+from qfllama.engine import Model
 from qfllama.evaluation.results import bootstrap
 from qfllama.evaluation.run import Asking, Variant, answer_likelihood, likelihood_tokens, split
-from qfllama.evaluation.scoring import generate
+from qfllama.evaluation.scoring import Mark, generate
 from qfllama.evaluation.tasks import (
     NAMES,
     Document,
@@ -305,16 +305,17 @@ TASKS = {
 # -- asking
 
 
-def string_match(context: Context, question: Question) -> dict:
+def string_match(mark: Mark, question: Question) -> dict:
     """The share of the answers that are found in what the model writes, case ignored. A model that
     would write the answer as it is given needn't write it."""
-    result = answer_likelihood(context, question)
+    result = answer_likelihood(mark, question)
     text = question.answer
     if not result["right"]:
-        context.back()
-        asked, _ = split(context.model, question)
-        n_tokens = writing(context.model, question)
-        text = generate(context, asked, n_tokens, lambda text: found(text, question) == 1)
+        mark.back()
+        model = mark.context.model
+        asked, _ = split(model, question)
+        n_tokens = writing(model, question)
+        text = generate(mark.context, asked, n_tokens, lambda text: found(text, question) == 1)
     return {**result, "score": round(found(text, question), 4), "wrote": text.strip()[:200]}
 
 

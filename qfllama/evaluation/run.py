@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from qfllama.config import QFilterConfig, QFilterError
-from qfllama.evaluation.contexts import BATCH, Context, Model
+from qfllama.config import EngineError, QFilterConfig, QFilterError
+from qfllama.engine import Context, Model
 from qfllama.evaluation.results import Results
-from qfllama.evaluation.scoring import score
+from qfllama.evaluation.scoring import Mark, score
 from qfllama.evaluation.tasks import Document, Question
 from qfllama.state import cells_wanted
 
+BATCH = 512
+"""Tokens of a batch where nothing is evicted meanwhile."""
 FULL = "full"
 """Beside the policies: nothing is dropped."""
 SETTINGS = ("prefill", "stream")
@@ -80,6 +82,7 @@ class Plan:
 
     setting: one of SETTINGS
     window_length, interval: None for their defaults; interval only matters in `stream`
+    context: type_k, type_v, n_threads, as in `engine.context_params`
     """
 
     setting: str
@@ -88,6 +91,11 @@ class Plan:
     window_length: int | None = None
     interval: int | None = None
     seed: int = 0
+    context: dict = field(default_factory=dict)
+
+    def open(self, model: Model, config: QFilterConfig, n_ctx: int) -> Context:
+        """An empty cache of n_ctx positions."""
+        return model.open(config, n_ctx=n_ctx, **self.context)
 
     def whole(self, n_tokens: int) -> QFilterConfig:
         """A cache that holds n_tokens, read in large batches."""
@@ -153,21 +161,23 @@ def forks(
     for variant in todo:
         stops.setdefault(plan.shared(variant, len(tokens)), []).append(variant)
     n_ctx = len(tokens) + extra
-    with model.open(plan.whole(max(stops)), n_ctx) as reader:
+    with plan.open(model, plan.whole(max(stops)), n_ctx) as reader:
         for stop, here in sorted(stops.items()):
-            read(reader, tokens[reader.n_past : stop])
+            read(reader, tokens[reader.n_past() : stop])
             state = reader.state()
             for variant in here:
-                with model.open(plan.config(variant, len(tokens), extra), n_ctx) as context:
-                    context.restore(state, stop)
+                config = plan.config(variant, len(tokens), extra)
+                with plan.open(model, config, n_ctx) as context:
+                    if not context.restore(state):
+                        raise EngineError("a saved sequence was refused")
                     yield variant, context
 
 
 # -- questions
 
-Ask = Callable[[Context, Question], dict]
-"""Asks a question and says how the answer was, in values for the result; leaves the context where
-it ended."""
+Ask = Callable[[Mark, Question], dict]
+"""Asks a question after a mark and says how the answer was, in values for the result; leaves the
+context where it ended."""
 
 
 @dataclass(frozen=True)
@@ -190,9 +200,9 @@ def split(model: Model, question: Question) -> tuple[list[int], list[int]]:
     return asked, answer
 
 
-def answer_likelihood(context: Context, question: Question) -> dict:
+def answer_likelihood(mark: Mark, question: Question) -> dict:
     """The answer is read, not written: fast, and it tells more than right or wrong."""
-    result = score(context, *split(context.model, question))
+    result = score(mark.context, *split(mark.context.model, question))
     return {
         "nll": round(result.nll, 5),
         "n_tokens": result.n_tokens,
@@ -275,15 +285,14 @@ def _run_document(model, document, plan, missing, results, asking, bar) -> None:
             bar.update(min(BATCH, len(part) - i))
 
     for variant, context in forks(model, plan, tokens, list(missing), extra, read):
-        read(context, tokens[context.n_past :])
+        read(context, tokens[context.n_past() :])
         if plan.setting == "prefill":
             context.compress(variant.cells(len(tokens)))
-        cells = context.used()
-        context.mark(extra)
+        cells, mark = context.used(), Mark(context, extra)
         for i in missing[variant]:
             question = document.questions[i]
-            answer = asking.ask(context, question)
-            context.back()
+            answer = asking.ask(mark, question)
+            mark.back()
             bar.update(ASKING)
             results.add({**_key(document, i, variant), "cells": cells, **question.labels, **answer})
 

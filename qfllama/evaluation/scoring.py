@@ -6,10 +6,35 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qfllama.evaluation.contexts import Context
+from qfllama.config import EngineError
+from qfllama.engine import Context
 
 ROWS = 64
 """Rows of logits handled at once: a vocabulary of 150,000 makes temporary arrays of 40 MB."""
+
+
+class Mark:
+    """A place in what a context has read, to come `back` to from at most n_tokens later."""
+
+    def __init__(self, context: Context, n_tokens: int):
+        self.context = context
+        self._n_past = context.n_past()
+        evicts = context.used() + n_tokens > context.config.max_length
+        self._state = context.state() if evicts or context.model.forgets else None
+
+    def back(self) -> None:
+        """Forget what was read since.
+
+        Raises:
+            EngineError: llama.cpp refused.
+        """
+        context = self.context
+        if self._state is not None:
+            done = context.restore(self._state)
+        else:
+            done = context.kv_cache_seq_rm(0, self._n_past, -1)
+        if not done:
+            raise EngineError(f"the cache can't be cut back to position {self._n_past:,}")
 
 
 @dataclass(frozen=True)

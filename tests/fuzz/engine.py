@@ -13,7 +13,7 @@ from llama_cpp._logger import set_verbose
 from fuzz.cache import N_REP, Row, Settings, moments
 from qfllama import native
 from qfllama.config import POLICIES
-from qfllama.llama import cache_type
+from qfllama.context import cache_type
 
 set_verbose(False)
 

@@ -18,7 +18,7 @@ from fuzz.cache import Cache, Mismatch, Sequence, Settings, need
 from fuzz.engine import HEAD_DIMS, N_HEAD_KV, N_LAYER, Engine, filters, init
 from qfllama import native
 from qfllama.config import CALIBRATED, POLICIES
-from qfllama.llama import CACHE_TYPES
+from qfllama.context import CACHE_TYPES
 
 N_SLOTS = 4
 ABORTED, FAILED = 2, -3  # of llama_decode

@@ -1,9 +1,10 @@
-"""The result of `qfllama bench` (see `Engines.result`) as tables and as a figure."""
+"""The result of `qfllama bench` (see `measure.Engines.result`) as tables and as a figure."""
 
 from __future__ import annotations
 
-from .bench import BASELINE, MIB
-from .tables import aligned
+from qfllama.bench.memory import MIB
+from qfllama.bench.plan import BASELINE
+from qfllama.tables import aligned
 
 UNKNOWN = "-"
 

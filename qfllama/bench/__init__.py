@@ -1,0 +1,1 @@
+"""`qfllama bench`: what is measured (plan), how (measure, memory), and how it is shown (report)."""

@@ -1,0 +1,33 @@
+"""Memory of this process and of this machine, as far as the system tells."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import suppress
+from pathlib import Path
+
+MIB = 1 << 20
+
+
+def resident_bytes(field: str = "RssAnon") -> int | None:
+    """Memory of this process that is no file's; `VmRSS`: with the mapped weights. None where the
+    system doesn't tell (only Linux does)."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split(f"{field}:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return None
+
+
+def available_bytes() -> int | None:
+    """Memory that is free or can be made so; None where the system doesn't tell."""
+    try:
+        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return None
+
+
+def give_back_freed() -> None:
+    """Freed memory back to the system: what is allocated next counts as growth again. glibc only."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

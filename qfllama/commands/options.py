@@ -1,0 +1,159 @@
+"""One definition of every option that several commands have, and the types of their values."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import click
+
+from qfllama.config import MAX_LENGTH, POLICIES, QFilterConfig
+from qfllama.machine import n_threads
+
+IN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+OUT_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+class CommaList(click.ParamType):
+    """Values with commas between them, each once, as a tuple.
+
+    Args:
+        kind: int, float or str.
+        least: the smallest number that is allowed.
+        choices: the words that are allowed.
+        none: is the word `none` an empty list?
+    """
+
+    def __init__(self, kind: type = str, *, least=None, choices=None, none: bool = False):
+        self.kind, self.least, self.choices, self.none = kind, least, choices, none
+        self.name = "text,..." if kind is str else "number,..."
+
+    def convert(self, value, param, ctx) -> tuple:
+        if isinstance(value, tuple):
+            return value
+        if self.none and value == "none":
+            return ()
+        try:
+            found = tuple(dict.fromkeys(self.kind(word) for word in value.split(",")))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers, say 2,4,8.", param, ctx)
+        for item in found:
+            if self.choices is not None and item not in self.choices:
+                self.fail(f"{item!r} is none of {', '.join(self.choices)}.", param, ctx)
+            if self.least is not None and not self.least <= item <= MAX_LENGTH:
+                self.fail(f"{item} is not in the range x>={self.least}.", param, ctx)
+        return found
+
+
+class GpuLayers(click.ParamType):
+    """auto, all or a number of layers; all and -1 are -1."""
+
+    name = "auto|all|number"
+
+    def convert(self, value, param, ctx) -> str | int:
+        if value in ("auto", "all"):
+            return value if value == "auto" else -1
+        try:
+            number = int(value)
+        except ValueError:
+            number = -2
+        if not -1 <= number < 1 << 31:
+            self.fail(f"{value!r} is none of auto, all and a number of layers.", param, ctx)
+        return number
+
+
+class Finite(click.FloatRange):
+    """A number in a range; `nan` and `inf` are none."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+SHARED = {
+    # a default of None: the command has to know whether the option was given
+    "policy": (
+        ("--policy",),
+        {
+            "type": click.Choice(POLICIES),
+            "help": f"What decides which cells are kept.  [default: {QFilterConfig.policy}]",
+        },
+    ),
+    "max-length": (
+        ("--max-length",),
+        {"type": click.IntRange(1), "help": "Cells of the cache.  [default: 4096]"},
+    ),
+    "window-length": (
+        ("--window-length",),
+        {
+            "type": click.IntRange(0),
+            "help": "Newest positions that are always kept.  [default: max-length / 4]",
+        },
+    ),
+    "sinks": (
+        ("--sinks",),
+        {
+            "type": click.IntRange(0),
+            "help": f"First positions that are always kept.  [default: {QFilterConfig.sinks}]",
+        },
+    ),
+    "interval": (
+        ("--interval",),
+        {
+            "type": click.IntRange(1),
+            "help": "Cells that an eviction frees.  [default: max-length / 4, 64 to 512]",
+        },
+    ),
+    "n-ctx": (
+        ("--n-ctx",),
+        {
+            "type": click.IntRange(0, MAX_LENGTH),
+            "default": 0,
+            "help": "Positions of a conversation.  [default: those the model was trained for]",
+        },
+    ),
+    "n-gpu-layers": (
+        ("--n-gpu-layers",),
+        {
+            "type": GpuLayers(),
+            "default": "auto",
+            "help": "Layers on the GPU: a number, all, or auto for as many as fit.  "
+            "[default: auto]",
+        },
+    ),
+    "threads": (
+        ("--threads", "n_threads"),
+        {
+            "type": click.IntRange(1),
+            "default": n_threads,
+            "help": "CPU threads.  [default: one for each CPU of this process]",
+        },
+    ),
+    "type-k": (("--type-k",), {"help": "Type of the cached K: f16, q8_0, ...  [default: f16]"}),
+    "type-v": (("--type-v",), {"help": "Type of the cached V.  [default: f16]"}),
+    "seed": (("--seed",), {"type": click.IntRange(0, 2**32 - 2)}),
+    "system": (("--system",), {"help": "System prompt."}),
+    "json": (
+        ("--json", "json_file"),
+        {"type": OUT_FILE, "metavar": "FILE.json", "help": "Write all figures to this file."},
+    ),
+    "plot": (
+        ("--plot", "image"),
+        {"type": OUT_FILE, "metavar": "FILE.png", "help": "Draw them (.png, .svg or .pdf)."},
+    ),
+    "verbose": (("--verbose",), {"is_flag": True, "help": "Show the engine's log."}),
+}
+
+
+def option(name: str, **changes):
+    """The option `--name` of a command; `changes`: what is another in this command, for a reason
+    that its help tells."""
+    names, attributes = SHARED[name]
+    return click.option(*names, **(attributes | changes))
+
+
+def model_argument(command):
+    """MODEL, a GGUF file."""
+    return click.argument("model", type=IN_FILE)(command)

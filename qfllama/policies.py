@@ -1,0 +1,41 @@
+"""The policies: how a cached key is scored, and what of a file's filters each of them needs.
+
+The table is the engine's, written out here so that `--help` needs no engine; `native` compares the
+two when the engine is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Policy(NamedTuple):
+    """One way to score cached keys.
+
+    Attributes:
+        name: as in `QFilterConfig.policy` and `--policy`.
+        number: its place in `enum llama_qfilter_policy`.
+        needs: kinds of vectors it can work with ("filters", "queries", "moments"), the best
+            first; it takes the first kind that the file has. Empty: it needs none.
+    """
+
+    name: str
+    number: int
+    needs: tuple[str, ...] = ()
+
+
+TABLE = (
+    Policy("qfilters", 0, ("filters",)),
+    Policy("knorm", 1),
+    Policy("streaming", 2),
+    Policy("keydiff", 3),
+    Policy("random", 4),
+    Policy("qfilters2", 5, ("moments",)),
+    Policy("qblend", 6, ("queries", "filters")),
+    Policy("kvdiff", 7),
+    Policy("qahead", 8, ("queries",)),
+)
+NAMES = tuple(policy.name for policy in TABLE)
+CALIBRATED = tuple(policy.name for policy in TABLE if policy.needs)
+"""Policies that need what `qfllama convert` puts into the file."""
+BY_NAME = {policy.name: policy for policy in TABLE}
