@@ -102,8 +102,8 @@ quality: $(INSTALLED) $(FILTERED)  ## needles, tasks and perplexity of every pol
 		--json docs/sweep.json --plot docs/sweep.png
 
 figures: bench quality  ## every figure in README and docs; TEXT=FILE is also the third text of the last one
-	$(BIN)/python benchmarks/filter_sensitivity.py $(MODEL) $(if $(TEXT),--text "$(notdir $(TEXT))=$(TEXT)") \
-		--json docs/filter_sensitivity.json --plot docs/filter_sensitivity.png
+	$(BIN)/python research/filter_sensitivity.py $(MODEL) $(if $(TEXT),--text "$(notdir $(TEXT))=$(TEXT)") \
+		--json research/filter_sensitivity.json --plot research/filter_sensitivity.png
 
 upgrade-check:  ## do the patches apply? SDIST=file.tar.gz for another version, WRITE=--write renews them
 	$(PYTHON) patches/backend.py $(SDIST) $(WRITE)
