@@ -108,6 +108,10 @@ class Bounded:
             result.append(out.reshape(n, -1))
         return result[0], result[1]
 
+    def compress(self, n_keep, seq=0) -> int:
+        """Compact a sequence to n_keep cells now; what llama_qfilter_compress returned."""
+        return native.compress(self.ctx, seq, n_keep)
+
     def stats(self) -> native.Stats:
         stats = native.Stats(struct_size=ctypes.sizeof(native.Stats))
         assert native.get_stats(self.ctx, ctypes.byref(stats))
