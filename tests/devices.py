@@ -91,7 +91,10 @@ def first_of(name: str) -> int:
     if not registered:
         missing(name, f"llama.cpp was built without it: `make test-{name.lower()}`")
     if not ggml.ggml_backend_reg_dev_count(registered):
-        missing(name, "there is no such device (Vulkan: GGML_VK_VISIBLE_DEVICES=0 takes a software driver)")
+        missing(
+            name,
+            "there is no such device (Vulkan: GGML_VK_VISIBLE_DEVICES=0 takes a software driver)",
+        )
     return device_of(registered)
 
 
