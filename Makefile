@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 PATCHES := $(wildcard patches/*.patch patches/*.py patches/*.t* patches/series patches/src/* patches/include/*)
 
 .PHONY: help demo test lint native bench quality figures docs upgrade-check clean \
-	fuzz sanitize test-rpc test-vulkan
+	test-slow test-all fuzz sanitize test-rpc test-vulkan test-cuda
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -19,8 +19,16 @@ help:  ## this list
 demo: $(INSTALLED) $(FILTERED)  ## install, convert the test model, show what it gains
 	$(BIN)/python benchmarks/demo.py $(FILTERED)
 
-test: $(INSTALLED) $(FILTERED)  ## the tests
-	$(BIN)/python -m pytest
+PYTEST = $(BIN)/python -m pytest
+
+test: $(INSTALLED) $(FILTERED)  ## the tests, but the slow ones
+	$(PYTEST) -m "not slow"
+
+test-slow: $(INSTALLED) $(FILTERED)  ## the slow ones
+	$(PYTEST) -m slow
+
+test-all: $(INSTALLED) $(FILTERED)  ## all tests
+	$(PYTEST)
 
 lint: $(INSTALLED)  ## ruff, and help texts in docs/ up to date
 	$(BIN)/ruff check .
@@ -49,12 +57,19 @@ sanitize: build/sanitize/.built  ## engine tests and fuzz in a build with ASan a
 	$(SANITIZED) $(BIN)/python -m fuzz --operations 3000 --seed $(SEED)
 	$(SANITIZED) $(BIN)/python -m pytest -p no:cacheprovider $(SANITIZE_TESTS)
 
-test-rpc: build/rpc/.built  ## a llama.cpp RPC server on this machine as a second device
-	PYTHONPATH="$(abspath build/rpc/lib)" $(BIN)/python -m pytest tests/test_rpc.py
+# the device tests in the build build/NAME; its own device is required, others are skipped
+DEVICE_TESTS = PYTHONPATH="$(abspath build/$(1)/lib)" QFLLAMA_TEST_BACKEND=$(2) $(BIN)/python -m pytest tests/test_devices.py
+
+test-rpc: build/rpc/.built  ## layers on an RPC server of llama.cpp on this machine
+	$(call DEVICE_TESTS,rpc,RPC)
 
 test-vulkan: export GGML_VK_VISIBLE_DEVICES ?= 0
-test-vulkan: build/vulkan/.built  ## layers on a Vulkan device, here a software driver (docs/testing.md)
-	PYTHONPATH="$(abspath build/vulkan/lib)" $(BIN)/python -m pytest tests/test_vulkan.py
+test-vulkan: build/vulkan/.built  ## layers on a Vulkan device, or a software driver (docs/testing.md)
+	$(call DEVICE_TESTS,vulkan,Vulkan)
+
+test-cuda: export NVIDIA_TF32_OVERRIDE = 0
+test-cuda: build/cuda/.built  ## layers on a CUDA device (docs/testing.md)
+	$(call DEVICE_TESTS,cuda,CUDA)
 
 # python itself is not instrumented: the runtimes come first, and what it leaks is its own
 SANITIZED = LD_PRELOAD="$$(for lib in asan ubsan stdc++; do gcc -print-file-name=lib$$lib.so; done | xargs)" \
@@ -69,6 +84,8 @@ build/sanitize/.built: export CMAKE_ARGS = -DGGML_OPENMP=OFF \
 	-DCMAKE_C_FLAGS_RELEASE='-O1 -g1' -DCMAKE_CXX_FLAGS_RELEASE='-O1 -g1'
 build/rpc/.built: export CMAKE_ARGS = -DGGML_RPC=ON
 build/vulkan/.built: export CMAKE_ARGS = -DGGML_VULKAN=ON
+# what the environment has comes after it: where the toolkit lies, and so on
+build/cuda/.built: export CMAKE_ARGS := -DGGML_CUDA=ON $(CMAKE_ARGS)
 
 build/%/.built: $(INSTALLED) $(PATCHES)
 	$(BIN)/pip install -q "scikit-build-core[pyproject]>=0.11" "patch-ng>=1.18" cmake ninja
@@ -102,8 +119,8 @@ quality: $(INSTALLED) $(FILTERED)  ## needles, tasks and perplexity of every pol
 		--json docs/sweep.json --plot docs/sweep.png
 
 figures: bench quality  ## every figure in README and docs; TEXT=FILE is also the third text of the last one
-	$(BIN)/python benchmarks/filter_sensitivity.py $(MODEL) $(if $(TEXT),--text "$(notdir $(TEXT))=$(TEXT)") \
-		--json docs/filter_sensitivity.json --plot docs/filter_sensitivity.png
+	$(BIN)/python research/filter_sensitivity.py $(MODEL) $(if $(TEXT),--text "$(notdir $(TEXT))=$(TEXT)") \
+		--json research/filter_sensitivity.json --plot research/filter_sensitivity.png
 
 upgrade-check:  ## do the patches apply? SDIST=file.tar.gz for another version, WRITE=--write renews them
 	$(PYTHON) patches/backend.py $(SDIST) $(WRITE)

@@ -54,11 +54,6 @@ class Row:
     eviction_percent: float | None
 
 
-def evicting_seconds(stats: dict[str, int]) -> float:
-    """Time of all evictions that `Llama.qfilter_stats` counts."""
-    return (stats["score_us"] + stats["select_us"] + stats["gather_us"]) / 1e6
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="small")

@@ -60,6 +60,10 @@ class Bounded(Context):
         self.fill([(seq, self.n_past(seq) if start is None else start, tokens)])
         return self.decode_batch()
 
+    def compress(self, n_keep, seq=0) -> int:
+        """Compact a sequence to n_keep cells now; what llama_qfilter_compress returned."""
+        return native.compress(self.ctx, seq, n_keep, self.config.window_length)
+
     def stats(self) -> native.Stats:
         stats = native.Stats(struct_size=ctypes.sizeof(native.Stats))
         assert native.get_stats(self.ctx, ctypes.byref(stats))

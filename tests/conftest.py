@@ -20,6 +20,15 @@ def smollm2() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def smollm2_filtered() -> Path:
+    """The same with filters, as `make demo` converts it."""
+    path = MODEL.with_name("smollm2-qfilters.gguf")
+    if not path.is_file():
+        pytest.fail(f"no model at {path}: run `make demo`", pytrace=False)
+    return path
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """torch on one thread: small models gain nothing from more, and lose much beside others."""

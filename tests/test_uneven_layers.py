@@ -15,7 +15,8 @@ from qfllama.convert.capture_llama import LlamaModel
 
 from qfllama import Llama, QFilterConfig, schema
 from qfllama.cli import main
-from qfllama.config import NEEDS, QFilterError
+from qfllama.config import QFilterError
+from qfllama.policies import CALIBRATED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,7 +134,7 @@ def test_the_engine_keeps_what_the_filters_of_each_layer_say(uneven):
     llm.close()
 
 
-@pytest.mark.parametrize("policy", NEEDS)
+@pytest.mark.parametrize("policy", CALIBRATED)
 def test_every_policy_runs_on_layers_that_differ(uneven, policy):
     tokens = text.sequences(uneven, [text.builtin()], 1, 256)[0]
     config = QFilterConfig(max_length=128, interval=32, policy=policy)

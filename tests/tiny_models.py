@@ -222,7 +222,8 @@ def write(family, folder, *, seed=0, **config):
         for name, weight in model.named_parameters():
             if weight.ndim == 1 or name.endswith("_bias"):
                 weight += 0.3 * torch.randn_like(weight)
-        model.get_input_embeddings().weight += 0.3 * torch.randn(96)
+        embeddings = model.get_input_embeddings().weight
+        embeddings += 0.3 * torch.randn(embeddings.shape[1])
     model.save_pretrained(folder)
     # llama.cpp looks this one up in every model that is called phi3
     write_tokenizer(folder, ["<|endoftext|>"] if model_type == "phi3" else [])

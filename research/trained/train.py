@@ -11,7 +11,7 @@ Of three sequences about one is text; one repeats itself, without which so small
 learn to copy; one is a document with needles as `qfllama eval needle` has them, with other numbers
 in other texts, so that the full cache finds many.
 
-    python benchmarks/trained/train.py plain build/trained/plain --text wikitext2.valid.txt
+    python research/trained/train.py plain build/trained/plain --text wikitext2.valid.txt
 
 The folder is a checkpoint for `qfllama convert`. compare.py trains, converts and measures all.
 """

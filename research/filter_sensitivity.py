@@ -4,8 +4,8 @@ The two sensitivity studies of Q-Filters (arXiv 2503.02812, section 5), on a mod
 filters from N samples against filters from other samples of the same text, and filters from
 three texts against each other, each with the rank correlation it reaches on held-out text.
 
-    python benchmarks/filter_sensitivity.py models/SmolLM2-135M-Instruct.Q4_1.gguf \\
-        --text wiki=wikitext2.valid.txt --plot docs/filter_sensitivity.png
+    python research/filter_sensitivity.py models/SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --text wiki=wikitext2.valid.txt --plot research/filter_sensitivity.png
 """
 
 from __future__ import annotations

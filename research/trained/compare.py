@@ -4,8 +4,8 @@ Trains each kind that is not in --folder yet, converts and calibrates it with `q
 runs `qfllama eval` with every policy. Everything is kept in --folder, where the same command goes on;
 what is there of another --train is used as well.
 
-    python benchmarks/trained/compare.py --train wikitext2.valid.txt --text wikitext2.test.txt
-        --json docs/trained.json
+    python research/trained/compare.py --train wikitext2.valid.txt --text wikitext2.test.txt
+        --json research/trained.json
 """
 
 from __future__ import annotations
