@@ -187,13 +187,9 @@ class Llama(llama_cpp.Llama):
         why = ctypes.create_string_buffer(512)
         if not native.supported(model.model, params, why, len(why)):
             raise QFilterError(f"qfilters can't be used: {why.value.decode()}")
-        shape, rope_type = (
-            model_shape(self.model_path),
-            llama_cpp.llama_model_rope_type(model.model),
-        )
-        kind, arrays = schema.for_policy(
-            self._filters, self.qfilter_config.policy, shape, rope_type
-        )
+        policy, shape = self.qfilter_config.policy, model_shape(self.model_path)
+        rope_type = llama_cpp.llama_model_rope_type(model.model)
+        kind, arrays = schema.for_policy(self._filters, policy, shape, rope_type)
         return BoundedContext(
             model=model,
             params=params,
