@@ -77,6 +77,8 @@ class LlamaModel:
             # the thread that computes is never interrupted: Ctrl-C reaches the one that waits; it
             # ends before what it works on is freed
             self._thread = stack.enter_context(ThreadPoolExecutor(1))
+            # it runs from now on: interrupted while it starts it would not be waited for
+            self._thread.submit(int).result()
             self._close = stack.pop_all()
 
     def _open(self, model, n_ctx):
@@ -103,12 +105,12 @@ class LlamaModel:
         llama_cpp.llama_memory_clear(self._context.memory, False)
         for start in range(0, len(tokens), N_BATCH):
             self._observe, self._start = observe, start
-            work = self._thread.submit(self._decode, tokens[start : start + N_BATCH], start)
             try:
-                work.result()
+                self._thread.submit(self._decode, tokens[start : start + N_BATCH], start).result()
             except BaseException:
                 self._stopped = True
-                native_model.finish(work)
+                # Ctrl-C may come before submit returns: what it began has ended when this has
+                native_model.finish(self._thread.submit(int))
                 raise
 
     def _decode(self, tokens, start):

@@ -117,6 +117,29 @@ def test_an_interrupt_stops_the_model(tiny, model, request):
     assert layers == [0, 1]
 
 
+def test_an_interrupt_while_the_work_is_handed_over_stops_the_model(tiny, model, monkeypatch):
+    """Nothing computes any more when the interrupt comes out: what it works on is freed next."""
+    submit, begun, ended = model._thread.submit, threading.Event(), []
+
+    def interrupted(work, *args):
+        monkeypatch.undo()
+        submit(work, *args)
+        assert begun.wait(10)
+        raise KeyboardInterrupt
+
+    def observe(call):
+        begun.set()
+        until = time.monotonic() + 1
+        while not model._stopped and time.monotonic() < until:
+            time.sleep(0.01)
+        ended.append(model._stopped)
+
+    monkeypatch.setattr(model._thread, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.read([1, 2, 3], observe)
+    assert ended == [True]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="measures its memory in /proc")
 def test_memory_does_not_grow_with_the_tokens(tiny, model):
     """Resident memory after many sequences is that after a few; what the process once had at its
