@@ -162,6 +162,18 @@ def test_parts_that_end_at_different_positions_are_refused(models, tokens):
         assert "damaged" in last_error()
 
 
+def test_a_position_twice_in_a_batch_is_refused(models, tokens, family):
+    """Upstream refuses only positions that go back; two rows of one have no order."""
+    with Bounded(models[family], config()) as llm:
+        decode(llm, tokens[:3])
+        before = llm.state()
+        llm.fill([(0, 3, tokens[3:4]), (0, 3, tokens[4:7])])
+        assert llm.decode_batch() < 0
+        assert "position 3" in last_error()
+        assert llm.state() == before
+        decode(llm, tokens[3:100])
+
+
 def test_a_bound_of_all_there_is_is_no_bound(models, tokens):
     """UINT32_MAX cells: what one writes for as many as positions."""
     stock = Bounded(models["llama"], config(max_length=1024))

@@ -23,7 +23,8 @@ extern "C" {
 // LLAMA_QFILTER_ABI_VERSION of the library
 LLAMA_API uint32_t llama_qfilter_abi_version(void);
 
-// why the last call on this thread failed, in one line; "" if none has. valid until the next call on this thread
+// why the last call of these functions, or of llama_decode() and llama_state_*_set_data() with a bounded cache, failed on
+// this thread, in one line; "" if it did not. valid until the next such call on this thread
 LLAMA_API const char * llama_qfilter_last_error(void);
 
 //
@@ -121,11 +122,11 @@ LLAMA_API struct llama_context * llama_qfilter_init_from_model(
 // returns 0: done, 1: nothing to do, < 0: error (the sequence is cleared if rows may already have moved)
 LLAMA_API int32_t llama_qfilter_compress(struct llama_context * ctx, llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window);
 
-// tokens that a sequence takes before the next eviction, 0: the next token evicts; < 0: no such sequence or no bounded cache
+// tokens that still fit into the cells of a sequence, 0: they are full; < 0: no such sequence or no bounded cache
 LLAMA_API int32_t llama_qfilter_room(const struct llama_context * ctx, llama_seq_id seq_id);
 
-// the smallest p0 for which llama_memory_seq_rm(mem, seq_id, p0, -1) succeeds, 0: any
-// < 0: no such sequence or no bounded cache
+// the smallest p0 for which llama_memory_seq_rm(mem, seq_id, p0, -1) leaves a sequence that can go on at p0, 0: any
+// < 0: no such sequence or no bounded cache. (to remove a whole sequence is always possible)
 LLAMA_API llama_pos llama_qfilter_rewind_limit(const struct llama_context * ctx, llama_seq_id seq_id);
 
 // the positions that layer il, KV head ih holds for a sequence, ascending, into out (at most capacity)
@@ -192,7 +193,7 @@ LLAMA_API bool llama_qfilter_get_stats(const struct llama_context * ctx, struct 
 struct llama_qfilter_seq_stats {
     size_t   struct_size;    // set by the caller
 
-    uint64_t n_evictions;    // since the sequence was last empty, copied or restored
+    uint64_t n_evictions;    // since the sequence was last empty, copied to or restored
     uint64_t n_dropped;
 
     uint32_t n_cells_used;

@@ -14,17 +14,26 @@ int32_t llama_memory_qfilter::make_room(const llama_batch & batch) {
         return LLAMA_QFILTER_REFUSED;
     }
 
-    std::vector<uint32_t> n_new(streams.size(), 0);
+    std::vector<uint32_t>  n_new(streams.size(), 0);
+    std::vector<llama_pos> last (streams.size(), -1);
 
     for (int32_t i = 0; i < batch.n_tokens; ++i) {
-        if (!has(batch.seq_id[i][0])) {
+        const llama_seq_id seq_id = batch.seq_id[i][0];
+
+        if (seq_id < 0 || (size_t) seq_id >= streams.size()) {
             continue; // upstream's to refuse
+        }
+        if (batch.pos[i] <= last[seq_id]) {
+            // upstream lets equal ones through, and rows would have no order
+            llama_qfilter_note_error(format("position %d comes twice in a batch", batch.pos[i]));
+            return LLAMA_QFILTER_REFUSED;
         }
         if (batch.pos[i] >= (llama_pos) n_ctx_seq) {
             llama_qfilter_note_error(format("position %d is beyond the context of %u", batch.pos[i], n_ctx_seq));
             return LLAMA_QFILTER_NO_ROOM; // eviction does not help
         }
-        n_new[batch.seq_id[i][0]]++;
+        last[seq_id] = batch.pos[i];
+        n_new[seq_id]++;
     }
 
     for (size_t is = 0; is < streams.size(); ++is) {
@@ -43,7 +52,7 @@ int32_t llama_memory_qfilter::make_room(const llama_batch & batch) {
         if (n_new[is] == 0 || n_used + n_new[is] <= n_cells) {
             continue;
         }
-        if ((uint64_t) n_keep + n_new[is] > n_cells) {
+        if ((uint64_t) n_keep + n_new[is] > n_cells || n_keep < n_keep_min(n_window)) {
             llama_qfilter_note_error(format("sequence %d: no room for %u tokens", (int) is, n_new[is]));
             return LLAMA_QFILTER_NO_ROOM;
         }
@@ -63,7 +72,6 @@ int32_t llama_memory_qfilter::decode_error() const {
 
 int32_t llama_memory_qfilter::compress(llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window) {
     if (!has(seq_id)) {
-        llama_qfilter_note_error(format("no sequence %d", seq_id));
         return -1;
     }
     if (n_keep < n_keep_min(n_window)) {
@@ -114,6 +122,8 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
             if (policy.score) {
                 const auto res = w->score(i0, seq_id, sel.order, scores);
                 if (res != LLAMA_QFILTER_DONE) {
+                    llama_qfilter_note_error(format("no scores from %s: %s", ggml_backend_name(w->backend),
+                                res == LLAMA_QFILTER_ABORTED ? "aborted" : res == LLAMA_QFILTER_NO_MEM ? "out of memory" : "the graph failed"));
                     return res;
                 }
             } else {
@@ -141,6 +151,9 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
         }
     }
 
+    auto cells = cells_after(seq_id, sel);
+    auto table = streams[seq_id].table.update(sel, n_head_all);
+
     for (auto & w : workers) {
         const auto res = w->move(seq_id, sel);
         if (res != LLAMA_QFILTER_DONE) {
@@ -150,7 +163,9 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
         }
     }
 
-    update_cells(seq_id, sel);
+    kv.v_cells[seq_id]    = std::move(cells);
+    kv.v_heads[seq_id]    = n_keep;
+    streams[seq_id].table = std::move(table);
 
     for (const auto & layer : layers) {
         stats.n_bytes_moved += n_keep*(layer.k[0]->nb[1] + layer.v[0]->nb[1]);
@@ -233,12 +248,9 @@ bool llama_memory_qfilter::select(const llama_qfilter_worker & w, size_t i0, lla
     });
 }
 
-// the cells look as if the newest candidates had been kept, from the first cell on
-void llama_memory_qfilter::update_cells(llama_seq_id seq_id, const llama_qfilter_selection & sel) {
-    auto & cells = kv.v_cells[seq_id];
-    auto & st    = streams[seq_id];
-
-    st.table = st.table.update(sel, n_head_all);
+// they look as if the newest candidates had been kept, from the first cell on
+llama_kv_cells llama_memory_qfilter::cells_after(llama_seq_id seq_id, const llama_qfilter_selection & sel) const {
+    llama_kv_cells cells = kv.v_cells[seq_id];
 
     std::vector<uint32_t> src;
     std::vector<uint32_t> dst;
@@ -255,7 +267,7 @@ void llama_memory_qfilter::update_cells(llama_seq_id seq_id, const llama_qfilter
     }
     cells.set(dst, cells_new);
 
-    kv.v_heads[seq_id] = sel.n_keep();
+    return cells;
 }
 
 //
@@ -271,7 +283,7 @@ llama_pos llama_memory_qfilter::rewind_limit(llama_seq_id seq_id) const {
         return -1;
     }
 
-    // recurrent parts go back to no earlier position
+    // recurrent parts go back to no earlier position, but for the few that n_rs_seq makes snapshots of
     llama_pos low  = recr ? recr->seq_pos_max(seq_id) : -1; // refused
     llama_pos high = kv.seq_pos_max(seq_id) + 1;            // allowed
 

@@ -81,6 +81,10 @@ std::unique_ptr<llama_memory_i> llama_memory_qfilter::create(
     llama_memory_params params_mem = params_mem_in;
     llama_cparams       cparams    = cparams_in;
 
+    if (n_cells == 0) {
+        throw std::runtime_error("n_cells is 0");
+    }
+
     const uint32_t n_ctx_seq = cparams_in.n_ctx_seq;
     const uint32_t n_alloc   = std::min<uint32_t>(GGML_PAD(std::min(n_cells, n_ctx_seq), LLAMA_QFILTER_PAD), n_ctx_seq);
 
@@ -260,7 +264,14 @@ void llama_memory_qfilter::init(llama_context * lctx) {
 //
 
 llama_memory_context_ptr llama_memory_qfilter::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
-    error = make_room(balloc.get_batch());
+    llama_qfilter_set_error("");
+
+    try {
+        error = make_room(balloc.get_batch());
+    } catch (const std::exception & err) {
+        llama_qfilter_note_error(err.what()); // before any row has moved
+        error = LLAMA_QFILTER_NO_MEM;
+    }
 
     return error == 0 ? mem->init_batch(balloc, n_ubatch, embd_all) : nullptr;
 }
@@ -287,7 +298,6 @@ bool llama_memory_qfilter::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
 
 void llama_memory_qfilter::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
     if (!has(seq_id_src) || !has(seq_id_dst)) {
-        llama_qfilter_note_error(format("no sequence %d or %d: raise n_seq_max", seq_id_src, seq_id_dst));
         return;
     }
     if (seq_id_src == seq_id_dst) {
@@ -303,12 +313,14 @@ void llama_memory_qfilter::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_d
 
     streams[seq_id_dst] = get_stream(seq_id_src);
 
+    streams[seq_id_dst].n_evictions = 0;
+    streams[seq_id_dst].n_dropped   = 0;
+
     mem->seq_cp(seq_id_src, seq_id_dst, -1, -1);
 }
 
 void llama_memory_qfilter::seq_keep(llama_seq_id seq_id) {
     if (!has(seq_id)) {
-        llama_qfilter_note_error(format("no sequence %d", seq_id));
         return;
     }
 
@@ -344,7 +356,12 @@ uint64_t llama_memory_qfilter::n_keep_min(uint32_t n_window) const {
 }
 
 bool llama_memory_qfilter::has(llama_seq_id seq_id) const {
-    return seq_id >= 0 && (size_t) seq_id < streams.size();
+    if (seq_id >= 0 && (size_t) seq_id < streams.size()) {
+        return true;
+    }
+
+    llama_qfilter_set_error(format("no sequence %d: n_seq_max is %zu", seq_id, streams.size()));
+    return false;
 }
 
 llama_qfilter_order llama_memory_qfilter::order_of(llama_seq_id seq_id) const {
@@ -395,7 +412,7 @@ bool llama_memory_qfilter::can_cut(llama_seq_id seq_id, llama_pos p0) const {
 }
 
 bool llama_memory_qfilter::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
-    if (seq_id >= 0 && !has(seq_id)) {
+    if (seq_id >= (llama_seq_id) streams.size()) {
         return (size_t) seq_id < kv.seq_to_stream.size(); // no cells to remove
     }
     if (seq_id < -1) {
@@ -463,9 +480,15 @@ void llama_memory_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_i
 
     for (uint32_t is = is0; is < is1; ++is) {
         // attention adds up in the order of cells: to go on with the same bits, new ones have to go to the same places
-        const uint32_t swa[2] = { kv_swa ? kv_swa->v_cells[is].get_used() : 0, kv_swa ? kv_swa->v_heads[is] : 0 };
+        uint32_t swa[2] = { kv_swa ? kv_swa->v_cells[is].get_used() : 0, kv_swa ? kv_swa->v_heads[is] : 0 };
 
-        get_stream(is).table.write(io, swa);
+        const auto & st = get_stream(is);
+
+        if (swa[0] > 0 && swa[0] == st.swa[0]) {
+            swa[1] = st.swa[1]; // restored, and not gone on from yet
+        }
+
+        st.table.write(io, swa);
     }
 
     mem->state_write(io, seq_id, flags & ~LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
@@ -572,10 +595,18 @@ void llama_memory_qfilter::check_state(llama_seq_id seq_id, const std::vector<st
         // all parts have read the same tokens
         const llama_pos pos_max = kv.seq_pos_max(is);
 
-        if (kv_swa) {
-            llama_qfilter_table().check(llama_qfilter_order(kv_swa->v_cells[is].seq_pos_get(is)), 0);
+        // a cut at the start of a chunk of attention leaves an empty window
+        const bool has_swa = kv_swa && kv_swa->v_cells[is].get_used() > 0;
+
+        if (has_swa) {
+            const llama_qfilter_order order_swa(kv_swa->v_cells[is].seq_pos_get(is));
+
+            if (order_swa.n() != kv_swa->v_cells[is].get_used()) {
+                throw std::runtime_error("the state is damaged: cells of the window have no position");
+            }
+            llama_qfilter_table().check(order_swa, 0);
         }
-        if ((kv_swa && kv_swa->seq_pos_max(is) != pos_max) || (recr && recr->seq_pos_max(is) != pos_max)) {
+        if ((has_swa && kv_swa->seq_pos_max(is) != pos_max) || (recr && recr->seq_pos_max(is) != pos_max)) {
             throw std::runtime_error("the state is damaged: its parts end at different positions");
         }
     }

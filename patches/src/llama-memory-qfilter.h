@@ -1,5 +1,6 @@
 #pragma once
 
+#include "llama-kv-cells.h"
 #include "llama-memory.h"
 #include "llama-qfilter-worker.h"
 
@@ -68,7 +69,8 @@ public:
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
 
-    // states are complete, whatever the flags: an evicted cache can't be cut back to where a partial one would fit
+    // states are complete, also for LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: such a state is restored over rows that are still
+    // there, and after an eviction they may not be
     void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
     void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
 
@@ -153,7 +155,7 @@ private:
 
     int32_t error = 0; // of the last init_batch()
 
-    // does the memory have a place for this sequence?
+    // does the memory have a place for this sequence? false, with a note: no
     bool has(llama_seq_id seq_id) const;
 
     // rows that always stay, at least one of them the newest
@@ -186,7 +188,7 @@ private:
     void score_by_pos(const llama_qfilter_worker & w, size_t i0, llama_seq_id seq_id, const llama_qfilter_order & order);
     bool select      (const llama_qfilter_worker & w, size_t i0, llama_qfilter_selection & sel);
 
-    void update_cells(llama_seq_id seq_id, const llama_qfilter_selection & sel);
+    llama_kv_cells cells_after(llama_seq_id seq_id, const llama_qfilter_selection & sel) const;
 };
 
 // the bounded memory behind a context's, or nullptr

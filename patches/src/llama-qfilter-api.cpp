@@ -55,7 +55,8 @@ llama_memory_i * llama_qfilter_create_memory(
         const llama_memory_params  & params_mem,
         const llama_cparams        & cparams,
         const llama_qfilter_params * params) {
-    if (llama_memory_qfilter_of(params_mem.mem_other)) {
+    // the one that shares the memory of another context, see llama_model::create_memory()
+    if (model.arch == LLM_ARCH_GEMMA4_ASSISTANT && llama_memory_qfilter_of(params_mem.mem_other)) {
         throw std::runtime_error("a draft context can't share a bounded cache");
     }
     if (!params) {
@@ -73,7 +74,7 @@ llama_memory_i * llama_qfilter_create_memory(
 int32_t llama_qfilter_decode_error(llama_memory_t mem) {
     const auto * qf = llama_memory_qfilter_of(mem);
 
-    return qf ? qf->decode_error() : -2;
+    return qf && qf->decode_error() != 0 ? qf->decode_error() : -2;
 }
 
 //
@@ -105,6 +106,7 @@ int32_t llama_qfilter_policy_needs(int32_t policy, int32_t i) {
 // what both sides know of a struct whose first field is its size
 template <typename T>
 static void llama_qfilter_copy(T & dst, const T & src, size_t struct_size) {
+    memset((void *) &dst, 0, struct_size);
     memcpy((void *) &dst, (const void *) &src, std::min(struct_size, sizeof(T)));
 }
 
@@ -122,7 +124,6 @@ void llama_qfilter_params_init(llama_qfilter_params * params, size_t struct_size
     res.n_window    = 1024;
     res.policy      = LLAMA_QFILTER_POLICY_QBLEND;
 
-    memset((void *) params, 0, struct_size);
     llama_qfilter_copy(*params, res, struct_size);
 }
 
@@ -269,7 +270,7 @@ static llama_context * llama_qfilter_try_init(llama_model * model, llama_context
     }
 
     llama_qfilter_params params = {};
-    llama_qfilter_copy(params, *params_in, params_in->struct_size);
+    memcpy((void *) &params, (const void *) params_in, params_in->struct_size);
 
     if (cparams.n_seq_max <= 1) {
         cparams.kv_unified = false; // one stream either way; this way ids of other sequences are refused
@@ -315,7 +316,12 @@ llama_context * llama_qfilter_init_from_model(llama_model * model, llama_context
 int32_t llama_qfilter_compress(llama_context * ctx, llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window) {
     auto * qf = llama_qfilter_memory(ctx);
 
-    return qf ? qf->compress(seq_id, n_keep, n_window) : -1;
+    try {
+        return qf ? qf->compress(seq_id, n_keep, n_window) : -1;
+    } catch (const std::exception & err) {
+        llama_qfilter_note_error(err.what()); // before any row has moved
+        return -2;
+    }
 }
 
 int32_t llama_qfilter_room(const llama_context * ctx, llama_seq_id seq_id) {
@@ -344,7 +350,11 @@ size_t llama_qfilter_rows(llama_context * ctx, llama_seq_id seq_id, int32_t il, 
 
 size_t llama_qfilter_state_seq_set_data(llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq_id, uint32_t flags) {
     auto * qf = llama_qfilter_memory(ctx);
-    if (!qf || !src) {
+    if (!qf) {
+        return 0;
+    }
+    if (!src) {
+        llama_qfilter_set_error("there is no state");
         return 0;
     }
 
@@ -367,7 +377,7 @@ size_t llama_qfilter_state_seq_set_data(llama_context * ctx, const uint8_t * src
 
 bool llama_qfilter_get_stats(const llama_context * ctx, llama_qfilter_stats * stats) {
     const auto * qf = llama_qfilter_memory(ctx);
-    if (!qf || !stats) {
+    if (!qf || !stats || stats->struct_size == 0) {
         return false;
     }
 
@@ -375,7 +385,7 @@ bool llama_qfilter_get_stats(const llama_context * ctx, llama_qfilter_stats * st
     qf->get_stats(res);
 
     res.struct_size = stats->struct_size;
-    llama_qfilter_copy(*stats, res, stats->struct_size);
+    llama_qfilter_copy(*stats, res, res.struct_size);
 
     return true;
 }
@@ -385,12 +395,12 @@ bool llama_qfilter_get_seq_stats(const llama_context * ctx, llama_seq_id seq_id,
 
     llama_qfilter_seq_stats res = {};
 
-    if (!qf || !stats || !qf->get_stats(seq_id, res)) {
+    if (!qf || !stats || stats->struct_size == 0 || !qf->get_stats(seq_id, res)) {
         return false;
     }
 
     res.struct_size = stats->struct_size;
-    llama_qfilter_copy(*stats, res, stats->struct_size);
+    llama_qfilter_copy(*stats, res, res.struct_size);
 
     return true;
 }

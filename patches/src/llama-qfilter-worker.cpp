@@ -301,7 +301,7 @@ public:
         llama_qfilter_worker(backend, policy) {
     }
 
-    // in few graphs: to launch one costs more than to compute it
+    // all in one graph: to launch a graph costs more than to compute it
     size_t n_layers_at_once() const override { return layers.size(); }
 
     // an eviction shall not need more memory than K and V of two layers
