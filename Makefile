@@ -50,7 +50,7 @@ SEED ?= 0
 fuzz: $(INSTALLED)  ## N random operations against a model of the cache (N=20000 SEED=0)
 	PYTHONPATH=tests $(BIN)/python -m fuzz --operations $(N) --seed $(SEED)
 
-SANITIZE_TESTS ?= tests/test_engine_sequences.py tests/test_engine_cache_types.py tests/test_engine_families.py
+SANITIZE_TESTS ?= $(addprefix tests/test_engine_,guards.py sequences.py cache_types.py families.py)
 
 sanitize: build/sanitize/.built  ## engine tests and fuzz in a build with ASan and UBSan
 	PYTHONPATH=tests $(BIN)/python -m fuzz --only-models

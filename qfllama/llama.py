@@ -168,10 +168,11 @@ class Llama(SavedStates):
 
     def _make_context(self, *, model, params, verbose) -> Context:
         """Called by upstream's constructor once the model is loaded (patches/0002-*.patch)."""
-        rope_type = llama_cpp.llama_model_rope_type(model.model)
-        vectors = schema.for_policy(
-            self._filters, self.qfilter_config.policy, model_shape(self.model_path), rope_type
-        )
+        vectors = {}
+        if self.qfilter_config is not None:
+            policy, shape = self.qfilter_config.policy, model_shape(self.model_path)
+            rope_type = llama_cpp.llama_model_rope_type(model.model)
+            vectors = schema.for_policy(self._filters, policy, shape, rope_type)
         return Context(model, params, self.qfilter_config, vectors, verbose=verbose)
 
     def _need_bound(self) -> None:

@@ -357,7 +357,7 @@ def test_qfilters_alone_gives_a_cache_for_all_positions_the_model_was_trained_fo
     config = QFilterConfig(max_length=256, policy="knorm")
     plain = Llama(llm.model_path, qfilters=config, n_threads=2, verbose=False)
     assert plain.n_ctx() == 8192 and plain.n_batch == config.interval
-    plain.eval(tokens[:600])
+    plain.eval(tokens[:300])
     assert plain.qfilter_stats()["evictions"] > 0
     plain.close()
     assert not [w for w in recwarn if issubclass(w.category, QFilterWarning)]

@@ -422,7 +422,8 @@ def write_mrope(source, target) -> None:
             continue
         sub_type = field.types[-1] if len(field.types) > 1 else None
         name = name.replace("qwen2.", "qwen2vl.")
-        writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
+        value = "mrope" if name == "qfilters.layout" else field.contents()
+        writer.add_key_value(name, value, field.types[0], sub_type=sub_type)
     writer.add_rope_dimension_sections([2, 3, 3, 0])
     for t in reader.tensors:
         writer.add_tensor(t.name, t.data)

@@ -254,7 +254,7 @@ def test_files_of_versions_1_and_2_are_read(tmp_path, queries, rank):
         np.testing.assert_array_equal(stacked(filters, "moments"), moments_like())
     assert [len(values) for values in filters.figures("spearman")] == [N_HEAD_KV] * N_LAYER
     shape = model_shape(path)
-    kind, arrays = schema.for_policy(filters, "qblend", shape, NEOX)  # nothing to compare with
+    ((kind, arrays),) = schema.for_policy(filters, "qblend", shape, NEOX).items()
     assert kind == ("queries" if queries else "filters")
     np.testing.assert_array_equal(arrays[1], np.full((2, 8), 2.0 if queries else 1.0))
 
@@ -403,7 +403,7 @@ def test_unusable_moments_and_queries_are_not_written(model, tmp_path, kind, row
 def test_a_policy_takes_from_the_file_what_it_needs_or_says_what_is_missing(model):
     shape, filters = model_shape(model), some_filters()
     for policy in ("qfilters", "qblend"):
-        assert schema.for_policy(filters, policy, shape, NORM)[0] == "filters"
+        assert list(schema.for_policy(filters, policy, shape, NORM)) == ["filters"]
     with pytest.raises(QFilterError, match="mean queries.*qahead"):
         schema.check_policy(model, filters, "qahead")
     with pytest.raises(QFilterError, match="moments.*qfilters2.*--rank"):
@@ -414,15 +414,15 @@ def test_a_policy_takes_from_the_file_what_it_needs_or_says_what_is_missing(mode
     filters = rectangular(rows, queries=2 * rows, moments=moments_like())
     for policy, kind in [("qahead", "queries"), ("qblend", "queries"), ("qfilters2", "moments")]:
         schema.check_policy(model, filters, policy)
-        found, arrays = schema.for_policy(filters, policy, shape, NORM)
+        ((found, arrays),) = schema.for_policy(filters, policy, shape, NORM).items()
         assert found == kind
         for layer in filters.layers:
             assert arrays[layer].dtype == np.float32
             np.testing.assert_array_equal(arrays[layer], filters.vectors[kind][layer])
-    assert schema.for_policy(filters, "qfilters", shape, NORM)[0] == "filters"
+    assert list(schema.for_policy(filters, "qfilters", shape, NORM)) == ["filters"]
     for found in (filters, None):
         schema.check_policy(model, found, "kvdiff")
-        assert schema.for_policy(found, "kvdiff", shape, NORM) == (None, {})
+        assert schema.for_policy(found, "kvdiff", shape, NORM) == {}
 
 
 def test_filters_in_another_layout_than_llama_cpps_are_refused(model):

@@ -24,7 +24,7 @@ from qfllama.bench.plan import BASELINE, DECODED, Kind, Plan
 from qfllama.config import QFilterConfig, QFilterError
 from qfllama.engine import Context, Model
 from qfllama.machine import provenance
-from qfllama.metadata import check_policy, read
+from qfllama.schema import check_policy, read
 
 SLICES = 8
 """Turns in which the tokens before a position are decoded; the median is taken over them."""

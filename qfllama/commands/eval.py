@@ -80,11 +80,11 @@ class Session:
     def __init__(
         self, task: str, setting: str, key: tuple[str, ...], length: int, chosen: dict, **more
     ):
-        self._chosen, self._key = chosen, key
+        self._chosen, self._key, self._length = chosen, key, length
         self._types = {name: chosen[name] or "f16" for name in ("type_k", "type_v")}
         self._check()
         self.text: Text = self._read_text()
-        self.model: Model = self._load(length)
+        self.model: Model = self._load()
         try:
             self.model.evicting_layers()
             self.plan: Plan = self._make_plan(setting)
@@ -108,7 +108,7 @@ class Session:
         for policy in set(chosen["policy"] or ()) & set(CALIBRATED):
             schema.check_policy(chosen["path"], schema.read(chosen["path"]), policy)
 
-    def _load(self, length: int) -> Model:
+    def _load(self) -> Model:
         from qfllama.engine import Model, cache_type
         from qfllama.offload import Cache
 
@@ -117,12 +117,10 @@ class Session:
         model = Model(
             chosen["path"],
             n_gpu_layers=chosen["n_gpu_layers"],
-            caches=[Cache(length, **types)] * 2,  # what is shared is read in another one
+            caches=[Cache(self._length, **types)] * 2,  # what is shared is read in another one
             verbose=chosen["verbose"],
         )
         note_offload(model.offload)
-        if length > (trained := model.shape.n_ctx_train):
-            note(f"note: the model was trained for {trained:,} positions")
         return model
 
     def _read_text(self) -> Text:
@@ -163,6 +161,8 @@ class Session:
         """Results so far, to be added to."""
         from qfllama.evaluation.results import Results
 
+        if self._length > (trained := self.model.shape.n_ctx_train):
+            note(f"note: the model was trained for {trained:,} positions")
         return Results(self._chosen["results"], self._settings, self._key)
 
     def report(self, module, records: dict, draw, **extra) -> None:

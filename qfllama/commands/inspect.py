@@ -98,7 +98,8 @@ def _heads(count):
 
 def _of_these_tensors(files, filters):
     """Whether the filters were made for the tensors of the file; None if they don't say."""
-    return filters.fingerprint and filters.fingerprint == fingerprint(files[0])
+    known = filters.fingerprint is not None
+    return filters.fingerprint == fingerprint(files[0]) if known else None
 
 
 def _quality(filters, name):

@@ -78,14 +78,19 @@ class Sequence:
         return self.cells[-1] if self.cells else -1
 
     def can_remove(self, p0: int, p1: int) -> bool:
-        if not self.cells or (p0 <= self.first and p1 > self.last):
-            return True  # the whole sequence
-        if p0 < self.compacted:
-            return False
-        # decoding goes on after the last row that is left, so that must not be a sink
-        cuts = p0 <= self.last and (p1 > self.last or p0 == p1)
+        if not self.cells or p0 >= p1 or (p0 <= self.first and p1 > self.last):
+            return True  # nothing, or the whole sequence
+        return self.can_cut(p0) if p1 > self.last else p0 >= self.compacted
+
+    def can_cut(self, p0: int) -> bool:
+        """Can decoding go on at p0, after the last row that is left? That must not be a sink."""
         left = [-1] + [p for p in self.cells if p < p0]
-        return not (cuts and self.compacted and left[-1] < self.compacted - 1)
+        lost = self.compacted and left[-1] < self.compacted - 1
+        return p0 > self.last or (p0 >= self.compacted and not lost)
+
+    @property
+    def rewind_limit(self) -> int:
+        return next(p0 for p0 in range(self.compacted, self.last + 2) if self.can_cut(p0))
 
     def remove(self, p0: int, p1: int) -> None:
         if not self.cells or (p0 <= self.first and p1 > self.last):

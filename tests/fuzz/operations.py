@@ -70,6 +70,9 @@ class World:
         for seq, sequence in enumerate(cache.sequences):
             ends = sequence.first, sequence.last
             need(engine.ends(seq) == ends, f"sequence {seq} is {engine.ends(seq)}, not {ends}")
+            room = cache.settings.bound - len(sequence.cells), sequence.rewind_limit
+            found = native.room(engine.ctx, seq), native.rewind_limit(engine.ctx, seq)
+            need(found == room, f"room and rewind limit of {seq} are {found}, not {room}")
             rows = engine.rows(seq)
             for head, expected in sequence.heads.items():
                 positions = [row.position for row in rows[head]]
