@@ -144,6 +144,7 @@ def torch_keys(model, tokens):
     return np.stack([layer.keys[0].transpose(0, 1).numpy() for layer in cache.layers])
 
 
+@pytest.mark.slow
 def test_filters_of_the_real_model_equal_the_full_svd_of_the_same_queries_by_both_routes(
     smollm2, tmp_path
 ):

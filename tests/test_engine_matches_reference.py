@@ -27,6 +27,8 @@ from qfllama import Llama, QFilterConfig, gguf_copy
 torch.set_num_threads(2)
 
 N_TOKENS = 2048
+pytestmark = pytest.mark.slow  # torch runs the real model
+
 BOUND = {"max_length": 512, "sinks": 4, "window_length": 128}
 INTERVAL = 128
 N_KEEP = BOUND["max_length"] - INTERVAL

@@ -16,6 +16,8 @@ from reference.model import Model, read_shape, rope
 from reference.text import english_tokens
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow  # torch runs the real model
+
 torch.set_num_threads(2)
 
 BOUND = {"max_length": 192, "n_keep": 128, "sinks": 4, "window_length": 48}

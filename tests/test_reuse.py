@@ -180,6 +180,7 @@ def edited(messages: list[dict], rng: random.Random) -> str:
     return "edited the last turn" if back == 1 else "edited an earlier turn"
 
 
+@pytest.mark.slow
 def test_30_turns_with_edits_answer_as_contexts_that_start_from_scratch(live, fresh, monkeypatch):
     live.reset()
     calls = watch(live, monkeypatch)
