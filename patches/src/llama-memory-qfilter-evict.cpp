@@ -185,6 +185,22 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
     return LLAMA_QFILTER_DONE;
 }
 
+void llama_memory_qfilter::forget(llama_seq_id seq_id) {
+    if (seq_id < 0) {
+        mem->clear(false); // recurrent parts have no sequence -1 to remove
+        return;
+    }
+
+    mem->seq_rm(seq_id, -1, -1);
+
+    // a damaged state may leave cells of no position
+    for (auto * part : { &kv, kv_swa }) {
+        if (part && part->v_cells[seq_id].get_used() > 0) {
+            part->v_cells[seq_id].reset();
+        }
+    }
+}
+
 // fills scores, see llama_qfilter_worker::score(), for a policy that looks at positions
 void llama_memory_qfilter::score_by_pos(const llama_qfilter_worker & w, size_t i0, llama_seq_id seq_id, const llama_qfilter_order & order) {
     const auto & table = get_stream(seq_id).table;

@@ -440,22 +440,6 @@ bool llama_memory_qfilter::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
     return true;
 }
 
-void llama_memory_qfilter::forget(llama_seq_id seq_id) {
-    if (seq_id < 0) {
-        mem->clear(false); // recurrent parts have no sequence -1 to remove
-        return;
-    }
-
-    mem->seq_rm(seq_id, -1, -1);
-
-    // a damaged state may leave cells of no position
-    for (auto * part : { &kv, kv_swa }) {
-        if (part && part->v_cells[seq_id].get_used() > 0) {
-            part->v_cells[seq_id].reset();
-        }
-    }
-}
-
 //
 // state
 //
