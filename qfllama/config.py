@@ -10,7 +10,14 @@ from qfllama.policies import NAMES as POLICIES
 MIN_INTERVAL, MAX_INTERVAL = 64, 512
 MAX_LENGTH = 1 << 30  # cells and positions are 32-bit numbers
 MAX_SEED = (1 << 32) - 1
-OPTIONAL = ("window_length", "interval")
+OPTIONAL = ("window_length", "interval", "archive_limit")
+NUMBERS = {
+    "max_length": 1, "window_length": 0, "sinks": 0, "interval": 1, "seed": 0,
+    "archive_limit": 1, "recall_queries": 1,
+}  # fmt: skip
+"""The whole numbers of a QFilterConfig, and the least of each."""
+RECALL = ("prompt", "always")
+"""When rows come back: after a prompt was read; and at every eviction, too."""
 
 
 class QFilterError(ValueError):
@@ -43,6 +50,13 @@ class QFilterConfig:
             default `max_length // 4`, at least 64 and at most 512.
         policy: one of `POLICIES`; those in `CALIBRATED` need filters in the file.
         seed: of the policy `random`, at least 0.
+        archive: keep what is evicted in memory of the host (True), in a file in the folder of
+            this name, or not at all (False).
+        archive_limit: most bytes of the archive; default half of what is free when the cache is
+            made. At the limit the oldest positions after the sinks leave the archive.
+        recall: "prompt" to bring back, after a prompt was read, the rows that its last tokens look
+            at; "always" to do so at every eviction, too; False for never.
+        recall_queries: how many last tokens of a prompt are the question, at most.
 
     Raises:
         QFilterError: the sizes don't fit each other.
@@ -54,9 +68,13 @@ class QFilterConfig:
     interval: int | None = None
     policy: str = "qblend"
     seed: int = 0
+    archive: bool | str = True
+    archive_limit: int | None = None
+    recall: str | bool = "prompt"
+    recall_queries: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "window_length", "sinks", "interval", "seed"):
+        for name in NUMBERS:
             value = getattr(self, name)
             if type(value) is _Default:
                 object.__setattr__(self, name, value := None)
@@ -75,9 +93,15 @@ class QFilterConfig:
             raise QFilterError(f"seed is {self.seed}: use 0 to {MAX_SEED}")
         if self.max_length > MAX_LENGTH:
             raise QFilterError(f"max_length {self.max_length} is too large: use <= {MAX_LENGTH}")
-        for name, least in (("max_length", 1), ("window_length", 0), ("sinks", 0), ("interval", 1)):
-            if getattr(self, name) < least:
+        for name, least in NUMBERS.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise QFilterError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if not isinstance(self.archive, (bool, str)) or self.archive == "":
+            raise QFilterError(f"archive is {self.archive!r}: use True, False or the name of a folder")
+        if self.recall is not False and self.recall not in RECALL:
+            raise QFilterError(
+                f"recall is {self.recall!r}: use {', '.join(map(repr, RECALL))} or False"
+            )
         if self.max_length < least_length:
             raise QFilterError(
                 f"max_length {self.max_length} is too small for sinks {self.sinks} + "
@@ -104,6 +128,11 @@ class QFilterConfig:
             if least >= needed:
                 return least
             least = needed
+
+    @property
+    def recalls(self) -> bool:
+        """Do rows come back when a question looks at them?"""
+        return bool(self.archive and self.recall)
 
     @property
     def n_keep(self) -> int:

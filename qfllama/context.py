@@ -13,6 +13,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from qfllama import engine_log, native, offload
+from qfllama.archive import Archived, limit_bytes
 from qfllama.config import EngineError, QFilterConfig, QFilterError
 from qfllama.policies import BY_NAME
 
@@ -103,7 +104,7 @@ def why_unsupported(model: internals.LlamaModel, params) -> str:
     return why.value.decode()
 
 
-class Context(internals.LlamaContext):
+class Context(Archived):
     """Sequences in a KV cache, whole or bounded: upstream's wrapper with what our cache can do.
 
     Positions of a sequence start at 0 and go on to n_ctx, whatever its cells hold.
@@ -162,6 +163,9 @@ class Context(internals.LlamaContext):
         bound.n_cells, bound.n_keep = config.max_length, config.n_keep
         bound.n_sink, bound.n_window = config.sinks, config.window_length
         bound.policy, bound.seed = BY_NAME[config.policy].number, config.seed
+        bound.n_bytes_archive = limit_bytes(config)
+        if isinstance(config.archive, str):
+            bound.archive_dir = os.fsencode(config.archive)
         vectors = [
             native.Vectors(
                 native.KINDS.index(kind), il, rows.size // rows.shape[-1], rows.shape[-1],

@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 
@@ -48,3 +49,18 @@ def n_threads() -> int:
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_bytes() -> int | None:
+    """Memory that is free or can be made so, for this process; None where the system doesn't tell
+    (only Linux does)."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+        free = int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return None
+    with suppress(OSError, ValueError):  # a container's limit; "max": none
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        free = min(free, max(0, limit - int((group / "memory.current").read_text())))
+    return free

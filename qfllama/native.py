@@ -23,7 +23,7 @@ from qfllama.policies import TABLE, Policy
 
 _lib = llama_cpp.llama_cpp._lib
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """LLAMA_QFILTER_ABI_VERSION of the qfilter.h that this module declares."""
 KINDS = ("filters", "queries", "moments")
 """What a policy can need, in the order of `enum llama_qfilter_kind`."""
@@ -107,6 +107,8 @@ class Params(ctypes.Structure):
         ("seed", c_uint32),
         ("n_vectors", c_uint32),
         ("vectors", POINTER(Vectors)),
+        ("n_bytes_archive", c_uint64),
+        ("archive_dir", c_char_p),
     ]
 
 
@@ -127,6 +129,14 @@ class Stats(ctypes.Structure):
         ("n_bytes_kv", c_uint64),
         ("n_bytes_kv_full", c_uint64),
         ("n_bytes_scratch", c_uint64),
+        ("n_archived", c_uint64),
+        ("n_bytes_archive", c_uint64),
+        ("n_bytes_archive_limit", c_uint64),
+        ("n_bytes_archive_written", c_uint64),
+        ("t_archive_us", c_uint64),
+        ("n_recalls", c_uint64),
+        ("t_recall_us", c_uint64),
+        ("archive_stopped", c_uint32),
     ]
 
 
@@ -139,6 +149,9 @@ class SeqStats(ctypes.Structure):
         ("n_dropped", c_uint64),
         ("n_cells_used", c_uint32),
         ("pos_max", c_int32),
+        ("n_archived", c_uint64),
+        ("pos_archived", c_int32),
+        ("n_recalled", c_uint32),
     ]
 
 
@@ -190,6 +203,28 @@ kept = declare(
 )
 rows = declare(
     "llama_qfilter_rows", c_size_t, _context_p, c_int32, c_int32, c_bool, c_void_p, c_size_t
+)
+question = declare("llama_qfilter_question", c_int32, _context_p, c_int32)
+recall = declare("llama_qfilter_recall", c_int32, _context_p, c_int32, c_uint32)
+recalled = declare(
+    "llama_qfilter_recalled", c_int32, _context_p, c_int32, POINTER(c_int32), c_size_t
+)
+archived = declare(
+    "llama_qfilter_archived",
+    c_size_t,
+    _context_p,
+    c_int32,
+    c_int32,
+    c_int32,
+    c_bool,
+    c_void_p,
+    c_size_t,
+)
+archive_get_data = declare(
+    "llama_qfilter_archive_get_data", c_size_t, _context_p, c_int32, POINTER(c_uint8), c_size_t
+)
+archive_set_data = declare(
+    "llama_qfilter_archive_set_data", c_size_t, _context_p, c_int32, POINTER(c_uint8), c_size_t
 )
 state_seq_set_data = declare(
     "llama_qfilter_state_seq_set_data",

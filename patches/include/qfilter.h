@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define LLAMA_QFILTER_ABI_VERSION 2
+#define LLAMA_QFILTER_ABI_VERSION 3
 
 // LLAMA_QFILTER_ABI_VERSION of the library
 LLAMA_API uint32_t llama_qfilter_abi_version(void);
@@ -85,6 +85,11 @@ struct llama_qfilter_params {
     // in any order; kinds that the policy does not use are ignored
     uint32_t n_vectors;
     const struct llama_qfilter_vectors * vectors;
+
+    // what is evicted goes to an archive in host memory, from which it can come back. at the limit the oldest positions
+    // after the sinks leave it
+    uint64_t     n_bytes_archive; // most bytes of all sequences, 0: no archive
+    const char * archive_dir;     // the archive is a file in this folder that no longer has a name; NULL: in memory
 };
 
 enum llama_qfilter_flag {
@@ -126,7 +131,8 @@ LLAMA_API int32_t llama_qfilter_compress(struct llama_context * ctx, llama_seq_i
 LLAMA_API int32_t llama_qfilter_room(const struct llama_context * ctx, llama_seq_id seq_id);
 
 // the smallest p0 for which llama_memory_seq_rm(mem, seq_id, p0, -1) leaves a sequence that can go on at p0, 0: any
-// < 0: no such sequence or no bounded cache. (to remove a whole sequence is always possible)
+// < 0: no such sequence or no bounded cache. (to remove a whole sequence is always possible.) with an archive, the cells are
+// filled again with rows before p0: sinks, the window, those that are in the cells, and the newest
 LLAMA_API llama_pos llama_qfilter_rewind_limit(const struct llama_context * ctx, llama_seq_id seq_id);
 
 // the positions that layer il, KV head ih holds for a sequence, ascending, into out (at most capacity)
@@ -149,6 +155,41 @@ LLAMA_API size_t llama_qfilter_rows(
                               void * out,
                             size_t   size);
 
+//
+// recall
+//
+
+// llama_qfilter_question(); llama_decode() of the question's tokens; llama_qfilter_recall(); llama_decode() of as many tokens
+// as it returned, once more. they now see the rows that they look at, whenever these were evicted
+
+// the tokens of a sequence that are decoded from here on are the question, until llama_qfilter_recall(). batches with
+// tokens of other sequences spoil it. seq_id -1: there is no question. returns < 0: no archive, no such sequence
+LLAMA_API int32_t llama_qfilter_question(struct llama_context * ctx, llama_seq_id seq_id);
+
+// score all archived rows by the largest weight that any query of the question gives them, in any layer and head; cut the
+// sequence back to where the question began, and fill its cells with n_rows rows, the same positions in all layers: sinks,
+// the newest, and those with the highest scores, each with 4 tokens before it and 16 after it
+// n_rows 0: as many as there were before the question, at most n_keep and so that the answer has half the room between two
+// evictions
+// returns the number of tokens that are to be decoded again, those of the question; 0: nothing was evicted, the question
+// stays; < 0: error (nothing is changed; the sequence is cleared if rows may already have moved)
+LLAMA_API int32_t llama_qfilter_recall(struct llama_context * ctx, llama_seq_id seq_id, uint32_t n_rows);
+
+// the positions that the last recall of a sequence brought back, those that some head did not have, ascending, into out (at
+// most capacity). returns their number (which may exceed capacity), < 0: no such sequence or no bounded cache
+LLAMA_API int32_t llama_qfilter_recalled(const struct llama_context * ctx, llama_seq_id seq_id, llama_pos * out, size_t capacity);
+
+// the archived row of layer il at a position: type and bytes of K (is_v = false) or V, as llama_qfilter_rows() gives them;
+// returns the bytes needed, 0: it is not in the archive. out may be NULL
+LLAMA_API size_t llama_qfilter_archived(
+              struct llama_context * ctx,
+                      llama_seq_id   seq_id,
+                         llama_pos   pos,
+                           int32_t   il,
+                              bool   is_v,
+                              void * out,
+                            size_t   size);
+
 enum llama_qfilter_state_flag {
     // the state may come from a context with another n_cells, n_keep and n_window, if its cells fit; policy, vectors and
     // n_sink have to be the same if it was ever evicted
@@ -163,6 +204,11 @@ LLAMA_API size_t llama_qfilter_state_seq_set_data(
                             size_t   size,
                       llama_seq_id   seq_id,
                           uint32_t   flags);
+
+// states don't have the archive: a restored sequence starts one. this one is saved and restored beside the state, after it.
+// get: returns the bytes needed, 0: no archive; dst may be NULL. set: returns size, 0: refused
+LLAMA_API size_t llama_qfilter_archive_get_data(struct llama_context * ctx, llama_seq_id seq_id,       uint8_t * dst, size_t size);
+LLAMA_API size_t llama_qfilter_archive_set_data(struct llama_context * ctx, llama_seq_id seq_id, const uint8_t * src, size_t size);
 
 //
 // statistics
@@ -185,6 +231,15 @@ struct llama_qfilter_stats {
     uint64_t n_bytes_kv;      // allocated for K and V, and for windowed and recurrent layers
     uint64_t n_bytes_kv_full; // the same if every position of the context had a cell
     uint64_t n_bytes_scratch; // allocated for evictions, those of the largest one included
+
+    uint64_t n_archived;              // positions in the archive, over all sequences; those that they share count for each
+    uint64_t n_bytes_archive;         // host memory that holds them, in blocks of 256 positions
+    uint64_t n_bytes_archive_limit;   // 0: no archive
+    uint64_t n_bytes_archive_written; // since the context was made
+    uint64_t t_archive_us;            // time in microseconds that it took
+    uint64_t n_recalls;
+    uint64_t t_recall_us;             // without decoding the questions again
+    uint32_t archive_stopped;         // 1: there was no memory, nothing more is archived
 };
 
 // returns false if the context has no bounded cache
@@ -198,6 +253,10 @@ struct llama_qfilter_seq_stats {
 
     uint32_t n_cells_used;
     int32_t  pos_max;        // the last position, -1: empty
+
+    uint64_t n_archived;     // positions in the archive
+    int32_t  pos_archived;   // from here on they are all there, up to the last eviction; 0: nothing was ever lost
+    uint32_t n_recalled;     // positions that the last recall brought back
 };
 
 // returns false if there is no such sequence or the context has no bounded cache

@@ -106,6 +106,8 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
 
     threads.update(lctx);
 
+    archive_rows(seq_id);
+
     const int64_t t_start = ggml_time_us();
 
     if (vectors.turns() && !vectors.set(layers, sel.order.pos.back() + 1)) {
@@ -163,6 +165,8 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
         }
     }
 
+    streams[seq_id].incomplete = streams[seq_id].incomplete || !archives();
+
     kv.v_cells[seq_id]    = std::move(cells);
     kv.v_heads[seq_id]    = n_keep;
     streams[seq_id].table = std::move(table);
@@ -187,11 +191,13 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
 
 void llama_memory_qfilter::forget(llama_seq_id seq_id) {
     if (seq_id < 0) {
-        mem->clear(false); // recurrent parts have no sequence -1 to remove
+        clear(false); // recurrent parts have no sequence -1 to remove
         return;
     }
 
     mem->seq_rm(seq_id, -1, -1);
+
+    streams[seq_id] = stream();
 
     // a damaged state may leave cells of no position
     for (auto * part : { &kv, kv_swa }) {
@@ -303,10 +309,12 @@ llama_pos llama_memory_qfilter::rewind_limit(llama_seq_id seq_id) const {
     llama_pos low  = recr ? recr->seq_pos_max(seq_id) : -1; // refused
     llama_pos high = kv.seq_pos_max(seq_id) + 1;            // allowed
 
+    const llama_pos begin = archive_begin(seq_id);
+
     while (high - low > 1) {
         const llama_pos mid = low + (high - low)/2;
 
-        (can_cut(seq_id, mid) ? high : low) = mid;
+        (can_cut(seq_id, mid) || can_fill(seq_id, mid, begin, false) ? high : low) = mid;
     }
 
     return high;
@@ -378,6 +386,16 @@ void llama_memory_qfilter::get_stats(llama_qfilter_stats & res) const {
     for (const auto & w : workers) {
         res.n_bytes_scratch += w->n_bytes();
     }
+    for (const auto & s : scorers) {
+        res.n_bytes_scratch += s->n_bytes();
+    }
+
+    for (const auto & st : streams) {
+        res.n_archived += st.archive.n;
+    }
+    res.n_bytes_archive       = store ? store->n_bytes       : 0;
+    res.n_bytes_archive_limit = store ? store->n_bytes_limit : 0;
+    res.archive_stopped       = store_stopped;
 }
 
 bool llama_memory_qfilter::get_stats(llama_seq_id seq_id, llama_qfilter_seq_stats & res) const {
@@ -391,6 +409,9 @@ bool llama_memory_qfilter::get_stats(llama_seq_id seq_id, llama_qfilter_seq_stat
     res.n_dropped    = st.n_dropped;
     res.n_cells_used = kv.v_cells[seq_id].get_used();
     res.pos_max      = kv.seq_pos_max(seq_id);
+    res.n_archived   = st.archive.n;
+    res.pos_archived = archive_begin(seq_id);
+    res.n_recalled   = st.recalled.size();
 
     return true;
 }

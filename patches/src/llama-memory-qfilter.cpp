@@ -175,6 +175,8 @@ llama_memory_qfilter::llama_memory_qfilter(
 
     streams.resize(kv.n_stream);
 
+    init_archive(params);
+
     if (kv_swa) {
         // a state needs all cells of the window, also those that the next token does not see: then the sums of attention
         // are the same to the last bit
@@ -257,6 +259,8 @@ void llama_memory_qfilter::init(llama_context * lctx) {
     for (auto & w : workers) {
         w->init(n_cells);
     }
+
+    init_scorers();
 }
 
 //
@@ -267,6 +271,8 @@ llama_memory_context_ptr llama_memory_qfilter::init_batch(llama_batch_allocr & b
     llama_qfilter_set_error("");
 
     try {
+        note_question(balloc.get_batch());
+
         error = make_room(balloc.get_batch());
     } catch (const std::exception & err) {
         llama_qfilter_note_error(err.what()); // before any row has moved
@@ -290,10 +296,29 @@ bool llama_memory_qfilter::get_can_shift() const {
 
 void llama_memory_qfilter::clear(bool data) {
     mem->clear(data);
+
+    forget_empty();
 }
 
 bool llama_memory_qfilter::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
-    return can_rm(seq_id, p0, p1) && mem->seq_rm(seq_id, p0, p1);
+    if (can_rm(seq_id, p0, p1)) {
+        if (!mem->seq_rm(seq_id, p0, p1)) {
+            return false;
+        }
+        for (size_t is = std::max(seq_id, 0); is < (seq_id < 0 ? streams.size() : std::min<size_t>(seq_id + 1, streams.size())); ++is) {
+            streams[is].archive.rm(std::max(p0, 0), p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1);
+        }
+        forget_empty();
+        return true;
+    }
+
+    // there is an archive
+    if (seq_id == -1 && streams.size() == 1) {
+        seq_id = 0;
+    }
+
+    return seq_id >= 0 && (size_t) seq_id < streams.size() && p0 > 0 && (p1 < 0 || p1 > kv.seq_pos_max(seq_id)) &&
+        can_fill(seq_id, p0, archive_begin(seq_id), false) && rewind(seq_id, p0);
 }
 
 void llama_memory_qfilter::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) {
@@ -315,6 +340,7 @@ void llama_memory_qfilter::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_d
 
     streams[seq_id_dst].n_evictions = 0;
     streams[seq_id_dst].n_dropped   = 0;
+    streams[seq_id_dst].recalled.clear();
 
     mem->seq_cp(seq_id_src, seq_id_dst, -1, -1);
 }
@@ -325,6 +351,8 @@ void llama_memory_qfilter::seq_keep(llama_seq_id seq_id) {
     }
 
     mem->seq_keep(seq_id);
+
+    forget_empty();
 }
 
 void llama_memory_qfilter::seq_add(llama_seq_id, llama_pos, llama_pos, llama_pos) {
@@ -398,14 +426,15 @@ bool llama_memory_qfilter::can_cut(llama_seq_id seq_id, llama_pos p0) const {
         }
     }
 
-    // a sequence that goes on at p0 sees what is in the window there
-    if (kv_swa) {
-        const llama_pos pos_min = kv_swa->v_cells[seq_id].seq_pos_min(seq_id);
+    return can_cut_window(seq_id, p0);
+}
 
-        if (pos_min > 0 && !llama_hparams::is_masked_swa(kv_swa->n_swa, kv_swa->swa_type, pos_min - 1, p0)) {
-            LLAMA_LOG_DEBUG("%s: seq %d: positions before %d have left the windowed layers, can't cut at %d\n", __func__, seq_id, pos_min, p0);
-            return false;
-        }
+bool llama_memory_qfilter::can_cut_window(llama_seq_id seq_id, llama_pos p0) const {
+    const llama_pos pos_min = kv_swa ? kv_swa->v_cells[seq_id].seq_pos_min(seq_id) : 0;
+
+    if (pos_min > 0 && !llama_hparams::is_masked_swa(kv_swa->n_swa, kv_swa->swa_type, pos_min - 1, p0)) {
+        LLAMA_LOG_DEBUG("%s: seq %d: positions before %d have left the windowed layers, can't cut at %d\n", __func__, seq_id, pos_min, p0);
+        return false;
     }
 
     return true;
@@ -554,6 +583,10 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
     } catch (...) {
         forget(seq_id);
         throw;
+    }
+
+    for (auto & st : read) {
+        st.incomplete = st.table.p1 > 0; // what was evicted is not in a state
     }
 
     std::move(read.begin(), read.end(), streams.begin() + std::max(seq_id, 0));

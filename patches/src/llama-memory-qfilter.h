@@ -2,6 +2,8 @@
 
 #include "llama-kv-cells.h"
 #include "llama-memory.h"
+#include "llama-qfilter-archive.h"
+#include "llama-qfilter-recall.h"
 #include "llama-qfilter-worker.h"
 
 #include <memory>
@@ -14,6 +16,27 @@ class llama_memory_recurrent;
 
 struct llama_cparams;
 
+// what is kept of a question while it is read
+struct llama_qfilter_asked {
+    llama_seq_id seq_id = -1;
+
+    llama_pos p0 = -1;
+    uint32_t  n  = 0; // tokens
+
+    uint32_t n_used = 0; // cells before it
+
+    std::string why_not; // can't be one
+
+    std::vector<llama_qfilter_queries> layers;
+
+    std::vector<uint8_t> recr; // the recurrent part before it
+
+    // of the context's user, who goes on to be called
+    ggml_backend_sched_eval_callback cb      = nullptr;
+    void *                           cb_data = nullptr;
+    bool                             cb_asks = false;
+};
+
 //
 // llama_memory_qfilter
 //
@@ -24,7 +47,8 @@ struct llama_cparams;
 // every layer and KV head keeps rows of its own, so after an eviction one cell holds rows of different positions. all heads
 // have the same number of rows, so the cells (and with them masks, batch checks, graphs) stay as upstream has them: their
 // positions are written as if the newest candidates had been kept, and the true ones are remembered here. what would cut
-// into them is refused before any part of the memory is touched
+// into them is refused before any part of the memory is touched, unless there is an archive: rows that are evicted lie there,
+// and the cells can be filled with others at any time
 class llama_memory_qfilter : public llama_memory_i {
 public:
     // throws std::runtime_error when the parameters don't fit the model or each other
@@ -89,6 +113,28 @@ public:
     int32_t kept(llama_seq_id seq_id, int32_t il, int32_t ih, llama_pos * out, size_t capacity) const;
     size_t  rows(llama_seq_id seq_id, int32_t il, bool is_v, void * out, size_t size) const;
 
+    //
+    // archive
+    //
+
+    // the tokens of a sequence that are decoded from here on are a question, until recall(); -1: not any more
+    int32_t question(llama_seq_id seq_id);
+
+    // cut the question back and fill the cells with n_rows rows, those that it looks at; n_rows 0: as
+    // many as there were before the question, or fewer, so that the answer has room. returns the tokens of the question
+    int32_t recall(llama_seq_id seq_id, uint32_t n_rows);
+
+    // called by the context's scheduler
+    bool eval(ggml_tensor * t, bool ask);
+
+    int32_t recalled(llama_seq_id seq_id, llama_pos * out, size_t capacity) const;
+
+    size_t archived(llama_seq_id seq_id, llama_pos pos, int32_t il, bool is_v, void * out, size_t size);
+
+    // the archive of a sequence beside its state; the second one throws std::runtime_error
+    size_t archive_write(llama_seq_id seq_id,       uint8_t * dst, size_t size);
+    void   archive_read (llama_seq_id seq_id, const uint8_t * src, size_t size);
+
     void get_stats(llama_qfilter_stats & stats) const;
     bool get_stats(llama_seq_id seq_id, llama_qfilter_seq_stats & stats) const;
 
@@ -112,6 +158,33 @@ private:
 
         // restored and not gone on from yet: used cells of the windowed part, and the one to look from
         uint32_t swa[2] = { 0, 0 };
+
+        llama_qfilter_archive archive;
+
+        bool incomplete = false; // rows were dropped that are not in the archive
+
+        std::vector<llama_pos> recalled;
+    };
+
+    struct archive_head {
+        uint32_t  magic;
+        uint32_t  version;
+        uint64_t  n_bytes_row; // all layers
+        uint64_t  n;           // positions
+        llama_pos pos_min;
+        uint32_t  incomplete;
+    };
+
+    // what the cells of a sequence are filled with
+    struct filling {
+        llama_pos p0; // where the sequence goes on
+
+        std::vector<llama_pos> cells; // [n]
+        std::vector<llama_pos> rows;  // [n_head_all, n] ascending
+
+        llama_qfilter_table table;
+
+        uint32_t n() const { return cells.size(); }
     };
 
     std::unique_ptr<llama_memory_i> mem;
@@ -120,7 +193,7 @@ private:
 
     llama_kv_cache * kv_swa; // windowed part, or nullptr
 
-    const llama_memory_recurrent * recr; // recurrent part, or nullptr
+    llama_memory_recurrent * recr; // recurrent part, or nullptr
 
     const uint32_t n_ctx_seq; // logical context of a sequence
 
@@ -146,6 +219,16 @@ private:
     std::vector<std::unique_ptr<llama_qfilter_worker>> workers;
 
     llama_qfilter_threads threads;
+
+    std::unique_ptr<llama_qfilter_archive_store> store; // nullptr: nothing is archived
+
+    std::vector<llama_qfilter_archive_layer> store_layers;
+
+    bool store_stopped = false; // there was no memory
+
+    std::vector<std::unique_ptr<llama_qfilter_scorer>> scorers; // of the workers
+
+    std::unique_ptr<llama_qfilter_asked> asked;
 
     std::vector<stream> streams;
 
@@ -189,6 +272,54 @@ private:
     bool select      (const llama_qfilter_worker & w, size_t i0, llama_qfilter_selection & sel);
 
     llama_kv_cells cells_after(llama_seq_id seq_id, const llama_qfilter_selection & sel) const;
+
+    //
+    // archive
+    //
+
+    void init_archive(const llama_qfilter_params & params);
+    void init_scorers();
+
+    // cells that are empty have no history
+    void forget_empty();
+
+    const llama_qfilter_worker & worker_of(const llama_qfilter_layer & layer) const;
+
+    // rows that are not in the archive, and whose positions are the same in all heads
+    void archive_rows(llama_seq_id seq_id);
+
+    // the block of a position, for which others may have to go; nullptr: there is no memory
+    uint8_t * archive_block(llama_seq_id seq_id, llama_pos pos);
+
+    // false: nothing can be archived any more
+    bool archives() const { return store && !store_stopped; }
+
+    // the first position from which on all rows are in the archive, up to the compacted ones
+    llama_pos archive_begin(llama_seq_id seq_id) const;
+
+    // can the cells be filled so that the sequence goes on at p0? recr_saved: its recurrent part will be restored
+    bool can_fill(llama_seq_id seq_id, llama_pos p0, llama_pos begin, bool recr_saved) const;
+
+    // does the window have what a sequence that goes on at p0 sees?
+    bool can_cut_window(llama_seq_id seq_id, llama_pos p0) const;
+
+    // at most n rows for each head: sinks, the last n_window before p0, rows (ascending), those that are in the cells, the newest
+    filling plan(llama_seq_id seq_id, llama_pos p0, uint32_t n, uint32_t n_window, const std::vector<llama_pos> & rows) const;
+
+    // all of it or nothing. LLAMA_QFILTER_REFUSED: a part of the memory can't be cut at p0
+    llama_qfilter_result fill(llama_seq_id seq_id, const filling & f, const std::vector<uint8_t> & recr_state);
+
+    // cut all parts at p0, the bounded one as far as upstream can; recr_state: what the recurrent part was there, or empty
+    bool cut_parts(llama_seq_id seq_id, llama_pos p0, const std::vector<uint8_t> & recr_state);
+
+    bool rewind(llama_seq_id seq_id, llama_pos p0);
+
+    // the positions that a question's queries look at most
+    llama_qfilter_result choose(const llama_qfilter_asked & asked, uint32_t n_rows, uint32_t n_window, std::vector<llama_pos> & rows);
+
+    void note_question(const llama_batch & batch);
+
+    std::unique_ptr<llama_qfilter_asked> end_question();
 };
 
 // the bounded memory behind a context's, or nullptr

@@ -348,6 +348,61 @@ size_t llama_qfilter_rows(llama_context * ctx, llama_seq_id seq_id, int32_t il, 
     return qf ? qf->rows(seq_id, il, is_v, out, size) : 0;
 }
 
+int32_t llama_qfilter_question(llama_context * ctx, llama_seq_id seq_id) {
+    auto * qf = llama_qfilter_memory(ctx);
+
+    try {
+        return qf ? qf->question(seq_id) : -1;
+    } catch (const std::exception & err) {
+        llama_qfilter_note_error(err.what());
+        return -2;
+    }
+}
+
+int32_t llama_qfilter_recall(llama_context * ctx, llama_seq_id seq_id, uint32_t n_rows) {
+    auto * qf = llama_qfilter_memory(ctx);
+
+    try {
+        return qf ? qf->recall(seq_id, n_rows) : -1;
+    } catch (const std::exception & err) {
+        llama_qfilter_note_error(err.what()); // before any row has moved
+        return -2;
+    }
+}
+
+int32_t llama_qfilter_recalled(const llama_context * ctx, llama_seq_id seq_id, llama_pos * out, size_t capacity) {
+    const auto * qf = llama_qfilter_memory(ctx);
+
+    return qf ? qf->recalled(seq_id, out, out ? capacity : 0) : -1;
+}
+
+size_t llama_qfilter_archived(llama_context * ctx, llama_seq_id seq_id, llama_pos pos, int32_t il, bool is_v, void * out, size_t size) {
+    auto * qf = llama_qfilter_memory(ctx);
+
+    return qf ? qf->archived(seq_id, pos, il, is_v, out, size) : 0;
+}
+
+size_t llama_qfilter_archive_get_data(llama_context * ctx, llama_seq_id seq_id, uint8_t * dst, size_t size) {
+    auto * qf = llama_qfilter_memory(ctx);
+
+    return qf ? qf->archive_write(seq_id, dst, size) : 0;
+}
+
+size_t llama_qfilter_archive_set_data(llama_context * ctx, llama_seq_id seq_id, const uint8_t * src, size_t size) {
+    auto * qf = llama_qfilter_memory(ctx);
+    if (!qf || !src) {
+        return 0;
+    }
+
+    try {
+        qf->archive_read(seq_id, src, size);
+        return size;
+    } catch (const std::exception & err) {
+        llama_qfilter_note_error(err.what());
+        return 0;
+    }
+}
+
 size_t llama_qfilter_state_seq_set_data(llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq_id, uint32_t flags) {
     auto * qf = llama_qfilter_memory(ctx);
     if (!qf) {

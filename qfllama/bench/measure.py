@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data import topics
 
-from qfllama.bench.memory import MIB, available_bytes, give_back_freed, resident_bytes
+from qfllama.bench.memory import MIB, give_back_freed, resident_bytes
 from qfllama.bench.plan import BASELINE, DECODED, Kind, Plan
 from qfllama.config import QFilterConfig, QFilterError
 from qfllama.engine import Context, Model
-from qfllama.machine import provenance
+from qfllama.machine import available_bytes, provenance
 from qfllama.schema import check_policy, read
 
 SLICES = 8

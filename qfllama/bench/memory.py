@@ -19,14 +19,6 @@ def resident_bytes(field: str = "RssAnon") -> int | None:
         return None
 
 
-def available_bytes() -> int | None:
-    """Memory that is free or can be made so; None where the system doesn't tell."""
-    try:
-        return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        return None
-
-
 def give_back_freed() -> None:
     """Freed memory back to the system: what is allocated next counts as growth again. glibc only."""
     with suppress(OSError, AttributeError, TypeError):

@@ -67,6 +67,16 @@ setting = click.option(
 )
 
 
+recall = click.option(
+    "--recall",
+    "recalls",
+    type=CommaList(choices=("off", "on")),
+    default="off,on",
+    show_default=True,
+    help="Bring evicted rows back from the archive that the question looks at: without, with.",
+)
+
+
 class Session:
     """What all evaluations share: model, text, plan, results, report.
 
@@ -133,11 +143,12 @@ class Session:
 
         chosen = self._chosen
         policies = chosen["policy"] or usable(self.model)
+        recalls = [word == "on" for word in chosen.get("recalls", ("off",))]
         ratios = chosen["ratio"] or (None if chosen["max_length"] else [2.0, 4.0, 8.0])
         names = ("sinks", "window_length", "interval", "seed")
         return Plan(
             setting,
-            tuple(variants(policies, ratios, chosen["max_length"])),
+            tuple(variants(policies, ratios, chosen["max_length"], recalls)),
             **{name: chosen[name] for name in names},
             context={"n_threads": chosen["n_threads"], **self._types},
         )
@@ -235,6 +246,7 @@ def command():
 @command.command("needle", short_help="Needles in a haystack, at all depths.")
 @options
 @setting
+@recall
 @click.option("--lengths", type=CommaList(int, least=128), default="1024,2048", show_default=True,
               help="Tokens of the documents.")  # fmt: skip
 @click.option("--documents", "count", type=click.IntRange(1), default=4, show_default=True,
@@ -282,6 +294,7 @@ def ppl_command(texts, length, **chosen):
 @command.command("ruler", short_help="Eight tasks after RULER.")
 @options
 @setting
+@recall
 @click.option(
     "--tasks", type=CommaList(choices=TASKS), help=f"Any of {', '.join(TASKS)}.  [default: all]"
 )

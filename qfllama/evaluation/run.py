@@ -10,7 +10,7 @@ a document is read in one context, whose state then goes to all others.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -27,7 +27,7 @@ BATCH = 512
 FULL = "full"
 """Beside the policies: nothing is dropped."""
 SETTINGS = ("prefill", "stream")
-KEY = ("task", "length", "document", "question", "policy", "ratio", "max_length")
+KEY = ("task", "length", "document", "question", "policy", "ratio", "max_length", "recall")
 """What tells results of questions apart."""
 WINDOW = 64
 """Default of window_length in `prefill`; in `stream` it is that of QFilterConfig."""
@@ -35,17 +35,19 @@ WINDOW = 64
 
 @dataclass(frozen=True)
 class Variant:
-    """A policy and how much it keeps: one of `ratio` and `max_length`, neither for FULL."""
+    """A policy and how much it keeps: one of `ratio` and `max_length`, neither for FULL; and whether
+    what a question looks at comes back from the archive."""
 
     policy: str
     ratio: float | None = None
     max_length: int | None = None
+    recall: bool = False
 
     @property
     def title(self) -> str:
         if self.policy == FULL:
             return FULL
-        return f"{self.policy} {self.size}"
+        return f"{self.policy} {self.size}" + " recall" * self.recall
 
     @property
     def size(self) -> str:
@@ -61,15 +63,20 @@ class Variant:
         return min(n_tokens, cells_wanted(n_tokens, self.ratio, self.max_length))
 
     def key(self) -> dict:
-        return {"policy": self.policy, "ratio": self.ratio, "max_length": self.max_length}
+        key = {"policy": self.policy, "ratio": self.ratio, "max_length": self.max_length}
+        return key | {"recall": True} if self.recall else key
 
 
 def variants(
-    policies: list[str], ratios: list[float] | None, max_lengths: list[int] | None
+    policies: list[str],
+    ratios: list[float] | None,
+    max_lengths: list[int] | None,
+    recalls: Iterable[bool] = (False,),
 ) -> list[Variant]:
     """All combinations, FULL once."""
     sizes = [{"ratio": ratio} for ratio in ratios or ()]
     sizes += [{"max_length": length} for length in max_lengths or ()]
+    sizes = [size | {"recall": recall} for recall in recalls for size in sizes]
     result = []
     for policy in policies:
         result += [Variant(FULL)] if policy == FULL else [Variant(policy, **size) for size in sizes]
@@ -101,7 +108,7 @@ class Plan:
         """A cache that holds n_tokens, read in large batches."""
         return QFilterConfig(
             max_length=max(n_tokens, self.sinks + 1 + BATCH), window_length=0, sinks=self.sinks,
-            interval=BATCH, policy="streaming",
+            interval=BATCH, policy="streaming", archive=False,
         )  # fmt: skip
 
     def config(self, variant: Variant, n_tokens: int, extra: int) -> QFilterConfig:
@@ -125,6 +132,7 @@ class Plan:
         return QFilterConfig(
             max_length=max(n_tokens + extra, least + BATCH), window_length=window,
             sinks=self.sinks, interval=BATCH, policy=variant.policy, seed=self.seed,
+            archive=variant.recall,
         )  # fmt: skip
 
     def _stream_config(self, variant: Variant, n_tokens: int) -> QFilterConfig:
@@ -132,6 +140,7 @@ class Plan:
             return QFilterConfig(
                 max_length=variant.cells(n_tokens), window_length=self.window_length,
                 sinks=self.sinks, interval=self.interval, policy=variant.policy, seed=self.seed,
+                archive=variant.recall,
             )  # fmt: skip
         except QFilterError as error:
             raise QFilterError(

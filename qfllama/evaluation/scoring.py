@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,9 @@ class Mark:
         self.context = context
         self._n_past = context.n_past()
         evicts = context.used() + n_tokens > context.config.max_length
-        self._state = context.state() if evicts or context.model.forgets else None
+        moves = evicts or context.model.forgets or context.may_recall(n_tokens)
+        self._state = context.state() if moves else None
+        self._archive = context.archive_state() if moves and context.config.recalls else b""
 
     def back(self) -> None:
         """Forget what was read since.
@@ -31,6 +34,7 @@ class Mark:
         context = self.context
         if self._state is not None:
             done = context.restore(self._state)
+            done = done and (not self._archive or context.restore_archive(self._archive))
         else:
             done = context.kv_cache_seq_rm(0, self._n_past, -1)
         if not done:
@@ -76,12 +80,23 @@ def nll(logits: np.ndarray, targets) -> np.ndarray:
 def score(context: Context, question: list[int], answer: list[int]) -> Score:
     """Read question and answer; how likely each token of the answer was."""
     losses, n_right, done = [], 0, 0
-    for logits in context.outputs(question + answer[:-1], len(question) - 1):
+    for logits in answers(context, question, answer[:-1]):
         targets = answer[done : done + len(logits)]
         losses.append(nll(logits, targets))
         n_right += int((logits.argmax(axis=1) == targets).sum())
         done += len(logits)
     return Score(float(np.concatenate(losses).mean()), len(answer), n_right)
+
+
+def answers(context: Context, question: list[int], more: list[int]) -> Iterator[np.ndarray]:
+    """The logits after the question, and after each of `more`: float32 [n, n_vocab], several times.
+    The rows that the question looks at are there, if the context's config recalls."""
+    if not context.may_recall(len(question)):
+        yield from context.outputs(question + more, len(question) - 1)
+        return
+    context.read_question(question)
+    yield context.logits()[None]
+    yield from context.outputs(more)
 
 
 def generate(context: Context, question: list[int], n_tokens: int, enough=None) -> str:
@@ -93,7 +108,10 @@ def generate(context: Context, question: list[int], n_tokens: int, enough=None) 
     answer: list[int] = []
     text, tokens = "", question
     while len(answer) < n_tokens:
-        *_, logits = context.outputs(tokens, len(tokens) - 1)
+        if answer:
+            *_, logits = context.outputs(tokens, len(tokens) - 1)
+        else:
+            *_, logits = answers(context, question, [])
         token = int(logits[-1].argmax())
         if context.model.ends(token):
             break

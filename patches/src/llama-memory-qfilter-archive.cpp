@@ -1,0 +1,650 @@
+// rows that were evicted come back: when a sequence is cut back to an earlier position, and when a question looks at them
+
+#include "llama-memory-qfilter.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+#include "llama-memory-recurrent.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+
+void llama_memory_qfilter::init_archive(const llama_qfilter_params & params) {
+    if (params.n_bytes_archive == 0) {
+        return;
+    }
+
+    size_t size = 0;
+
+    for (const auto & layer : layers) {
+        llama_qfilter_archive_layer l = { 0, 0, layer.k[0]->nb[1], layer.v[0]->nb[1] };
+
+        l.k   = size;
+        size += l.n_bytes_k*llama_qfilter_archive::n_block;
+        l.v   = size;
+        size += l.n_bytes_v*llama_qfilter_archive::n_block;
+
+        store_layers.push_back(l);
+    }
+
+    const uint64_t n_bytes_min = (uint64_t) size*((n_sink + llama_qfilter_archive::n_block - 1)/llama_qfilter_archive::n_block + 2);
+
+    if (params.n_bytes_archive < n_bytes_min) {
+        throw std::runtime_error(format("an archive of %llu bytes is too small: of this cache it needs at least %llu",
+                    (unsigned long long) params.n_bytes_archive, (unsigned long long) n_bytes_min));
+    }
+
+    // devices copy from their own kind of host memory without a detour
+    auto * buft = ggml_backend_buffer_get_type(layers[0].k[0]->buffer);
+    auto * dev  = ggml_backend_buft_get_device(buft);
+
+    store = std::make_unique<llama_qfilter_archive_store>(size, params.n_bytes_archive, params.archive_dir ? params.archive_dir : "",
+            dev && !ggml_backend_buft_is_host(buft) ? ggml_backend_dev_host_buffer_type(dev) : nullptr);
+}
+
+void llama_memory_qfilter::init_scorers() {
+    for (size_t i = 0; store && i < workers.size(); ++i) {
+        const bool on_host = ggml_backend_buffer_is_host(workers[i]->layers[0].k[0]->buffer) && !(flags & LLAMA_QFILTER_FLAG_GRAPH_GATHER);
+
+        auto scorer = std::make_unique<llama_qfilter_scorer>(workers[i]->backend, on_host, threads);
+
+        if (!on_host && !std::all_of(workers[i]->layers.begin(), workers[i]->layers.end(), [&](const auto & l) { return scorer->supports(l); })) {
+            scorer = std::make_unique<llama_qfilter_scorer>(threads.backend, true, threads);
+        }
+        scorers.push_back(std::move(scorer));
+    }
+}
+
+void llama_memory_qfilter::forget_empty() {
+    for (size_t is = 0; is < streams.size(); ++is) {
+        if (kv.v_cells[is].get_used() == 0) {
+            streams[is] = stream();
+        }
+    }
+}
+
+//
+// archive
+//
+
+uint8_t * llama_memory_qfilter::archive_block(llama_seq_id seq_id, llama_pos pos) {
+    while (true) {
+        if (auto * data = streams[seq_id].archive.write(pos, *store)) {
+            return data;
+        }
+
+        // the sequence that has most gives its oldest rows, which may still be on their way
+        std::vector<size_t> order(streams.size());
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return streams[a].archive.n_blocks() > streams[b].archive.n_blocks(); });
+
+        for (auto & w : workers) {
+            ggml_backend_synchronize(w->backend);
+        }
+
+        if (!store->full() || std::none_of(order.begin(), order.end(), [&](size_t is) { return streams[is].archive.drop_oldest(n_sink); })) {
+            LLAMA_LOG_WARN("qfilter: no memory for the archive, it ends at position %d of sequence %d\n", pos, seq_id);
+            return nullptr;
+        }
+    }
+}
+
+void llama_memory_qfilter::archive_rows(llama_seq_id seq_id) {
+    if (!archives()) {
+        return;
+    }
+
+    const int64_t t_start = ggml_time_us();
+
+    auto & st = streams[seq_id];
+
+    const auto order = order_of(seq_id);
+
+    // rows that lie one after the other in the cells and in a block
+    struct run {
+        llama_pos pos;
+        uint32_t  cell;
+        uint32_t  n;
+    };
+
+    std::vector<run> runs;
+
+    for (uint32_t r = 0; r < order.n(); ++r) {
+        const llama_pos pos = order.pos[r];
+
+        if ((pos >= st.table.p0 && pos < st.table.p1) || !st.archive.takes(pos, n_sink)) {
+            continue;
+        }
+        if (!runs.empty() && runs.back().pos + (llama_pos) runs.back().n == pos && runs.back().cell + runs.back().n == order.cells[r] &&
+                pos % llama_qfilter_archive::n_block != 0) {
+            runs.back().n++;
+        } else {
+            runs.push_back({ pos, order.cells[r], 1 });
+        }
+    }
+
+    for (const auto & run : runs) {
+        uint8_t * block = archive_block(seq_id, run.pos);
+        if (!block) {
+            store_stopped = true;
+            break;
+        }
+
+        const size_t i0 = run.pos % llama_qfilter_archive::n_block;
+
+        const auto copy = [&](size_t i, const std::function<void(const ggml_tensor * t, uint8_t * dst, size_t offset, size_t size)> & fn) {
+            const auto & l = store_layers[i];
+
+            fn(layers[i].k[seq_id], block + l.k + i0*l.n_bytes_k, run.cell*l.n_bytes_k, run.n*l.n_bytes_k);
+            fn(layers[i].v[seq_id], block + l.v + i0*l.n_bytes_v, run.cell*l.n_bytes_v, run.n*l.n_bytes_v);
+        };
+
+        std::vector<size_t> on_host;
+
+        for (size_t i = 0; i < layers.size(); ++i) {
+            if (ggml_backend_buffer_is_host(layers[i].k[seq_id]->buffer)) {
+                on_host.push_back(i);
+                continue;
+            }
+            auto * backend = worker_of(layers[i]).backend;
+
+            copy(i, [&](const ggml_tensor * t, uint8_t * dst, size_t offset, size_t size) { ggml_backend_tensor_get_async(backend, t, dst, offset, size); });
+        }
+
+        const auto copy_host = [&](size_t i) {
+            copy(on_host[i], [](const ggml_tensor * t, uint8_t * dst, size_t offset, size_t size) { memcpy(dst, (const uint8_t *) t->data + offset, size); });
+        };
+
+        if (!threads.run(on_host.size(), [&](size_t i, int) { copy_host(i); })) {
+            for (size_t i = 0; i < on_host.size(); ++i) {
+                copy_host(i);
+            }
+        }
+
+        for (uint32_t i = 0; i < run.n; ++i) {
+            st.archive.set(run.pos + i);
+        }
+
+        stats.n_bytes_archive_written += run.n*store->n_bytes_block/llama_qfilter_archive::n_block;
+    }
+
+    stats.t_archive_us += ggml_time_us() - t_start;
+}
+
+const llama_qfilter_worker & llama_memory_qfilter::worker_of(const llama_qfilter_layer & layer) const {
+    return **std::find_if(workers.begin(), workers.end(), [&](const auto & w) {
+        return std::any_of(w->layers.begin(), w->layers.end(), [&](const auto & l) { return l.il == layer.il; });
+    });
+}
+
+size_t llama_memory_qfilter::archived(llama_seq_id seq_id, llama_pos pos, int32_t il, bool is_v, void * out, size_t size) {
+    const auto layer = std::find_if(layers.begin(), layers.end(), [&](const auto & l) { return l.il == il; });
+
+    if (!has(seq_id) || layer == layers.end() || !get_stream(seq_id).archive.has(pos)) {
+        return 0;
+    }
+
+    for (auto & w : workers) {
+        ggml_backend_synchronize(w->backend);
+    }
+
+    const auto & l = store_layers[layer - layers.begin()];
+
+    const size_t n_bytes = is_v ? l.n_bytes_v : l.n_bytes_k;
+
+    if (out && size >= n_bytes) {
+        memcpy(out, get_stream(seq_id).archive.row(pos, is_v ? l.v : l.k, n_bytes), n_bytes);
+    }
+
+    return n_bytes;
+}
+
+//
+// state
+//
+
+static const uint32_t LLAMA_QFILTER_ARCHIVE_MAGIC   = 0x616c6671; // "qfla"
+static const uint32_t LLAMA_QFILTER_ARCHIVE_VERSION = 1;
+
+// fn(p, pos, n): the rows of a layer's tensor from p on, of n positions that lie one after the other
+template <typename F>
+static void llama_qfilter_archive_each(
+        const std::vector<llama_pos> & pos, const std::vector<llama_qfilter_archive_layer> & layers, F fn) {
+    for (size_t i0 = 0, i1; i0 < pos.size(); i0 = i1) {
+        i1 = i0 + 1;
+        while (i1 < pos.size() && pos[i1] == pos[i1 - 1] + 1 && pos[i1] % llama_qfilter_archive::n_block != 0) {
+            i1++;
+        }
+        for (const auto & l : layers) {
+            fn(pos[i0], i1 - i0, l.k, l.n_bytes_k);
+            fn(pos[i0], i1 - i0, l.v, l.n_bytes_v);
+        }
+    }
+}
+
+size_t llama_memory_qfilter::archive_write(llama_seq_id seq_id, uint8_t * dst, size_t size) {
+    if (!has(seq_id)) {
+        return 0;
+    }
+    if (!store) {
+        llama_qfilter_set_error("there is no archive to save");
+        return 0;
+    }
+
+    for (auto & w : workers) {
+        ggml_backend_synchronize(w->backend);
+    }
+
+    const auto & st = get_stream(seq_id);
+
+    const auto pos = st.archive.positions(0, std::numeric_limits<llama_pos>::max());
+
+    const size_t n_bytes_row = store->n_bytes_block/llama_qfilter_archive::n_block;
+
+    const archive_head head = {
+        LLAMA_QFILTER_ARCHIVE_MAGIC, LLAMA_QFILTER_ARCHIVE_VERSION, n_bytes_row, (uint64_t) pos.size(), st.archive.pos_min, st.incomplete };
+
+    const size_t n_bytes = sizeof(head) + pos.size()*(sizeof(llama_pos) + n_bytes_row);
+
+    if (!dst || size < n_bytes) {
+        return n_bytes;
+    }
+
+    const auto put = [&](const void * src, size_t n) {
+        memcpy(dst, src, n);
+        dst += n;
+    };
+
+    put(&head, sizeof(head));
+    if (!pos.empty()) {
+        put(pos.data(), pos.size()*sizeof(llama_pos));
+    }
+
+    llama_qfilter_archive_each(pos, store_layers, [&](llama_pos p, size_t n, size_t offset, size_t n_bytes_row) {
+        put(st.archive.row(p, offset, n_bytes_row), n*n_bytes_row);
+    });
+
+    return n_bytes;
+}
+
+void llama_memory_qfilter::archive_read(llama_seq_id seq_id, const uint8_t * src, size_t size) {
+    if (!has(seq_id)) {
+        throw std::runtime_error(format("no sequence %d", seq_id));
+    }
+    if (!archives()) {
+        throw std::runtime_error("there is no archive to restore to");
+    }
+
+    const size_t n_bytes_row = store->n_bytes_block/llama_qfilter_archive::n_block;
+
+    archive_head head;
+
+    if (size < sizeof(head)) {
+        throw std::runtime_error("the archive is damaged: it ends too early");
+    }
+    memcpy(&head, src, sizeof(head));
+
+    if (head.magic != LLAMA_QFILTER_ARCHIVE_MAGIC || head.version != LLAMA_QFILTER_ARCHIVE_VERSION) {
+        throw std::runtime_error("this is no archive, or one of another version");
+    }
+    if (head.n_bytes_row != n_bytes_row) {
+        throw std::runtime_error("the archive was saved by another model, or with another cache type");
+    }
+    if (head.n > size/n_bytes_row || size != sizeof(head) + head.n*(sizeof(llama_pos) + n_bytes_row)) {
+        throw std::runtime_error("the archive is damaged: it has another size");
+    }
+
+    std::vector<llama_pos> pos(head.n);
+    if (!pos.empty()) {
+        memcpy(pos.data(), src + sizeof(head), pos.size()*sizeof(llama_pos));
+    }
+
+    const llama_pos pos_max = kv.seq_pos_max(seq_id);
+
+    for (size_t i = 0; i < pos.size(); ++i) {
+        if (pos[i] <= (i == 0 ? -1 : pos[i - 1]) || pos[i] > pos_max) {
+            throw std::runtime_error(format("the archive is not of this sequence: it has position %d, after which %d is the last", pos[i], pos_max));
+        }
+    }
+    if (head.pos_min < 0 || head.pos_min > pos_max + 1) {
+        throw std::runtime_error("the archive is damaged: it begins beyond the sequence");
+    }
+
+    auto & st = streams[seq_id];
+
+    st.archive = llama_qfilter_archive();
+
+    const uint8_t * data = src + sizeof(head) + pos.size()*sizeof(llama_pos);
+
+    llama_pos block_pos = -1;
+    uint8_t * block     = nullptr;
+
+    llama_qfilter_archive_each(pos, store_layers, [&](llama_pos p, size_t n, size_t offset, size_t n_bytes) {
+        if (p != block_pos) {
+            block     = archive_block(seq_id, p);
+            block_pos = p;
+        }
+        if (!block) {
+            st.archive    = llama_qfilter_archive();
+            st.incomplete = st.table.p1 > 0;
+
+            throw std::runtime_error("no memory for the archive");
+        }
+        memcpy(block + offset + p % llama_qfilter_archive::n_block*n_bytes, data, n*n_bytes);
+        data += n*n_bytes;
+
+        for (size_t i = 0; i < n; ++i) {
+            st.archive.set(p + i);
+        }
+    });
+
+    st.archive.pos_min = std::max(st.archive.pos_min, head.pos_min);
+    st.incomplete      = head.incomplete;
+}
+
+//
+// filling
+//
+
+llama_pos llama_memory_qfilter::archive_begin(llama_seq_id seq_id) const {
+    const auto & st = get_stream(seq_id);
+
+    llama_pos pos = st.table.p1;
+    while (pos > 0 && st.archive.has(pos - 1)) {
+        pos--;
+    }
+
+    return pos;
+}
+
+bool llama_memory_qfilter::can_fill(llama_seq_id seq_id, llama_pos p0, llama_pos begin, bool recr_saved) const {
+    const auto & st = get_stream(seq_id);
+
+    // the position before p0 has to be there: batches go on from it
+    if (!store || st.table.p1 == 0 || (begin > 0 && p0 <= begin)) {
+        return false;
+    }
+    if (p0 > st.table.p1) {
+        const auto & sp = kv.v_cells[seq_id].seq_pos_get(seq_id);
+        const auto   it = sp.lower_bound({ p0 - 1, 0 });
+
+        if (it == sp.end() || it->first != p0 - 1) {
+            return false;
+        }
+    } else if (p0 > 0 && !st.archive.has(p0 - 1)) {
+        return false;
+    }
+
+    return can_cut_window(seq_id, p0) && (!recr || recr_saved || recr->seq_pos_max(seq_id) < p0);
+}
+
+llama_memory_qfilter::filling llama_memory_qfilter::plan(
+        llama_seq_id seq_id, llama_pos p0, uint32_t n, uint32_t n_window, const std::vector<llama_pos> & rows) const {
+    const auto & st    = get_stream(seq_id);
+    const auto   order = order_of(seq_id);
+
+    const uint32_t r0 = st.table.rank_p0(order);
+
+    // rows that all heads can have
+    std::vector<llama_pos> shared = st.archive.positions(0, p0);
+
+    for (uint32_t r = 0; r < order.n() && order.pos[r] < p0; ++r) {
+        if ((order.pos[r] < st.table.p0 || order.pos[r] >= st.table.p1) && !st.archive.has(order.pos[r])) {
+            shared.push_back(order.pos[r]);
+        }
+    }
+    std::sort(shared.begin(), shared.end());
+
+    // and of each head alone, ascending
+    const auto own = [&](uint32_t ih) {
+        std::vector<llama_pos> res;
+
+        for (uint32_t r = 0; r < order.n(); ++r) {
+            const llama_pos pos = st.table.get(order, r0, ih, r);
+
+            if (pos < p0) {
+                res.push_back(pos);
+            }
+        }
+        return res;
+    };
+
+    size_t n_min = std::numeric_limits<size_t>::max(); // of what a head can have
+
+    for (uint32_t ih = 0; ih < n_head_all; ++ih) {
+        const auto pos = own(ih);
+
+        n_min = std::min<size_t>(n_min, shared.size() + std::count_if(pos.begin(), pos.end(), [&](llama_pos p) {
+            return !std::binary_search(shared.begin(), shared.end(), p);
+        }));
+    }
+
+    const bool complete = n_min == shared.size() && n_min <= n && !st.incomplete && st.archive.pos_min == 0;
+
+    filling f;
+
+    f.p0 = p0;
+
+    n = std::min<size_t>(n, n_min);
+
+    const uint32_t n_first = std::min(std::min(n_sink, n), (uint32_t) (std::lower_bound(order.pos.begin(), order.pos.end(), p0) - order.pos.begin()));
+
+    // always: sinks, window, rows
+    std::vector<llama_pos> always(order.pos.begin(), order.pos.begin() + n_first);
+
+    n_window = std::min<size_t>({ n_window, n - n_first, shared.size() });
+
+    uint32_t n_last = 0;
+    while (n_last < n_window && shared[shared.size() - 1 - n_last] == p0 - 1 - (llama_pos) n_last) {
+        n_last++;
+    }
+
+    always.insert(always.end(), shared.end() - n_last, shared.end());
+    always.insert(always.end(), rows.begin(), rows.end());
+    std::sort(always.begin(), always.end());
+    always.erase(std::unique(always.begin(), always.end()), always.end());
+
+    const auto last = [&](uint32_t n) { return p0 - (llama_pos) n; };
+
+    for (uint32_t i = 0; i < n; ++i) {
+        f.cells.push_back(i < n_first ? order.pos[i] : last(n - i));
+    }
+
+    f.rows.resize((size_t) n_head_all*n);
+
+    const bool done = threads.run(n_head_all, [&](size_t ih, int) {
+        std::vector<llama_pos> res = always;
+
+        const auto add = [&](const std::vector<llama_pos> & more) {
+            const size_t n_old = res.size();
+
+            for (auto it = more.rbegin(); it != more.rend() && res.size() < n; ++it) {
+                if (!std::binary_search(res.begin(), res.begin() + n_old, *it)) {
+                    res.push_back(*it);
+                }
+            }
+            std::sort(res.begin(), res.end());
+        };
+
+        if (res.size() < n) {
+            const auto here = own(ih);
+
+            std::vector<llama_pos> lost; // for good, if they go
+
+            std::copy_if(here.begin(), here.end(), std::back_inserter(lost), [&](llama_pos p) { return !st.archive.has(p); });
+
+            add(lost);
+            add(here);
+        }
+        if (res.size() < n) {
+            add(shared);
+        }
+
+        std::copy(res.begin(), res.begin() + n, f.rows.begin() + ih*n);
+    });
+    if (!done) {
+        throw std::runtime_error("aborted");
+    }
+
+    if (!complete && n > n_first) {
+        f.table.p0 = f.cells[n_first];
+        f.table.p1 = last(n_last);
+        f.table.n  = n - n_first - n_last;
+
+        for (uint32_t ih = 0; ih < n_head_all; ++ih) {
+            const auto * pos = f.rows.data() + (size_t) ih*n + n_first;
+
+            f.table.pos.insert(f.table.pos.end(), pos, pos + f.table.n);
+        }
+    }
+
+    return f;
+}
+
+llama_qfilter_result llama_memory_qfilter::fill(llama_seq_id seq_id, const filling & f, const std::vector<uint8_t> & recr_state) {
+    auto & st = streams[seq_id];
+
+    const auto     order = order_of(seq_id);
+    const uint32_t r0    = st.table.rank_p0(order);
+
+    for (auto & w : workers) {
+        ggml_backend_synchronize(w->backend); // what is on its way to the archive
+    }
+
+    // where a row is: its cell, or -1, the archive
+    std::vector<int32_t> src(f.rows.size());
+
+    const bool host = std::all_of(layers.begin(), layers.end(), [](const auto & l) { return ggml_backend_buffer_is_host(l.k[0]->buffer); });
+
+    bool found = true;
+
+    for (uint32_t ih = 0; ih < n_head_all; ++ih) {
+        uint32_t r = 0;
+
+        for (uint32_t i = 0; i < f.n(); ++i) {
+            const llama_pos pos = f.rows[(size_t) ih*f.n() + i];
+
+            while (r < order.n() && st.table.get(order, r0, ih, r) < pos) {
+                r++;
+            }
+
+            const bool in_cell    = r < order.n() && st.table.get(order, r0, ih, r) == pos;
+            const bool in_archive = st.archive.has(pos);
+
+            // devices are read from as little as possible
+            src[(size_t) ih*f.n() + i] = in_cell && (host || !in_archive) ? (int32_t) order.cells[r] : -1;
+
+            found = found && (in_cell || in_archive);
+        }
+    }
+
+    GGML_ASSERT(found);
+
+    // all that may fail comes before the first change
+
+    size_t n_bytes_row = 0;
+    for (const auto & l : store_layers) {
+        n_bytes_row = std::max({ n_bytes_row, l.n_bytes_k, l.n_bytes_v });
+    }
+
+    std::vector<std::vector<uint8_t>> bufs(threads.n);
+    for (auto & buf : bufs) {
+        buf.resize(n_bytes_row*f.n());
+    }
+
+    const uint32_t n_used = order.n() == 0 ? 0 : *std::max_element(order.cells.begin(), order.cells.end()) + 1;
+
+    std::vector<uint8_t> old(host ? 0 : n_bytes_row*n_used);
+
+    llama_kv_cells cells;
+    cells.resize(kv.get_size());
+
+    for (uint32_t i = 0; i < f.n(); ++i) {
+        cells.pos_set(i, f.cells[i]);
+        cells.seq_add(i, seq_id);
+    }
+
+    if (!cut_parts(seq_id, f.p0, recr_state)) {
+        return LLAMA_QFILTER_REFUSED;
+    }
+
+    const auto write = [&](size_t i, int ith) {
+        const auto & layer = layers[i/2];
+        const auto & l     = store_layers[i/2];
+
+        ggml_tensor * t = i % 2 == 0 ? layer.k[seq_id] : layer.v[seq_id];
+
+        const size_t n_bytes = (i % 2 == 0 ? l.n_bytes_k : l.n_bytes_v);
+        const size_t offset  = (i % 2 == 0 ? l.k : l.v);
+        const size_t n_head  = n_bytes/layer.n_head;
+
+        const bool is_host = ggml_backend_buffer_is_host(t->buffer);
+
+        const auto * from = is_host ? (const uint8_t *) t->data : old.data();
+        const auto * here = src.data() + (size_t) layer.head0*f.n();
+
+        if (!is_host && std::any_of(here, here + (size_t) layer.n_head*f.n(), [](int32_t cell) { return cell >= 0; })) {
+            ggml_backend_tensor_get(t, old.data(), 0, n_used*n_bytes);
+        }
+
+        uint8_t * dst = bufs[ith].data();
+
+        for (uint32_t ih = 0; ih < layer.n_head; ++ih) {
+            const auto * pos  = f.rows.data() + (size_t) (layer.head0 + ih)*f.n();
+            const auto * cell = here + (size_t) ih*f.n();
+
+            for (uint32_t j = 0; j < f.n(); ++j) {
+                const uint8_t * row = cell[j] >= 0 ? from + cell[j]*n_bytes : st.archive.row(pos[j], offset, n_bytes);
+
+                memcpy(dst + j*n_bytes + ih*n_head, row + ih*n_head, n_head);
+            }
+        }
+
+        if (is_host) {
+            memcpy(t->data, dst, f.n()*n_bytes);
+        } else {
+            ggml_backend_tensor_set(t, dst, 0, f.n()*n_bytes);
+        }
+    };
+
+    if (host) {
+        if (!threads.run(2*layers.size(), write)) {
+            llama_qfilter_note_error(format("failed to fill the cells, sequence %d is cleared", seq_id));
+            forget(seq_id);
+            return LLAMA_QFILTER_FAILED;
+        }
+    } else {
+        for (size_t i = 0; i < 2*layers.size(); ++i) {
+            write(i, 0);
+        }
+    }
+
+    kv.v_cells[seq_id] = std::move(cells);
+    kv.v_heads[seq_id] = f.n();
+
+    st.table = f.table;
+    st.archive.rm(f.p0, std::numeric_limits<llama_pos>::max());
+
+    return LLAMA_QFILTER_DONE;
+}
+
+bool llama_memory_qfilter::rewind(llama_seq_id seq_id, llama_pos p0) {
+    lctx->memory_update(false); // pending copies
+
+    ggml_backend_sched_synchronize(lctx->get_sched());
+
+    threads.update(lctx);
+
+    try {
+        archive_rows(seq_id);
+
+        return fill(seq_id, plan(seq_id, p0, n_keep, n_window, {}), {}) == LLAMA_QFILTER_DONE;
+    } catch (const std::exception & err) {
+        llama_qfilter_note_error(err.what()); // before any row has moved
+        return false;
+    }
+}

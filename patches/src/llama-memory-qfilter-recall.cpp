@@ -1,0 +1,415 @@
+// a question's queries are kept while it is read, and the rows that they look at come back from the archive
+
+#include "llama-memory-qfilter.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-kv-cache.h"
+#include "llama-memory-recurrent.h"
+
+#include "qfilter-calibration.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+// tokens that a row which is looked at brings along: a question points at the start of what it wants
+static const uint32_t LLAMA_QFILTER_RECALL_BEFORE = 4;
+static const uint32_t LLAMA_QFILTER_RECALL_AFTER  = 16;
+
+// newest rows that stay in any case, at most
+static const uint32_t LLAMA_QFILTER_RECALL_NEWEST = 64;
+
+//
+// states in memory
+//
+
+namespace {
+
+class llama_qfilter_io_write : public llama_io_write_i {
+public:
+    void write(const void * src, size_t size) override {
+        data.insert(data.end(), (const uint8_t *) src, (const uint8_t *) src + size);
+    }
+
+    void write_tensor(ggml_tensor * tensor, size_t offset, size_t size) override {
+        data.resize(data.size() + size);
+        ggml_backend_tensor_get(tensor, data.data() + data.size() - size, offset, size);
+    }
+
+    size_t n_bytes() override { return data.size(); }
+
+    std::vector<uint8_t> data;
+};
+
+class llama_qfilter_io_read : public llama_io_read_i {
+public:
+    explicit llama_qfilter_io_read(const std::vector<uint8_t> & data) : data(data) {}
+
+    void read(void * dst, size_t size) override {
+        memcpy(dst, take(size), size);
+    }
+
+    void read_tensor(ggml_tensor * tensor, size_t offset, size_t size) override {
+        ggml_backend_tensor_set(tensor, take(size), offset, size);
+    }
+
+    size_t n_bytes() override { return pos; }
+
+private:
+    const uint8_t * take(size_t size) {
+        if (size > data.size() - pos) {
+            throw std::runtime_error("a state ends too early");
+        }
+        pos += size;
+        return data.data() + pos - size;
+    }
+
+    const std::vector<uint8_t> & data;
+
+    size_t pos = 0;
+};
+
+}
+
+bool llama_memory_qfilter::cut_parts(llama_seq_id seq_id, llama_pos p0, const std::vector<uint8_t> & recr_state) {
+    if (recr_state.empty()) {
+        return mem->seq_rm(seq_id, p0, -1);
+    }
+
+    kv.seq_rm(seq_id, p0, -1);
+    if (kv_swa) {
+        kv_swa->seq_rm(seq_id, p0, -1);
+    }
+
+    llama_qfilter_io_read io(recr_state);
+
+    recr->state_read(io, seq_id);
+
+    return true;
+}
+
+//
+// the question
+//
+
+static bool llama_qfilter_eval(ggml_tensor * t, bool ask, void * data) {
+    return ((llama_memory_qfilter *) data)->eval(t, ask);
+}
+
+// upstream sets it when it builds a graph, and runs those that it has as they are
+static void llama_qfilter_set_eval(llama_context * lctx, ggml_backend_sched_eval_callback cb, void * data) {
+    auto & cparams = const_cast<llama_cparams &>(lctx->get_cparams());
+
+    cparams.cb_eval           = cb;
+    cparams.cb_eval_user_data = data;
+
+    ggml_backend_sched_set_eval_callback(lctx->get_sched(), cb, data);
+}
+
+int32_t llama_memory_qfilter::question(llama_seq_id seq_id) {
+    end_question();
+
+    if (seq_id == -1) {
+        return 0;
+    }
+    if (!has(seq_id)) {
+        return -1;
+    }
+    if (!store) {
+        llama_qfilter_note_error("there is no archive to recall from");
+        return -1;
+    }
+
+    auto res = std::make_unique<llama_qfilter_asked>();
+
+    res->seq_id = seq_id;
+    res->n_used = kv.v_cells[seq_id].get_used();
+    res->layers.resize(layers.size());
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        res->layers[i].heads.resize(layers[i].n_head);
+    }
+
+    if (recr) {
+        lctx->memory_update(false);
+        lctx->synchronize();
+
+        llama_qfilter_io_write io;
+        recr->state_write(io, seq_id);
+
+        res->recr = std::move(io.data);
+    }
+
+    res->cb      = lctx->get_cparams().cb_eval;
+    res->cb_data = lctx->get_cparams().cb_eval_user_data;
+
+    asked = std::move(res);
+
+    llama_qfilter_set_eval(lctx, llama_qfilter_eval, this);
+
+    return 0;
+}
+
+std::unique_ptr<llama_qfilter_asked> llama_memory_qfilter::end_question() {
+    if (asked) {
+        ggml_backend_sched_synchronize(lctx->get_sched());
+
+        llama_qfilter_set_eval(lctx, asked->cb, asked->cb_data);
+    }
+
+    return std::move(asked);
+}
+
+void llama_memory_qfilter::note_question(const llama_batch & batch) {
+    for (int32_t i = 0; asked && i < batch.n_tokens; ++i) {
+        if (batch.n_seq_id[i] != 1 || batch.seq_id[i][0] != asked->seq_id) {
+            asked->why_not = "it was read together with other sequences";
+            return;
+        }
+        if (asked->n == 0) {
+            asked->p0 = batch.pos[i];
+        } else if (batch.pos[i] != asked->p0 + (llama_pos) asked->n) {
+            asked->why_not = "its positions have gaps";
+            return;
+        }
+        asked->n++;
+    }
+}
+
+bool llama_memory_qfilter::eval(ggml_tensor * t, bool ask) {
+    llama_qfilter_attn attn;
+
+    const bool is_attn = llama_qfilter_attn_of(t, &attn);
+
+    if (ask) {
+        asked->cb_asks = asked->cb && asked->cb(t, true, asked->cb_data);
+
+        return is_attn || asked->cb_asks;
+    }
+
+    for (size_t i = 0; is_attn && i < layers.size(); ++i) {
+        if (layers[i].il != attn.il) {
+            continue;
+        }
+
+        auto & queries = asked->layers[i];
+
+        std::vector<float> data((size_t) attn.n_head*attn.n_tokens*attn.head_dim);
+        llama_qfilter_attn_get(t, false, data.data());
+
+        const size_t n = data.size()/attn.n_head_kv; // query heads of a KV head are neighbours
+
+        for (int64_t ih = 0; ih < attn.n_head_kv; ++ih) {
+            queries.heads[ih].insert(queries.heads[ih].end(), data.begin() + ih*n, data.begin() + (ih + 1)*n);
+        }
+
+        queries.scale = attn.kq_scale;
+        memcpy(&queries.softcap, (const float *) t->op_params + 2, sizeof(float));
+    }
+
+    return asked->cb_asks ? asked->cb(t, false, asked->cb_data) : true;
+}
+
+//
+// recall
+//
+
+llama_qfilter_result llama_memory_qfilter::choose(const llama_qfilter_asked & question, uint32_t n_rows, uint32_t n_window, std::vector<llama_pos> & rows) {
+    const auto & archive = streams[question.seq_id].archive;
+
+    const auto pos = archive.positions(0, question.p0);
+
+    const size_t n = pos.size();
+
+    for (auto & w : workers) {
+        ggml_backend_synchronize(w->backend); // what is on its way to the archive
+    }
+
+    std::vector<float> weights(n, 0.0f);
+
+    for (size_t i = 0; i < layers.size(); ++i) {
+        const auto & l = store_layers[i];
+
+        std::vector<llama_qfilter_run> runs;
+
+        for (const llama_pos p : pos) {
+            const uint8_t * row = archive.row(p, l.k, l.n_bytes_k);
+
+            if (!runs.empty() && runs.back().data + runs.back().n*l.n_bytes_k == row) {
+                runs.back().n++;
+            } else {
+                runs.push_back({ row, 1 });
+            }
+        }
+
+        for (size_t iw = 0; iw < workers.size(); ++iw) {
+            if (workers[iw].get() != &worker_of(layers[i])) {
+                continue;
+            }
+
+            const auto res = scorers[iw]->score(layers[i], question.layers[i], runs, weights);
+            if (res != LLAMA_QFILTER_DONE) {
+                return res;
+            }
+        }
+    }
+
+    // a row that is looked at brings its neighbours along
+    std::vector<float> spread(n);
+
+    for (size_t i = 0; i < n; ++i) {
+        const size_t i0 = i - std::min<size_t>(i, LLAMA_QFILTER_RECALL_AFTER);
+        const size_t i1 = std::min<size_t>(n, i + LLAMA_QFILTER_RECALL_BEFORE + 1);
+
+        spread[i] = *std::max_element(weights.begin() + i0, weights.begin() + i1);
+
+        // sinks and the newest
+        if (i < n_sink || i + n_window >= n) {
+            spread[i] = INFINITY;
+        }
+    }
+
+    std::vector<uint32_t> order(n);
+    for (size_t i = 0; i < n; ++i) {
+        order[i] = i;
+    }
+
+    n_rows = std::min<size_t>(n_rows, n);
+
+    std::partial_sort(order.begin(), order.begin() + n_rows, order.end(), [&](uint32_t a, uint32_t b) {
+        return spread[a] > spread[b] || (spread[a] == spread[b] && a > b);
+    });
+
+    for (uint32_t i = 0; i < n_rows; ++i) {
+        rows.push_back(pos[order[i]]);
+    }
+    std::sort(rows.begin(), rows.end());
+
+    return LLAMA_QFILTER_DONE;
+}
+
+int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
+    const auto question = end_question();
+
+    if (!has(seq_id)) {
+        return -1;
+    }
+
+    auto & st = streams[seq_id];
+
+    st.recalled.clear();
+
+    const auto refuse = [&](const std::string & why) {
+        llama_qfilter_note_error("nothing is recalled: " + why);
+        return -1;
+    };
+
+    if (!question || question->seq_id != seq_id || question->n == 0) {
+        return refuse("no question was read");
+    }
+    if (!question->why_not.empty()) {
+        return refuse("the question can't be used, " + question->why_not);
+    }
+    if (kv.seq_pos_max(seq_id) != question->p0 + (llama_pos) question->n - 1) {
+        return refuse("the sequence does not end with the question");
+    }
+    for (size_t i = 0; i < layers.size(); ++i) {
+        for (uint32_t ih = 0; ih < layers[i].n_head; ++ih) {
+            const size_t n = question->layers[i].n(layers[i], ih);
+
+            if (n == 0 || n % question->n != 0) {
+                return refuse(format("the queries of layer %d are not to be had", layers[i].il));
+            }
+        }
+    }
+    if (st.table.p1 == 0) {
+        return 0; // all rows are there
+    }
+
+    const uint32_t n_min = n_sink + 1;
+    const uint32_t n_max = n_cells - std::min(n_cells, question->n);
+
+    if (n_rows == 0) {
+        // half of what an eviction frees is left for the answer
+        const uint32_t n_free = (n_cells - n_keep)/2;
+
+        n_rows = std::max(n_min, std::min({ question->n_used, n_keep, n_max - std::min(n_max, n_free) }));
+    }
+    if (n_rows < n_min || n_rows > n_max) {
+        return refuse(format("%u rows and a question of %u tokens don't fit into %u cells", n_rows, question->n, n_cells));
+    }
+
+    const int64_t t_start = ggml_time_us();
+
+    lctx->memory_update(false); // pending copies
+
+    ggml_backend_sched_synchronize(lctx->get_sched());
+
+    threads.update(lctx);
+
+    archive_rows(seq_id);
+
+    if (!can_fill(seq_id, question->p0, archive_begin(seq_id), !question->recr.empty())) {
+        return refuse(format("the sequence can't go on at position %d", question->p0));
+    }
+
+    const uint32_t n_newest = std::min({ n_window, LLAMA_QFILTER_RECALL_NEWEST, (n_rows - n_sink)/2 });
+
+    // half of the cells is for rows that the archive does not have, if there are such
+    const bool     is_whole = !st.incomplete && st.archive.pos_min == 0;
+    const uint32_t n_choose = is_whole ? n_rows : std::max(n_sink + n_newest, n_rows/2);
+
+    std::vector<llama_pos> rows;
+
+    const auto res = choose(*question, n_choose, n_newest, rows);
+    if (res != LLAMA_QFILTER_DONE) {
+        llama_qfilter_note_error(format("nothing is recalled: %s",
+                    res == LLAMA_QFILTER_ABORTED ? "aborted" : res == LLAMA_QFILTER_NO_MEM ? "out of memory" : "the graph failed"));
+        return res == LLAMA_QFILTER_ABORTED ? -1 : res;
+    }
+
+    // those that some head did not have
+    std::vector<llama_pos> recalled;
+
+    const auto order = order_of(seq_id);
+
+    for (const llama_pos pos : rows) {
+        for (uint32_t ih = 0; ih < n_head_all && (recalled.empty() || recalled.back() != pos); ++ih) {
+            const auto * tab = st.table.pos.data() + (size_t) ih*st.table.n;
+
+            const bool in_table = std::binary_search(tab, tab + st.table.n, pos);
+            const auto it       = std::lower_bound(order.pos.begin(), order.pos.end(), pos);
+
+            if (!in_table && !(it != order.pos.end() && *it == pos && (pos < st.table.p0 || pos >= st.table.p1))) {
+                recalled.push_back(pos);
+            }
+        }
+    }
+
+    const auto filled = fill(seq_id, plan(seq_id, question->p0, n_rows, n_newest, rows), question->recr);
+    if (filled != LLAMA_QFILTER_DONE) {
+        return filled == LLAMA_QFILTER_REFUSED ? refuse("a part of the memory can't be cut") : filled;
+    }
+
+    streams[seq_id].recalled = std::move(recalled);
+
+    stats.n_recalls   += 1;
+    stats.t_recall_us += ggml_time_us() - t_start;
+
+    return question->n;
+}
+
+int32_t llama_memory_qfilter::recalled(llama_seq_id seq_id, llama_pos * out, size_t capacity) const {
+    if (!has(seq_id)) {
+        return -1;
+    }
+
+    const auto & rows = get_stream(seq_id).recalled;
+
+    std::copy(rows.begin(), rows.begin() + std::min(rows.size(), capacity), out);
+
+    return rows.size();
+}

@@ -1,0 +1,133 @@
+"""What a bounded cache evicts is kept in an archive; recall brings rows back that a question looks at."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+
+import llama_cpp._internals as internals
+import numpy as np
+
+from qfllama import native
+from qfllama.config import EngineError, QFilterConfig, QFilterError
+from qfllama.machine import available_bytes
+
+UNKNOWN_MEMORY = 4 << 30
+"""Taken for what is free where the system doesn't tell."""
+
+
+def limit_bytes(config: QFilterConfig) -> int:
+    """Most bytes of the archive of a cache that is made now; 0: none.
+
+    Raises:
+        QFilterError: the folder is none.
+    """
+    if not config.archive:
+        return 0
+    if isinstance(config.archive, str) and not os.path.isdir(config.archive):
+        raise QFilterError(f"{config.archive} is not a folder: make it, or give another archive")
+    if config.archive_limit is not None:
+        return config.archive_limit
+    if isinstance(config.archive, str):
+        return shutil.disk_usage(config.archive).free // 2
+    free = available_bytes()
+    return (UNKNOWN_MEMORY if free is None else free) // 2
+
+
+class Archived(internals.LlamaContext):
+    """The part of `context.Context` that is about the archive; it needs the rest."""
+
+    def question(self, seq: int = 0) -> None:
+        """The tokens of a sequence that are read from here on are a question, until `recall`.
+
+        Raises:
+            EngineError: no archive.
+        """
+        if native.question(self.ctx, seq) < 0:
+            raise EngineError(native.last_error().decode())
+
+    def recall(self, seq: int = 0, n_rows: int = 0) -> int:
+        """Cut the question off again and fill the cells with the rows that it looks at.
+
+        Args:
+            n_rows: of every head; 0: as many as there were before the question, or fewer, so that
+                the answer has room.
+
+        Returns:
+            the tokens of the question, which have to be read again; 0 if nothing was evicted and
+            all is as it was.
+
+        Raises:
+            EngineError: llama.cpp failed; what the sequence has left is in `n_past`.
+        """
+        if (n := native.recall(self.ctx, seq, n_rows)) < 0:
+            raise EngineError(native.last_error().decode())
+        return n
+
+    def recalled(self, seq: int = 0) -> np.ndarray:
+        """The positions that the last recall brought back: int32, ascending."""
+        n = max(0, native.recalled(self.ctx, seq, None, 0))
+        out = np.empty(n, dtype=np.int32)
+        native.recalled(self.ctx, seq, out.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n)
+        return out
+
+    def read_question(self, tokens: list[int], seq: int = 0) -> np.ndarray:
+        """Read tokens after those that a sequence has, bring back the rows that the last
+        `recall_queries` of them look at, and read these once more. The logits after the last one
+        are there afterwards.
+
+        Returns:
+            the positions that came back: int32, ascending.
+
+        Raises:
+            EngineError: llama.cpp failed.
+        """
+        n = min(len(tokens), self.config.recall_queries) if self.config else 0
+        if n == 0 or not self.may_recall(len(tokens), seq):
+            self.read(tokens, logits=True, seq=seq)
+            return np.empty(0, dtype=np.int32)
+        self.read(tokens[:-n], seq=seq)
+        self.question(seq)
+        try:
+            self.read(tokens[-n:], logits=True, seq=seq)
+        except BaseException:
+            native.question(self.ctx, -1)
+            raise
+        if self.recall(seq) == 0:
+            return np.empty(0, dtype=np.int32)
+        self.read(tokens[-n:], logits=True, seq=seq)
+        return self.recalled(seq)
+
+    def may_recall(self, n_more: int, seq: int = 0) -> bool:
+        """Is there anything to recall, or will there be once n_more tokens have been read?"""
+        if self.config is None or not self.config.recalls:
+            return False
+        stats = self.seq_stats(seq)
+        overflows = stats.n_cells_used + n_more > self.config.max_length
+        return overflows or stats.n_archived > 0
+
+    def archived_row(self, position: int, layer: int, seq: int = 0) -> tuple[bytes, bytes] | None:
+        """K and V of a layer at a position as they were stored, all heads; None: not archived."""
+        result = []
+        for is_v in (False, True):
+            size = native.archived(self.ctx, seq, position, layer, is_v, None, 0)
+            out = ctypes.create_string_buffer(max(1, size))
+            native.archived(self.ctx, seq, position, layer, is_v, out, size)
+            result.append(out.raw[:size])
+        return (result[0], result[1]) if result[0] else None
+
+    def archive_state(self, seq: int = 0) -> bytearray:
+        """The archive of a sequence, to be restored after its `state`; b"" if there is none."""
+        data = bytearray(native.archive_get_data(self.ctx, seq, None, 0))
+        if data:
+            native.archive_get_data(self.ctx, seq, _bytes(data), len(data))
+        return data
+
+    def restore_archive(self, data, seq: int = 0) -> bool:
+        """False: llama.cpp refused it (`last_error` says why)."""
+        return native.archive_set_data(self.ctx, seq, _bytes(data), len(data)) == len(data)
+
+
+def _bytes(data):
+    return np.frombuffer(data, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
