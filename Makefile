@@ -78,18 +78,18 @@ SANITIZED = LD_PRELOAD="$$(for lib in asan ubsan stdc++; do gcc -print-file-name
 	PYTHONPATH="$(abspath build/sanitize/lib):$(abspath tests)"
 
 # other builds of llama.cpp, under build/NAME; their llama_cpp comes before that of $(VENV)
-build/sanitize/.built: export CMAKE_ARGS = -DGGML_OPENMP=OFF \
+ARGS_sanitize = -DGGML_OPENMP=OFF \
 	-DLLAMA_SANITIZE_ADDRESS=ON -DLLAMA_SANITIZE_UNDEFINED=ON \
 	-DGGML_SANITIZE_ADDRESS=ON -DGGML_SANITIZE_UNDEFINED=ON \
 	-DCMAKE_C_FLAGS_RELEASE='-O1 -g1' -DCMAKE_CXX_FLAGS_RELEASE='-O1 -g1'
-build/rpc/.built: export CMAKE_ARGS = -DGGML_RPC=ON
-build/vulkan/.built: export CMAKE_ARGS = -DGGML_VULKAN=ON
+ARGS_rpc = -DGGML_RPC=ON
+ARGS_vulkan = -DGGML_VULKAN=ON
 # what the environment has comes after it: where the toolkit lies, and so on
-build/cuda/.built: export CMAKE_ARGS := -DGGML_CUDA=ON $(CMAKE_ARGS)
+ARGS_cuda = -DGGML_CUDA=ON $(CMAKE_ARGS)
 
 build/%/.built: $(INSTALLED) $(PATCHES)
 	$(BIN)/pip install -q "scikit-build-core[pyproject]>=0.11" "patch-ng>=1.18" cmake ninja
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install -q --no-build-isolation --no-deps --upgrade \
+	CMAKE_ARGS="$(ARGS_$*)" PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install -q --no-build-isolation --no-deps --upgrade \
 		--target "$(abspath build/$*/lib)" -C build-dir="$(abspath build/$*)" ./patches
 	touch $@
 

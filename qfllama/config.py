@@ -97,7 +97,9 @@ class QFilterConfig:
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise QFilterError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if not isinstance(self.archive, (bool, str)) or self.archive == "":
-            raise QFilterError(f"archive is {self.archive!r}: use True, False or the name of a folder")
+            raise QFilterError(
+                f"archive is {self.archive!r}: use True, False or the name of a folder"
+            )
         if self.recall is not False and self.recall not in RECALL:
             raise QFilterError(
                 f"recall is {self.recall!r}: use {', '.join(map(repr, RECALL))} or False"

@@ -50,7 +50,8 @@ def worker(args) -> int:
     print(
         f"{done:,} operations without a mismatch in {time.monotonic() - start:.0f} s: "
         f"{totals['evictions']:,} evictions chose {totals['rows']:,} rows by their scores, of "
-        f"which {totals['near_ties']:,} where rounding decides"
+        f"which {totals['near_ties']:,} where rounding decides; {totals['rewinds']:,} rewinds and "
+        f"{totals['recalls']:,} recalls filled the cells from the archive"
     )
     return 0
 

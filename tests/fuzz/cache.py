@@ -46,6 +46,7 @@ class Settings:
     type_k: str = "f16"
     type_v: str = "f16"
     flags: int = 0
+    archive: bool = False
 
     @property
     def bound(self) -> int:
@@ -63,11 +64,16 @@ class Row(NamedTuple):
 @dataclass
 class Sequence:
     """cells: the positions that llama.cpp goes by, ascending. heads: (layer, KV head) -> rows,
-    as many as cells, ascending by position. Positions below `compacted` can't be cut."""
+    as many as cells, ascending by position. Positions below `compacted` can't be cut without the
+    archive: position -> (layer, KV head) -> row. lossy: rows are gone that it does not have."""
 
     cells: list[int] = field(default_factory=list)
     heads: dict[tuple[int, int], list[Row]] = field(default_factory=dict)
     compacted: int = 0
+    archive: dict[int, dict[tuple[int, int], Row]] = field(default_factory=dict)
+    lossy: bool = False
+    n_sink: int = 0
+    archives: bool = False
 
     @property
     def first(self) -> int:
@@ -90,18 +96,80 @@ class Sequence:
 
     @property
     def rewind_limit(self) -> int:
-        return next(p0 for p0 in range(self.compacted, self.last + 2) if self.can_cut(p0))
+        return next(p0 for p0 in range(self.last + 2) if self.can_cut(p0) or self.can_fill(p0))
+
+    @property
+    def archive_begin(self) -> int:
+        """From here on, up to `compacted`, all positions are in the archive."""
+        begin = self.compacted
+        while begin - 1 in self.archive:
+            begin -= 1
+        return begin
+
+    def can_fill(self, p0: int) -> bool:
+        """Can the cells be filled from the archive, to go on at p0?"""
+        if not self.archives or not self.compacted or p0 > self.last:
+            return False
+        if p0 <= self.archive_begin and self.archive_begin > 0:
+            return False
+        return p0 - 1 in (self.cells if p0 > self.compacted else self.archive) or p0 == 0
+
+    def whole(self) -> dict[int, int]:
+        """Position -> place of the rows whose positions are the same in all heads."""
+        return {
+            p: i
+            for i, p in enumerate(self.cells)
+            if p >= self.compacted or (self.compacted and i < self.n_sink)
+        }
+
+    def to_archive(self) -> None:
+        if self.archives:
+            for position, i in self.whole().items():
+                rows = {head: rows[i] for head, rows in self.heads.items()}
+                self.archive.setdefault(position, rows)
+
+    def fill(self, p0: int, n: int, n_window: int, rows: list[int]) -> None:
+        """Go on at p0, with n rows of every head: sinks, window, `rows`, what has no copy, what is
+        there, the newest."""
+        whole = self.whole()
+        shared = sorted(p for p in self.archive.keys() | whole.keys() if p < p0)
+        own = {h: [r.position for r in rs if r.position < p0] for h, rs in self.heads.items()}
+        n_min = min(len(shared) + len(set(o) - set(shared)) for o in own.values())
+        complete = n_min == len(shared) and n_min <= n and not self.lossy
+        n = min(n, n_min)
+        sinks = [p for p in self.cells if p < p0][: min(self.n_sink, n)]
+        n_window, n_last = min(n_window, n - len(sinks), len(shared)), 0
+        while n_last < n_window and shared[-1 - n_last] == p0 - 1 - n_last:
+            n_last += 1
+        always = sorted({*sinks, *shared[len(shared) - n_last :], *rows})
+        for head, held in self.heads.items():
+            known = {row.position: row for row in held}
+            chosen = list(always)
+            lost = [p for p in own[head] if p not in self.archive]
+            for more in (lost, own[head], shared):
+                for p in reversed(more):
+                    if len(chosen) < n and p not in chosen:
+                        chosen.append(p)
+            self.heads[head] = [
+                known[p] if p in known else self.archive[p][head] for p in sorted(chosen)
+            ]
+        n_rest = n - len(sinks)
+        self.cells = [*sinks, *range(p0 - n_rest, p0)]
+        self.compacted = 0 if complete or not n_rest else p0 - n_last
+        self.archive = {p: row for p, row in self.archive.items() if p < p0}
 
     def remove(self, p0: int, p1: int) -> None:
         if not self.cells or (p0 <= self.first and p1 > self.last):
             self.clear()
             return
+        self.archive = {p: row for p, row in self.archive.items() if not p0 <= p < p1}
         self.cells = [p for p in self.cells if not p0 <= p < p1]
         for head, rows in self.heads.items():
             self.heads[head] = [r for r in rows if not p0 <= r.position < p1]
 
     def clear(self) -> None:
         self.cells, self.heads, self.compacted = [], {head: [] for head in self.heads}, 0
+        self.archive, self.lossy = {}, False
 
 
 class Cache:
@@ -117,9 +185,14 @@ class Cache:
         self.sequences = [self.empty() for _ in range(settings.n_seq)]
         self.n_evictions = self.n_dropped = 0
         self.n_rows = self.n_near_ties = 0  # rows chosen by scores, and those adopted
+        self.n_rewinds = self.n_recalls = 0
 
     def empty(self) -> Sequence:
-        return Sequence(heads={head: [] for head in self.head_ids})
+        return Sequence(
+            heads={head: [] for head in self.head_ids},
+            n_sink=self.settings.n_sink,
+            archives=self.settings.archive,
+        )
 
     # -- operations
 
@@ -143,7 +216,12 @@ class Cache:
             )  # llama.cpp: one stream serves all ids, three only three
         chosen = self.sequences if seq < 0 else [self.sequences[seq]]
         if not all(s.can_remove(p0, p1) for s in chosen):
-            return False
+            if len(chosen) > 1 or p1 <= chosen[0].last or not chosen[0].can_fill(p0):
+                return False
+            self.n_rewinds += 1
+            chosen[0].to_archive()
+            chosen[0].fill(p0, self.settings.n_keep, self.settings.n_window, [])
+            return True
         for sequence in chosen:
             sequence.remove(p0, p1)
         return True
@@ -166,6 +244,7 @@ class Cache:
         """Leave n_keep rows of every head. claimed: the positions that the engine says it kept,
         which count where scores are too close to tell."""
         settings, sequence = self.settings, self.sequences[seq]
+        sequence.to_archive()
         cells, n = sequence.cells, len(sequence.cells)
         scores = Scores(self, settings, sequence.last + 1)
         for (layer, head), rows in sequence.heads.items():

@@ -98,6 +98,40 @@ class Engine:
         self.polls_left = None
         return result
 
+    def question(self, seq: int) -> int:
+        return native.question(self.ctx, seq)
+
+    def recall(self, seq: int, n_rows: int, abort=None) -> int:
+        self.polls_left = abort
+        result = native.recall(self.ctx, seq, n_rows)
+        self.polls_left = None
+        return result
+
+    def archived(self, seq: int, position: int) -> dict[tuple[int, int], Row]:
+        """(layer, KV head) -> the row of a position in the archive; {}: there is none."""
+        result = {}
+        for layer in range(N_LAYER):
+            stored = []
+            for is_v in (False, True):
+                size = native.archived(self.ctx, seq, position, layer, is_v, None, 0)
+                data = ctypes.create_string_buffer(max(1, size))
+                native.archived(self.ctx, seq, position, layer, is_v, data, size)
+                stored.append(data.raw[:size])
+            for head in range(N_HEAD_KV if stored[0] else 0):
+                k, v = (row[head * (n := len(row) // N_HEAD_KV) :][:n] for row in stored)
+                result[layer, head] = Row(position, k, v)
+        return result
+
+    def save_archive(self, seq: int) -> bytes:
+        size = native.archive_get_data(self.ctx, seq, None, 0)
+        data = (ctypes.c_uint8 * max(1, size))()
+        assert native.archive_get_data(self.ctx, seq, data, size) == size
+        return bytes(data)[:size]
+
+    def restore_archive(self, data: bytes, seq: int) -> bool:
+        view = (ctypes.c_uint8 * max(1, len(data))).from_buffer_copy(data or b"0")
+        return native.archive_set_data(self.ctx, seq, view, len(data)) == len(data) > 0
+
     def save(self, seq: int | None, path: Path | None):
         """The state of one sequence or of all: bytes, or written to a file whose name returns."""
         if path is not None:
@@ -191,6 +225,7 @@ def init(model: internals.LlamaModel, settings: Settings, weight: np.ndarray):
     for name in ("n_cells", "n_keep", "n_sink", "n_window", "seed", "flags"):
         setattr(params, name, getattr(settings, name))
     params.policy = POLICIES.index(settings.policy)
+    params.n_bytes_archive = 1 << 30 if settings.archive else 0
     arrays = {"filters": weight, "moments": moments(weight)}
     if settings.policy == "qahead":  # qblend would take them, too
         arrays["queries"] = np.ascontiguousarray(weight[..., ::-1])

@@ -32,6 +32,8 @@ class Saved:
     settings: Settings
     sequences: list[Sequence]
     whole: bool
+    archive: bytes = b""  # of one sequence
+    archived: Sequence | None = None
 
 
 class World:
@@ -39,7 +41,7 @@ class World:
 
     def __init__(self, models: dict, folder: Path):
         self.models, self.folder = models, folder
-        self.totals = {"evictions": 0, "rows": 0, "near_ties": 0}
+        self.totals = dict.fromkeys(("evictions", "rows", "near_ties", "rewinds", "recalls"), 0)
         self.engine = None
         self.reset()
 
@@ -50,9 +52,8 @@ class World:
     def close(self) -> None:
         if self.engine:
             self.engine.close()
-            self.totals["evictions"] += self.cache.n_evictions
-            self.totals["rows"] += self.cache.n_rows
-            self.totals["near_ties"] += self.cache.n_near_ties
+            for name in self.totals:
+                self.totals[name] += getattr(self.cache, f"n_{name}")
         self.engine = self.cache = None
 
     def apply(self, operation: list) -> None:
@@ -67,6 +68,7 @@ class World:
 
     def compare(self) -> None:
         engine, cache = self.engine, self.cache
+        used = sum(len(sequence.cells) for sequence in cache.sequences)
         for seq, sequence in enumerate(cache.sequences):
             ends = sequence.first, sequence.last
             need(engine.ends(seq) == ends, f"sequence {seq} is {engine.ends(seq)}, not {ends}")
@@ -82,8 +84,12 @@ class World:
                     where = f"sequence {seq} {head} position {row.position}"
                     need(row.k == same.k, f"{where}: the bytes of K changed")
                     need(row.v == same.v, f"{where}: the bytes of V changed")
+            for position in random.Random(used).sample(
+                sorted(sequence.archive), 3 if len(sequence.archive) > 3 else 0
+            ):
+                same = engine.archived(seq, position) == sequence.archive[position]
+                need(same, f"the bytes of position {position} in the archive of {seq} changed")
         stats, settings = engine.stats(), cache.settings
-        used = sum(len(sequence.cells) for sequence in cache.sequences)
         allocated = min(-(-settings.n_cells // 256) * 256, settings.n_ctx)
         for what, is_, should in (
             ("n_cells_used", stats.n_cells_used, used),
@@ -236,18 +242,65 @@ class World:
         claimed = {head: [row.position for row in own] for head, own in rows.items()}
         cache.evict(seq, n_keep, claimed)
 
+    def recall(self, seq: int, n: int, order: int, n_rows: int, abort: int | None) -> None:
+        """Read a question of n tokens, recall what it looks at, read it again."""
+        settings, engine, sequence = self.cache.settings, self.engine, self.cache.sequences[seq]
+        if not settings.archive:
+            need(engine.question(seq) < 0, "a question without an archive was not refused")
+            return
+        if not sequence.cells or sequence.last + 1 + n > settings.n_ctx:
+            return
+        rng, start, used = random.Random(order), sequence.last + 1, len(sequence.cells)
+        tokens = [(start + i, (seq,), rng.randrange(3, 380)) for i in range(n)]
+        need(engine.question(seq) == 0, "the question was refused")
+        need(engine.decode(tokens) == 0, "the question was not read")
+        self.take_over({seq: n}, {seq: start}, exact=True)
+        result = engine.recall(seq, n_rows, abort)
+        if not sequence.compacted:
+            need(result == 0, f"nothing was evicted, but recall returned {result}")
+            return
+        least, most = settings.n_sink + 1, settings.bound - n
+        if n_rows == 0:
+            n_free = (settings.bound - settings.n_keep) // 2
+            n_rows = max(least, min(used, settings.n_keep, most - n_free))
+        if not least <= n_rows <= most:
+            need(result == -1, f"{n_rows} rows in {settings.bound} cells: recall returned {result}")
+            return
+        if result < 0 and abort is not None:
+            if result == FAILED:
+                sequence.clear()
+            return
+        need(result == n, f"recall returned {result}, not {n}")
+        self.cache.n_recalls += 1
+        sequence.to_archive()
+        claimed = [{r.position for r in rows} for rows in engine.rows(seq).values()]
+        chosen = sorted(set.intersection(*claimed))
+        if not sequence.lossy:
+            need(chosen == sorted(set.union(*claimed)), "not the same positions in all heads")
+        newest = min(settings.n_window, 64, (n_rows - settings.n_sink) // 2)
+        sequence.fill(start, n_rows, newest, chosen)
+        self.compare()
+        need(engine.decode(tokens) == 0, "the question was not read again")
+        self.take_over({seq: n}, {seq: start}, exact=True)
+
     def save(self, slot: int, seq: int | None, to_file: bool) -> None:
         path = self.folder / f"slot{slot}.state" if to_file else None
         sequences = self.cache.sequences if seq is None else [self.cache.sequences[seq]]
         self.slots[slot] = Saved(
             self.engine.save(seq, path),
             self.cache.settings,
-            deepcopy(sequences),
+            [without_archive(sequence) for sequence in sequences],
             seq is None,
         )
+        if seq is not None and self.cache.settings.archive:
+            self.slots[slot].archive = self.engine.save_archive(seq)
+            self.slots[slot].archived = deepcopy(sequences[0])
 
-    def restore(self, slot: int, seq: int, resize: bool, share: float) -> None:
-        """seq: where to, for a state of one sequence; share: how much of the state is there."""
+    def restore(
+        self, slot: int, seq: int, resize: bool, share: float, archive: float | None = None
+    ) -> None:
+        """seq: where to, for a state of one sequence; share: how much of the state is there;
+        archive: how much of the archive."""
         saved = self.slots.get(slot)
         if saved is None:
             return
@@ -260,9 +313,24 @@ class World:
         if done:
             for i, sequence in zip(touched, saved.sequences, strict=True):
                 self.cache.sequences[i] = deepcopy(sequence)
+                self.cache.sequences[i].archives = self.cache.settings.archive
+                self.cache.sequences[i].n_sink = self.cache.settings.n_sink
+            if archive is not None and saved.archive:
+                data = cut(saved.archive, archive)
+                fits = self.cache.settings.archive and data is saved.archive
+                fits = fits and self.same_rows(saved.settings)
+                need(self.engine.restore_archive(data, seq) == fits, f"archive: not {fits}")
+                if fits:
+                    self.cache.sequences[seq].archive = deepcopy(saved.archived.archive)
+                    self.cache.sequences[seq].lossy = saved.archived.lossy
         elif all(self.engine.ends(i) == (-1, -1) for i in touched):
             for i in touched:  # refused: emptied or as it was, never a part of each
                 self.cache.sequences[i].clear()
+
+    def same_rows(self, theirs: Settings) -> bool:
+        return all(
+            getattr(theirs, n) == getattr(self.cache.settings, n) for n in ("type_k", "type_v")
+        )
 
     def fits(self, saved: Saved, resize: bool) -> bool:
         """Does a state belong into this context?"""
@@ -288,6 +356,12 @@ class World:
         size = native.rows(self.engine.ctx, seq, layer, False, None, 0)
         held = len(self.cache.sequences[seq].cells) if there else 0
         need((size > 0) == (held > 0), f"rows returned {size} for {held} cells")
+
+
+def without_archive(sequence: Sequence) -> Sequence:
+    copy = deepcopy(sequence)
+    copy.archive, copy.lossy = {}, copy.compacted > 0
+    return copy
 
 
 def cut(data: bytes | Path, share: float) -> bytes | Path:
@@ -338,6 +412,7 @@ def draw_settings(rng: random.Random) -> dict:
             type_k=rng.choice(types),
             type_v=rng.choice(types),
             flags=rng.choice([0, native.FLAG_GRAPH_GATHER]),
+            archive=rng.random() < 0.7,
         )
     )
 
@@ -373,6 +448,8 @@ def draw(rng: random.Random, world: World, head_dim: int) -> list:
     kinds = {
         "decode": 80,
         "seq_rm": 8,
+        "recall": 12,
+        "rewind": 8,
         "compress": 6,
         "seq_cp": 5,
         "save": 5,
@@ -408,6 +485,12 @@ def draw(rng: random.Random, world: World, head_dim: int) -> list:
         p0 = draw_position(rng, sequence)
         p1 = rng.choice([-1, -1, p0, draw_position(rng, sequence)])
         return [kind, rng.choice([seq] * 8 + [-1, settings.n_seq]), p0, p1]
+    if kind == "rewind":
+        return ["seq_rm", seq, rng.randint(1, max(1, sequence.last)), -1]
+    if kind == "recall":
+        abort = rng.randint(0, 40) if rng.random() < 0.1 else None
+        n_rows = rng.choice([0, 0, 0, rng.randint(0, settings.bound)])
+        return [kind, seq, rng.randint(1, settings.n_batch), rng.randrange(1 << 30), n_rows, abort]
     if kind == "seq_cp":
         target = rng.randrange(settings.n_seq + (rng.random() < 0.1))
         whole = [[-1, -1], [0, -1], [sequence.first, sequence.last + 1]]
@@ -423,7 +506,8 @@ def draw(rng: random.Random, world: World, head_dim: int) -> list:
     if kind == "restore":
         slot = rng.choice(list(world.slots) or [0])
         share = rng.random() if rng.random() < 0.15 else 1
-        return [kind, slot, seq, rng.random() < 0.4, share]
+        archive = rng.choice([None, 1, 1, 1, rng.random()])
+        return [kind, slot, seq, rng.random() < 0.4, share, archive]
     if kind == "decode_bad":
         what = ["no such sequence", "no such token"] + ["gap", "again"] * bool(sequence.cells)
         return [kind, rng.choice(what), seq]
