@@ -81,7 +81,7 @@ SANITIZED = LD_PRELOAD="$$(for lib in asan ubsan stdc++; do gcc -print-file-name
 ARGS_sanitize = -DGGML_OPENMP=OFF \
 	-DLLAMA_SANITIZE_ADDRESS=ON -DLLAMA_SANITIZE_UNDEFINED=ON \
 	-DGGML_SANITIZE_ADDRESS=ON -DGGML_SANITIZE_UNDEFINED=ON \
-	-DCMAKE_C_FLAGS_RELEASE='-O1 -g1' -DCMAKE_CXX_FLAGS_RELEASE='-O1 -g1'
+	-DCMAKE_C_FLAGS_RELEASE='-O1 -g1 -DNDEBUG' -DCMAKE_CXX_FLAGS_RELEASE='-O1 -g1 -DNDEBUG'
 ARGS_rpc = -DGGML_RPC=ON
 ARGS_vulkan = -DGGML_VULKAN=ON
 # what the environment has comes after it: where the toolkit lies, and so on

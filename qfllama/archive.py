@@ -126,7 +126,8 @@ class Archived(internals.LlamaContext):
 
     def restore_archive(self, data, seq: int = 0) -> bool:
         """False: llama.cpp refused it (`last_error` says why)."""
-        return native.archive_set_data(self.ctx, seq, _bytes(data), len(data)) == len(data)
+        n = len(data)
+        return n > 0 and native.archive_set_data(self.ctx, seq, _bytes(data), n) == n
 
 
 def _bytes(data):

@@ -343,16 +343,17 @@ class Context(Archived):
             raise EngineError("llama_state_seq_get_data failed")
         return data
 
-    def restore(self, data, seq: int = 0, flags: int = native.STATE_RESIZE) -> bool:
+    def restore(self, data, archive=b"", *, seq: int = 0, flags: int = native.STATE_RESIZE) -> bool:
         """Take over a state (bytes, bytearray) of a context of the model, also of another size if
         its cells fit; one with another policy only if nothing had been dropped in it. False:
         llama.cpp refused it (`last_error` says why), the sequence is empty.
 
-        flags: enum llama_qfilter_state_flag; 0: only from a cache of the same size."""
+        archive: what `archive_state` gave for it; flags: enum llama_qfilter_state_flag; 0: only from a cache of the same size."""
         view, n = c_bytes(data), len(data)
         if self.config is None:
             return llama_cpp.llama_state_seq_set_data(self.ctx, view, n, seq) == n
-        return native.state_seq_set_data(self.ctx, view, n, seq, flags) == n
+        done = native.state_seq_set_data(self.ctx, view, n, seq, flags) == n
+        return done and (not archive or self.restore_archive(archive, seq))
 
     def close(self) -> None:
         if os.getpid() == self._pid:

@@ -1,9 +1,9 @@
 """A conversation whose tokens only ever grow.
 
-A bounded cache can't go back to a position inside history that it has compacted. Rendering the
-chat template anew at each turn and tokenizing the result does just that: the model's answer comes
-out of the tokenizer in other tokens than it was generated in, or the template strips it, and from
-there on everything has to be read again. So the token list of the conversation is kept here as it
+Rendering the chat template anew at each turn and tokenizing the result goes back into history: the
+model's answer comes out of the tokenizer in other tokens than it was generated in, or the template
+strips it, and from there on everything has to be read again; a bounded cache without an archive, or
+one with windowed or recurrent layers, can't even go back there. So the token list of the conversation is kept here as it
 was really read and generated, and a turn appends to it only what the template puts between the
 last answer and the next one.
 """
@@ -23,6 +23,7 @@ import llama_cpp
 from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
 
 from qfllama.config import QFilterError
+from qfllama.recalling import Recalled
 from qfllama.turns import stream_in_turn
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Turn:
     answer_tokens: int = 0
     steps: int = 0  # tokens generated after the first, the end of the turn included
     step_seconds: float = 0.0  # what they took
+    recalled: Recalled | None = None  # what came back from the archive for the question
     ended: str = "stop"  # or "length" (max_tokens), "context" (n_ctx), "interrupted"
 
 
@@ -69,9 +71,9 @@ class Conversation:
             print(piece, end="", flush=True)
         print(chat.turn)  # tokens read and generated, seconds, why it ended
 
-    `Llama.create_chat_completion` renders and tokenizes the whole history for each answer. A
-    bounded cache can't go back into what it has compacted, so wherever the new tokens differ
-    from those it has read, it reads everything again. A conversation keeps the tokens as they were
+    `Llama.create_chat_completion` renders and tokenizes the whole history for each answer, and reads
+    again what comes after the first token that differs; a bounded cache that can't go back so far
+    (`rewind_limit`) reads everything again. A conversation keeps the tokens as they were
     read and generated, and only appends.
 
     Attributes:
@@ -291,6 +293,7 @@ class Conversation:
         for token in self.llm.generate(rest, reset=False, **sampling):
             if turn.answer_tokens == 0:
                 turn.prompt_seconds = time.perf_counter() - start
+                turn.recalled = self.llm.recalled
             else:
                 turn.steps = turn.answer_tokens
                 turn.step_seconds = time.perf_counter() - start - turn.prompt_seconds
@@ -310,6 +313,10 @@ class Conversation:
             else:
                 continue
             return
+
+    def text(self, start: int, end: int) -> str:
+        """The text of the positions [start, end), special tokens in their own spelling."""
+        return self.llm.detokenize(self.tokens[start:end], special=True).decode(errors="replace")
 
     def _rewind(self) -> int:
         """Cut the engine's cache back to what it has in common with `tokens`; what is left.

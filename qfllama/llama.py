@@ -22,6 +22,7 @@ from qfllama.config import (
     QFilterWarning,
 )
 from qfllama.context import Context, NoMemory, cache_type, refused
+from qfllama.recalling import Recalling
 from qfllama.saving import SavedStates
 from qfllama.shape import model_shape
 from qfllama.turns import Turns, in_turn, stream_in_turn
@@ -49,10 +50,17 @@ def cache_figures(stats: native.Stats) -> dict[str, int]:
         "kv_bytes": stats.n_bytes_kv,
         "kv_bytes_full": stats.n_bytes_kv_full,
         "scratch_bytes": stats.n_bytes_scratch,
+        "archived": stats.n_archived,
+        "archive_bytes": stats.n_bytes_archive,
+        "archive_limit": stats.n_bytes_archive_limit,
+        "archive_written": stats.n_bytes_archive_written,
+        "archive_us": stats.t_archive_us,
+        "recalls": stats.n_recalls,
+        "recall_us": stats.t_recall_us,
     }
 
 
-class Llama(SavedStates):
+class Llama(Recalling, SavedStates):
     """A drop-in `llama_cpp.Llama` whose KV cache can be bounded.
 
     Takes every parameter of `llama_cpp.Llama`, and:
@@ -190,13 +198,18 @@ class Llama(SavedStates):
             (microseconds, all since the context was made); cells_used, cells (the bound),
             cells_allocated (the bound rounded up to 256); kv_bytes (allocated for K and V, and
             for windowed and recurrent layers), kv_bytes_full (the same if every position of n_ctx
-            had a cell), scratch_bytes (allocated for evictions); positions (tokens seen).
+            had a cell), scratch_bytes (allocated for evictions and recalls); archived (positions
+            in the archive), archived_from (from here on they are all there), archive_bytes (memory
+            of the host, or of a file), archive_limit, archive_written (bytes), archive_us; recalls,
+            recall_us; positions (tokens seen).
 
         Raises:
             QFilterError: this object has no bounded cache.
         """
         self._need_bound()
-        return cache_figures(self._ctx.stats()) | {"positions": self.n_tokens}
+        begin = self._ctx.seq_stats().pos_archived
+        figures = cache_figures(self._ctx.stats())
+        return figures | {"archived_from": begin, "positions": self.n_tokens}
 
     @in_turn
     def kept_positions(self, layer: int, head: int) -> np.ndarray:
@@ -249,6 +262,10 @@ class Llama(SavedStates):
                 f"the cache can't be cut back to {self.n_tokens} positions (rewind_limit says how "
                 "far): reset and read again"
             )
+        self._eval_recalling(tokens)
+        self._check_archive()
+
+    def _eval_bounded(self, tokens) -> None:
         try:
             done = 0
             while done < len(tokens):
@@ -275,9 +292,10 @@ class Llama(SavedStates):
     def rewind_limit(self) -> int:
         """The first position to which the cache can be cut back without reading again.
 
-        0 as long as nothing has been evicted; then about `window_length` positions before the last
-        eviction. A prompt that shares at least so many tokens with what was read costs only the
-        rest of it.
+        With an archive the first position that it has: 0 unless it is full. Without one 0 as long
+        as nothing has been evicted; then about `window_length` positions before the last eviction.
+        A prompt that shares at least so many tokens with what was read costs only the rest of it.
+        Windowed layers can go back only a little, recurrent ones not at all.
 
         Raises:
             QFilterError: this object has no bounded cache.
@@ -359,7 +377,6 @@ class Llama(SavedStates):
     embed = in_turn(llama_cpp.Llama.embed)
     create_completion = in_turn(llama_cpp.Llama.create_completion)
     create_chat_completion = in_turn(llama_cpp.Llama.create_chat_completion)
-    generate = stream_in_turn(llama_cpp.Llama.generate)
     _create_completion = stream_in_turn(llama_cpp.Llama._create_completion)
 
     def __getstate__(self):

@@ -9,7 +9,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp import LlamaState
 
-from qfllama import gguf_header, state
+from qfllama import gguf_header, native, state
 from qfllama.config import EngineError, QFilterError
 from qfllama.context import CACHE_TYPES, c_bytes
 from qfllama.turns import in_turn
@@ -42,7 +42,11 @@ class SavedStates(llama_cpp.Llama):
             "run": json.loads(json.dumps(run)),  # lists as they come back from a file
             "type_k": names[params.type_k],
             "type_v": names[params.type_v],
-            **dataclasses.asdict(config),
+            **{
+                name: value
+                for name, value in dataclasses.asdict(config).items()
+                if name not in state.NO_SETTINGS
+            },
         }
 
     def _uses_long_rope(self) -> bool:
@@ -134,20 +138,25 @@ class SavedStates(llama_cpp.Llama):
         self._requires_eval = True
 
     @in_turn
-    def save_prompt(self, path, extra: dict | None = None) -> int:
+    def save_prompt(self, path, extra: dict | None = None, *, archive: bool = False) -> int:
         """Write what the cache holds to a file that `load_prompt` reads, in any process.
 
         Args:
             path: appears complete or not at all; what was there is replaced.
             extra: plain JSON values to have again with `qfllama.state.read_prompt`.
+            archive: also what was evicted; the file is then as large as the full cache. Without,
+                nothing that is evicted now can be recalled after `load_prompt`.
 
         Returns:
             bytes written, about those of the used cells.
 
         Raises:
-            QFilterError: no bounded cache, an empty one, or the file can't be written.
+            QFilterError: no bounded cache or no archive, an empty one, or the file can't be
+                written.
         """
         settings, n_cells = self.settings(), self._ctx.used()
+        if archive and not self.qfilter_config.archive:
+            raise QFilterError("this cache has no archive: make it with archive=True")
         if n_cells == 0:
             raise QFilterError("the cache is empty: read a prompt first")
         return state.write_prompt(
@@ -158,6 +167,7 @@ class SavedStates(llama_cpp.Llama):
                 cells=n_cells,
                 data=self._ctx.state(),
                 extra=extra or {},
+                archive=self._ctx.archive_state() if archive else b"",
             ),
         )
 
@@ -191,9 +201,9 @@ class SavedStates(llama_cpp.Llama):
             advice = "use a larger n_ctx"
         if why is not None:
             raise QFilterError(f"{path} can't be used: {why}; {advice}")
-        before = self._ctx.state() if self.n_tokens > 0 else None
+        before = (self._ctx.state(), self._ctx.archive_state()) if self.n_tokens > 0 else None
         if not self._ctx.restore(prompt.data):
-            if before is not None and not self._ctx.restore(before):
+            if before is not None and not self._ctx.restore(*before):
                 self.reset()
                 raise EngineError("what the cache held could not be restored")
             raise QFilterError(
@@ -201,4 +211,11 @@ class SavedStates(llama_cpp.Llama):
                 "make it again with `qfllama compress`"
             )
         self._take_over(prompt.tokens)
-        return dataclasses.replace(prompt, data=b"")
+        if prompt.archive and self.qfilter_config.archive:
+            if not self._ctx.restore_archive(prompt.archive):
+                self.reset()
+                raise QFilterError(
+                    f"{path}: {native.last_error().decode()}; use a larger archive_limit, or "
+                    "archive=False"
+                )
+        return dataclasses.replace(prompt, data=b"", archive=b"")

@@ -3,12 +3,13 @@
 A prompt file (`book.qfstate`) is a prompt that was read once and compressed. Little endian:
 
     8 bytes   "QFSTATE\\0"
-    u32       version, 1; readers refuse newer ones
-    u32       CRC-32 of everything after the four sizes
-    u64 x 3   bytes of JSON, of tokens, of the sequence state
+    u32       version, 1, or 2 with an archive; readers refuse newer ones
+    u32       CRC-32 of everything after it
+    u64 x 3   bytes of JSON, of tokens, of the sequence state; x 4 with an archive: and of that
     JSON      "settings" (see `mismatch`), "cells" (used), "extra" (of whoever wrote it)
     i32[]     the tokens, of which the first are positions 0, 1, ...
     bytes     the sequence as llama_state_seq_get_data() gives it
+    bytes     with an archive: as llama_qfilter_archive_get_data() gives it
 """
 
 from __future__ import annotations
@@ -36,13 +37,17 @@ from qfllama.files import replacing
 from qfllama.filters import Filters
 
 MAGIC = b"QFSTATE\0"
-VERSION = 1
-SIZES = struct.Struct("<IIQQQ")  # after the magic: version, CRC-32, bytes of the three parts
+VERSION = 2
+HEAD = struct.Struct("<II")  # after the magic: version, CRC-32
+SIZES = {1: struct.Struct("<3Q"), 2: struct.Struct("<4Q")}
+"""Bytes of the parts, by version."""
 MAX_JSON = 1 << 26
 N_SAMPLES, SAMPLE_BYTES = 64, 4096
 
 SIZE_NAMES = ("max_length", "window_length", "interval")
 """Settings that a prompt file doesn't share with the cache it is loaded into."""
+NO_SETTINGS = ("archive", "archive_limit", "recall", "recall_queries")
+"""Of a QFilterConfig: what a saved cache doesn't depend on."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Prompt:
         cells: cells that it needs.
         data: the sequence state; b"" if only the header was read.
         extra: what the writer wants to know again, plain JSON values.
+        archive: what was evicted; b"" if that was not saved.
     """
 
     settings: dict
@@ -62,6 +68,7 @@ class Prompt:
     cells: int
     data: bytes
     extra: dict = field(default_factory=dict)
+    archive: bytes = b""
 
 
 def model_identity(path) -> str:
@@ -133,21 +140,23 @@ def write_prompt(path, prompt: Prompt) -> int:
         json.dumps(head).encode(),
         np.ascontiguousarray(prompt.tokens, dtype="<i4").tobytes(),
         prompt.data,
+        *([prompt.archive] if prompt.archive else []),
     ]
-    sizes = [len(part) for part in parts]
-    crc = zlib.crc32(struct.pack("<3Q", *sizes))
+    version = 2 if prompt.archive else 1
+    sizes = SIZES[version].pack(*map(len, parts))
+    crc = zlib.crc32(sizes)
     for part in parts:
         crc = zlib.crc32(part, crc)
     try:
         with replacing([path]) as (file,):
-            file.write(MAGIC + SIZES.pack(VERSION, crc, *sizes))
+            file.write(MAGIC + HEAD.pack(version, crc) + sizes)
             for part in parts:
                 file.write(part)
     except OSError as error:
         raise QFilterError(
             f"cannot write {path}: {error.strerror}; make room or give another output file"
         ) from None
-    return len(MAGIC) + SIZES.size + sum(sizes)
+    return len(MAGIC) + HEAD.size + len(sizes) + sum(map(len, parts))
 
 
 def read_prompt(path, header_only: bool = False) -> Prompt:
@@ -168,23 +177,28 @@ def read_prompt(path, header_only: bool = False) -> Prompt:
 
 def _parse(path, file, header_only) -> Prompt:
     damaged = QFilterError(f"{path} is truncated or damaged: make it again with `qfllama compress`")
-    start = file.read(len(MAGIC) + SIZES.size)
+    start = file.read(len(MAGIC) + HEAD.size)
     if not start.startswith(MAGIC):
         raise QFilterError(f"{path} is not a state file: make one with `qfllama compress`")
-    if len(start) < len(MAGIC) + SIZES.size:
+    if len(start) < len(MAGIC) + HEAD.size:
         raise damaged
-    version, crc, *sizes = SIZES.unpack(start[len(MAGIC) :])
-    if version != VERSION:
+    version, crc = HEAD.unpack(start[len(MAGIC) :])
+    if version not in SIZES:
         raise QFilterError(
-            f"{path} has version {version}, this qfllama reads version {VERSION}: "
+            f"{path} has version {version}, this qfllama reads versions up to {VERSION}: "
             "upgrade with `pip install -U qfllama`"
         )
-    n_json, n_tokens, n_data = sizes
-    if os.fstat(file.fileno()).st_size != len(start) + sum(sizes) or n_json > MAX_JSON:
+    sizes = file.read(SIZES[version].size)
+    if len(sizes) < SIZES[version].size:
         raise damaged
-    parts = [file.read(n_json), file.read(n_tokens), b"" if header_only else file.read(n_data)]
+    n_bytes = SIZES[version].unpack(sizes)
+    whole = len(start) + len(sizes) + sum(n_bytes)
+    if os.fstat(file.fileno()).st_size != whole or n_bytes[0] > MAX_JSON:
+        raise damaged
+    wanted = n_bytes[:2] if header_only else n_bytes
+    parts = [file.read(n) for n in wanted] + [b""] * (4 - len(wanted))
     if not header_only:
-        found = zlib.crc32(struct.pack("<3Q", *sizes))
+        found = zlib.crc32(sizes)
         for part in parts:
             found = zlib.crc32(part, found)
         if found != crc:
@@ -197,6 +211,7 @@ def _parse(path, file, header_only) -> Prompt:
             cells=int(head["cells"]),
             data=parts[2],
             extra=dict(head["extra"]),
+            archive=parts[3],
         )
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise damaged from None

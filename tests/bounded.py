@@ -74,12 +74,19 @@ class Bounded(Context):
 
     def restore(self, state: bytes, seq=0, flags=0) -> bool:
         """Without flags, unlike Context: only from a cache of the same size."""
-        return super().restore(state, seq, flags)
+        return super().restore(state, seq=seq, flags=flags)
 
 
 def config(**sizes) -> QFilterConfig:
     """Small sizes: a bound of 48, of which 8 go at a time."""
     return QFilterConfig(
-        **{"max_length": 48, "window_length": 12, "sinks": 2, "interval": 8, "policy": "knorm"}
+        **{
+            "max_length": 48,
+            "window_length": 12,
+            "sinks": 2,
+            "interval": 8,
+            "policy": "knorm",
+            "archive": False,
+        }
         | sizes
     )

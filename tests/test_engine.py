@@ -13,7 +13,9 @@ from qfllama.config import QFilterConfig, QFilterError, QFilterWarning
 from qfllama.llama import Llama
 
 N_LAYER, N_HEAD_KV, HEAD_DIM = 30, 3, 64
-SMALL = QFilterConfig(max_length=256, window_length=64, sinks=4, interval=64, policy="knorm")
+SMALL = QFilterConfig(
+    max_length=256, window_length=64, sinks=4, interval=64, policy="knorm", archive=False
+)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,9 @@ from qfllama import Llama, QFilterConfig
 
 N_BATCH, N_ANSWER = 32, 6
 SEED = 38  # of edits that cut in every way there is
-SMALL = QFilterConfig(max_length=128, window_length=40, sinks=4, interval=32, policy="knorm")
+SMALL = QFilterConfig(
+    max_length=128, window_length=40, sinks=4, interval=32, policy="knorm", archive=False
+)
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,12 @@ from qfllama.conversation import Conversation
 
 N_LAYER, N_HEAD_KV, HEAD_DIM = 30, 3, 64
 QFLLAMA = str(Path(sys.executable).with_name("qfllama"))
-SMALL = QFilterConfig(max_length=128, window_length=32, sinks=4, interval=32, policy="knorm")
-WIDE = QFilterConfig(max_length=512, window_length=32, sinks=4, interval=128, policy="knorm")
+SMALL = QFilterConfig(
+    max_length=128, window_length=32, sinks=4, interval=32, policy="knorm", archive=False
+)
+WIDE = QFilterConfig(
+    max_length=512, window_length=32, sinks=4, interval=128, policy="knorm", archive=False
+)
 FACTS = (
     "The harbour of Aldermoor was built in 1821. Its lighthouse is painted green and white. "
     "The mayor is called Berta Quist, and she keeps three geese. Every spring the fishermen race "
@@ -179,7 +183,7 @@ def test_what_can_not_be_compressed_is_said_in_a_line(make, wide, prompt):
 @pytest.mark.parametrize(("ratio", "n_cells"), [(2, 120), (4, 60), (30, 8)])
 def test_a_window_that_nobody_gave_is_a_quarter_of_what_is_kept(make, prompt, ratio, n_cells):
     """1,024 of the 4,096 cells of the default would be more than the whole prompt."""
-    llm = read(make(QFilterConfig(policy="knorm"), n_ctx=8192), prompt)
+    llm = read(make(QFilterConfig(policy="knorm", archive=False), n_ctx=8192), prompt)
     keys = llm.cached_rows(9)[0].view(np.float16).reshape(240, N_HEAD_KV, HEAD_DIM)
     assert llm.compress(ratio=ratio) == (240, n_cells)
     window = n_cells // 4
@@ -197,7 +201,7 @@ def test_a_window_that_nobody_gave_is_a_quarter_of_what_is_kept(make, prompt, ra
 
 
 def test_fewer_cells_than_the_sinks_and_a_window_of_one_are_refused(make, prompt):
-    llm = read(make(QFilterConfig(policy="knorm"), n_ctx=8192), prompt)
+    llm = read(make(QFilterConfig(policy="knorm", archive=False), n_ctx=8192), prompt)
     with pytest.raises(QFilterError, match=r"4 cells .*max_length >= 5 "):
         llm.compress(max_length=4)
     assert llm.compress(max_length=5).after == 5
@@ -512,14 +516,15 @@ def test_saving_and_loading_a_prompt_hold_its_state_once(wide, tokens, tmp_path)
 
 def with_head(content: bytes, old: bytes, new: bytes) -> bytes:
     """A prompt file with another JSON part, its checksum right."""
-    n = len(state.MAGIC) + state.SIZES.size
-    version, _, n_json, *sizes = state.SIZES.unpack(content[len(state.MAGIC) : n])
+    at = len(state.MAGIC) + state.HEAD.size
+    n = at + state.SIZES[1].size
+    n_json, *sizes = state.SIZES[1].unpack(content[at:n])
     head = content[n : n + n_json]
     assert old in head
     head = head.replace(old, new)
     rest = head + content[n + n_json :]
     crc = zlib.crc32(rest, zlib.crc32(struct.pack("<3Q", len(head), *sizes)))
-    return state.MAGIC + state.SIZES.pack(version, crc, len(head), *sizes) + rest
+    return state.MAGIC + state.HEAD.pack(1, crc) + state.SIZES[1].pack(len(head), *sizes) + rest
 
 
 def test_500_damaged_files_are_refused_or_changed_nothing(small, tokens, tmp_path):

@@ -364,19 +364,17 @@ llama_pos llama_memory_qfilter::archive_begin(llama_seq_id seq_id) const {
 bool llama_memory_qfilter::can_fill(llama_seq_id seq_id, llama_pos p0, llama_pos begin, bool recr_saved) const {
     const auto & st = get_stream(seq_id);
 
-    // the position before p0 has to be there: batches go on from it
-    if (!store || st.table.p1 == 0 || (begin > 0 && p0 <= begin)) {
+    if (!store || st.table.p1 == 0 || p0 < begin) {
         return false;
     }
     if (p0 > st.table.p1) {
+        // the position before p0 has to be there: batches go on from it
         const auto & sp = kv.v_cells[seq_id].seq_pos_get(seq_id);
         const auto   it = sp.lower_bound({ p0 - 1, 0 });
 
         if (it == sp.end() || it->first != p0 - 1) {
             return false;
         }
-    } else if (p0 > 0 && !st.archive.has(p0 - 1)) {
-        return false;
     }
 
     return can_cut_window(seq_id, p0) && (!recr || recr_saved || recr->seq_pos_max(seq_id) < p0);

@@ -334,7 +334,7 @@ int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
 
     if (n_rows == 0) {
         // half of what an eviction frees is left for the answer
-        const uint32_t n_free = (n_cells - n_keep)/2;
+        const uint32_t n_free = (n_cells - std::min(n_cells, n_keep))/2;
 
         n_rows = std::max(n_min, std::min({ question->n_used, n_keep, n_max - std::min(n_max, n_free) }));
     }

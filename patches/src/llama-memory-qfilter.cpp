@@ -458,10 +458,15 @@ bool llama_memory_qfilter::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
     for (size_t is = is0; is < is1; ++is) {
         const auto & cells = kv.v_cells[is];
 
-        if (cells.get_used() == 0 || p0 >= p1 || (p0 <= cells.seq_pos_min(is) && p1 > cells.seq_pos_max(is))) {
+        const auto & table = get_stream(is).table;
+
+        // without sinks the first cell is of no position that was read
+        const llama_pos pos_min = table.p1 > 0 && table.p0 <= cells.seq_pos_min(is) ? 0 : cells.seq_pos_min(is);
+
+        if (cells.get_used() == 0 || p0 >= p1 || (p0 <= pos_min && p1 > cells.seq_pos_max(is))) {
             continue; // nothing, or the whole sequence
         }
-        if (p0 < get_stream(is).table.p1 || (p1 > cells.seq_pos_max(is) && !can_cut(is, p0))) {
+        if (p0 < table.p1 || (p1 > cells.seq_pos_max(is) && !can_cut(is, p0))) {
             return false;
         }
     }

@@ -19,7 +19,7 @@ from qfllama.commands.console import (
     show_progress,
 )
 from qfllama.commands.opening import open_model, read_document
-from qfllama.commands.options import IN_FILE, Finite, model_argument, option
+from qfllama.commands.options import IN_FILE, Finite, archive_of, model_argument, option
 from qfllama.config import QFilterConfig, QFilterError
 from qfllama.terminal import escaped
 
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from qfllama.state import Prompt
 
 HELP = """\
-/stats  what the cache holds
-/reset  start over (--system and --file stay)
-/quit   leave (so does Ctrl-D)
-/help   this
+/stats     what the cache holds
+/recalled  the text that came back for the latest question
+/reset     start over (--system and --file stay)
+/quit      leave (so does Ctrl-D)
+/help      this
 Ctrl-C stops an answer."""
 
 ENDED = {  # Turn.ended -> a note behind the answer
@@ -72,6 +73,8 @@ def status(stats: dict, turn: Turn) -> str:
         parts.append(f"prompt {turn.prompt_tokens:,} at {rate:.0f} tok/s")
     if turn.reread_tokens:
         parts.append(f"re-read {turn.reread_tokens:,} tokens")
+    if stats.get("archived_from"):
+        parts.append(f"archive from position {stats['archived_from']:,}")
     if turn.ended in ENDED:
         parts.append(ENDED[turn.ended])
     return "[" + " · ".join(parts) + "]"
@@ -101,6 +104,12 @@ def answer(conversation: Conversation, text: str, options: dict) -> None:
                 erase_progress()
             elif not last.endswith("\n"):
                 click.echo()
+    found = conversation.turn.recalled
+    if found is not None:
+        note(
+            f"[recalled {len(found.positions):,} of {found.archived:,} archived tokens in "
+            f"{found.seconds:.2f} s]"
+        )
     note(status(cache_stats(conversation.llm), conversation.turn))
 
 
@@ -125,6 +134,20 @@ def show_stats(llm: Llama) -> None:
         note(f"{name:16} {value:,}" if isinstance(value, int) else f"{name:16} {value}")
 
 
+def show_recalled(conversation: Conversation) -> None:
+    """The spans of the conversation that the latest recall brought back, with their positions."""
+    found = conversation.turn.recalled
+    if found is None or not len(found.positions):
+        note("nothing was recalled")
+        return
+    positions = found.positions.tolist()
+    first = [p for p, before in zip(positions, [-2, *positions], strict=False) if p != before + 1]
+    last = [p for p, after in zip(positions, [*positions[1:], -2], strict=True) if p != after - 1]
+    for start, end in zip(first, last, strict=True):
+        text = conversation.text(start, end + 1)
+        click.echo(f"[{start:,}-{end:,}] {escaped(text, None)}", err=True)
+
+
 def chat(start: Callable[[], Conversation], options: dict) -> int:
     """Turns and commands, line by line, until the input ends.
 
@@ -147,6 +170,8 @@ def chat(start: Callable[[], Conversation], options: dict) -> int:
             note("[new conversation]")
         elif line == "/stats":
             show_stats(conversation.llm)
+        elif line == "/recalled":
+            show_recalled(conversation)
         elif line == "/help":
             note(HELP)
         elif re.fullmatch(r"/\w+", line):
@@ -187,6 +212,9 @@ def bound(cache: dict, full: bool, saved: Prompt | None) -> QFilterConfig | None
 @option("sinks")
 @option("interval")
 @option("policy")
+@option("archive")
+@option("archive-limit")
+@option("recall")
 @click.option("--full", is_flag=True, help="The stock cache of n_ctx cells, for comparison.")
 @option("n-ctx")
 @option("n-gpu-layers")
@@ -205,8 +233,8 @@ def bound(cache: dict, full: bool, saved: Prompt | None) -> QFilterConfig | None
 @option("seed", help="Of the choice of tokens: the same seed gives the same answers.")
 @option("verbose")
 def command(
-    model, max_length, window_length, sinks, interval, policy, full, n_ctx, n_gpu_layers,
-    n_threads, type_k, type_v, system, document, state, prompt, max_tokens, temperature, top_p,
+    model, max_length, window_length, sinks, interval, policy, archive, archive_limit, recall,
+    full, n_ctx, n_gpu_layers, n_threads, type_k, type_v, system, document, state, prompt, max_tokens, temperature, top_p,
     seed, verbose,
 ):  # fmt: skip
     """Chat with MODEL, a GGUF file made by `qfllama convert`.
@@ -233,7 +261,8 @@ def command(
             type_v = type_v or saved.settings.get("type_v")
         config = bound(
             {"max_length": max_length, "window_length": window_length, "sinks": sinks,
-             "interval": interval, "policy": policy},
+             "interval": interval, "policy": policy,
+             **archive_of(archive, archive_limit, recall)},
             full, saved,
         )  # fmt: skip
         llm = open_model(
@@ -244,9 +273,19 @@ def command(
     if seed is not None:
         llm.set_seed(seed)
     options = {"max_tokens": max_tokens, "temp": temperature, "top_p": top_p}
+
+    def start() -> Conversation:
+        conversation = Conversation(llm, system, text, state)
+        if state is not None and config.recalls and llm.qfilter_stats()["archived_from"] > 0:
+            note(
+                f"{state} has no archive: what was dropped can't be recalled; "
+                "`qfllama compress --archive` keeps it"
+            )
+        return conversation
+
     if prompt is None:
-        return chat(lambda: Conversation(llm, system, text, state), options)
-    conversation = Conversation(llm, system, text, state)
+        return chat(start, options)
+    conversation = start()
     answer(conversation, prompt, options)
     if conversation.turn.ended == "interrupted":
         raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -96,11 +97,13 @@ def read(llm: Llama, tokens: list[int]) -> float:
 @option("threads")
 @option("type-k")
 @option("type-v")
+@click.option("--archive", is_flag=True,
+              help="Write what is dropped, too, for a chat to recall: as large as the full cache.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace OUT.qfstate if it exists.")
 @option("verbose")
 def command(
     model, document, output, ratio, max_length, window_length, sinks, policy, system, n_ctx,
-    n_gpu_layers, n_threads, type_k, type_v, force, verbose,
+    n_gpu_layers, n_threads, type_k, type_v, archive, force, verbose,
 ):  # fmt: skip
     """Read a document with MODEL and write what is left of the cache to OUT.qfstate.
 
@@ -129,13 +132,14 @@ def command(
                 "larger --n-ctx if the model can do with it"
             )
         config, wanted = cache_config(len(tokens), ratio, max_length, window_length, sinks, policy)
+        config = dataclasses.replace(config, archive=archive)
         llm = open_model(
             model, config, may_be_whole=True, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=n_threads,
             n_threads_batch=n_threads, type_k=type_k, type_v=type_v, verbose=verbose,
         )  # fmt: skip
     seconds = read(llm, tokens)
     before, after = llm.compress(max_length=wanted)
-    n_bytes = llm.save_prompt(output, {"chat": {"system": system}})
+    n_bytes = llm.save_prompt(output, {"chat": {"system": system}}, archive=archive)
     click.echo(
         f"{output}: {before:,} tokens in {after:,} cells, {n_bytes / MIB:.1f} MiB "
         f"(read at {before / seconds:.0f} tok/s)"

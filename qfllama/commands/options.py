@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import click
@@ -60,6 +61,34 @@ class GpuLayers(click.ParamType):
         if not -1 <= number < 1 << 31:
             self.fail(f"{value!r} is none of auto, all and a number of layers.", param, ctx)
         return number
+
+
+UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+class Size(click.ParamType):
+    """A number of bytes: 8GiB, 500M, 1048576; units are powers of 1,024."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", value.strip(), re.IGNORECASE)
+        if not found or not 1 <= (n := float(found[1]) * (1 << UNITS[found[2].upper()])) < 1 << 62:
+            self.fail(f"{value!r} is not a size, say 8GiB.", param, ctx)
+        return int(n)
+
+
+def archive_of(archive: str | None, limit: int | None, recall: str | None) -> dict:
+    """--archive, --archive-limit and --recall as fields of QFilterConfig; those not given are
+    None."""
+    words = {"ram": True, "off": False}
+    return {
+        "archive": words.get(archive, archive),
+        "archive_limit": limit,
+        "recall": False if recall == "off" else recall,
+    }
 
 
 class Finite(click.FloatRange):
@@ -133,6 +162,29 @@ SHARED = {
     ),
     "type-k": (("--type-k",), {"help": "Type of the cached K: f16, q8_0, ...  [default: f16]"}),
     "type-v": (("--type-v",), {"help": "Type of the cached V.  [default: f16]"}),
+    "archive": (
+        ("--archive",),
+        {
+            "metavar": "ram|off|DIR",
+            "help": "Where evicted rows are kept, to come back: memory, nowhere, or a file in a "
+            "folder.  [default: ram]",
+        },
+    ),
+    "archive-limit": (
+        ("--archive-limit",),
+        {
+            "type": Size(),
+            "help": "Most of the archive, say 8GiB.  [default: half of what is free]",
+        },
+    ),
+    "recall": (
+        ("--recall",),
+        {
+            "type": click.Choice(("prompt", "always", "off")),
+            "help": "When rows come back that a question looks at: after a prompt was read, at "
+            f"evictions, too, or never.  [default: {QFilterConfig.recall}]",
+        },
+    ),
     "seed": (("--seed",), {"type": click.IntRange(0, 2**32 - 2)}),
     "system": (("--system",), {"help": "System prompt."}),
     "json": (

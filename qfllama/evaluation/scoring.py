@@ -33,8 +33,7 @@ class Mark:
         """
         context = self.context
         if self._state is not None:
-            done = context.restore(self._state)
-            done = done and (not self._archive or context.restore_archive(self._archive))
+            done = context.restore(self._state, self._archive)
         else:
             done = context.kv_cache_seq_rm(0, self._n_past, -1)
         if not done:

@@ -83,8 +83,13 @@ class Sequence:
     def last(self) -> int:
         return self.cells[-1] if self.cells else -1
 
+    @property
+    def start(self) -> int:
+        """From here on it is all of the sequence. Without sinks no cell tells where that began."""
+        return 0 if self.compacted and not self.n_sink else self.first
+
     def can_remove(self, p0: int, p1: int) -> bool:
-        if not self.cells or p0 >= p1 or (p0 <= self.first and p1 > self.last):
+        if not self.cells or p0 >= p1 or (p0 <= self.start and p1 > self.last):
             return True  # nothing, or the whole sequence
         return self.can_cut(p0) if p1 > self.last else p0 >= self.compacted
 
@@ -110,9 +115,7 @@ class Sequence:
         """Can the cells be filled from the archive, to go on at p0?"""
         if not self.archives or not self.compacted or p0 > self.last:
             return False
-        if p0 <= self.archive_begin and self.archive_begin > 0:
-            return False
-        return p0 - 1 in (self.cells if p0 > self.compacted else self.archive) or p0 == 0
+        return p0 >= self.archive_begin and (p0 <= self.compacted or p0 - 1 in self.cells)
 
     def whole(self) -> dict[int, int]:
         """Position -> place of the rows whose positions are the same in all heads."""
@@ -159,7 +162,7 @@ class Sequence:
         self.archive = {p: row for p, row in self.archive.items() if p < p0}
 
     def remove(self, p0: int, p1: int) -> None:
-        if not self.cells or (p0 <= self.first and p1 > self.last):
+        if not self.cells or (p0 <= self.start and p1 > self.last):
             self.clear()
             return
         self.archive = {p: row for p, row in self.archive.items() if not p0 <= p < p1}

@@ -261,7 +261,7 @@ class World:
             return
         least, most = settings.n_sink + 1, settings.bound - n
         if n_rows == 0:
-            n_free = (settings.bound - settings.n_keep) // 2
+            n_free = max(0, settings.bound - settings.n_keep) // 2
             n_rows = max(least, min(used, settings.n_keep, most - n_free))
         if not least <= n_rows <= most:
             need(result == -1, f"{n_rows} rows in {settings.bound} cells: recall returned {result}")

@@ -66,16 +66,21 @@ def attend(q, k, v, visible, scale, softcap=None, sinks=None) -> torch.Tensor:
 class FamilyModel:
     """A transformers model with the interface of model.Model, as far as engine.run needs it.
 
-    layers: ids of the layers that evict; windows: layer id -> number of positions a query sees.
+    layers: ids of the layers that evict; windows: layer id -> number of positions a query sees;
+    shared: id of a layer that attends the keys of another -> id of that one.
     """
 
     def __init__(self, model):
         self.model = model.eval()
         config = model.config.get_text_config()
-        self.windows, self.layers = {}, []
+        self.windows, self.layers, self.shared = {}, [], {}
+        last = {}  # layer with keys, by type
         for module in model.modules():
+            if getattr(module, "is_kv_shared_layer", False):
+                self.shared[module.layer_idx] = last[module.layer_type]
             if not (hasattr(module, "k_proj") or hasattr(module, "qkv_proj")):
-                continue  # not an attention layer
+                continue  # not an attention layer, or one without keys
+            last[getattr(module, "layer_type", None)] = module.layer_idx
             window = getattr(module, "sliding_window", None)
             if window:
                 self.windows[module.layer_idx] = window
@@ -89,6 +94,9 @@ class FamilyModel:
             for name, module in model.named_modules()
             if name.endswith(("rotary_emb", "pos_emb"))
         )
+        # called with (index of the layer that evicts, None, q [n_head, n, head_dim] after RoPE)
+        self.on_query = None
+        self.scales = {}
         name = f"bounded {id(self)}"  # the registry is one for all models
         AttentionInterface.register(name, self._attention)
         model.set_attn_implementation(name)
@@ -98,18 +106,29 @@ class FamilyModel:
     ):
         cache, positions, layer = self._cache, self._positions, module.layer_idx
         q, k, v = query[0], key[0], value[0]
+        has_keys, layer = layer not in self.shared, self.shared.get(layer, layer)
         if layer in self.windows:
-            cache.append_windowed(layer, k, v, positions)
+            if has_keys:
+                cache.append_windowed(layer, k, v, positions)
             k, v, key_positions = cache.windowed[layer]
         else:
-            cache.append(self.layers.index(layer), k, v, positions)
-            k, v, key_positions = cache.rows(self.layers.index(layer))
+            index = self.layers.index(layer)
+            self.scales[index] = scaling, softcap
+            if self.on_query:
+                self.on_query(index, None, q)
+            if has_keys:
+                cache.append(index, k, v, positions)
+            k, v, key_positions = cache.rows(index)
         if cache.dtype == "float32":  # llama.cpp's Flash Attention reads such rows as F16
             k, v = k.half().float(), v.half().float()
         distance = positions[None, :, None] - key_positions[:, None, :]
         visible = (distance >= 0) & (distance < self.windows.get(layer, torch.inf))
         out = attend(q, k, v, visible, scaling, softcap, s_aux)
         return out.transpose(0, 1)[None], None
+
+    def logit_scale(self, index) -> tuple[float, float | None]:
+        """What products of queries and keys are multiplied with, and the softcap."""
+        return self.scales[index]
 
     def rope(self, index, rows, positions) -> torch.Tensor:
         """Rows [n, head_dim] after RoPE as queries of the index-th layer that evicts, by

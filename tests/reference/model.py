@@ -133,6 +133,10 @@ class Model:
         }
         return cls(shape, tensors, flash_attention)
 
+    def logit_scale(self, i: int) -> tuple[float, float | None]:
+        """What products of queries and keys are multiplied with, and the softcap."""
+        return self.shape.head_dim**-0.5, None
+
     def layer(self, i: int, name: str) -> torch.Tensor:
         return self.tensors[f"blk.{i}.{name}.weight"]
 

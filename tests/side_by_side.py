@@ -1,0 +1,173 @@
+"""Recall in the engine and in the torch reference, step by step, and what the engine's own numbers
+would choose."""
+
+from __future__ import annotations
+
+import ctypes
+
+import llama_cpp
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from reference.compare import logits_difference
+from reference.recall import Queries, Question, Recall, asked, choose
+
+from qfllama import native_calibration
+
+ROUNDED = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q8_0"}
+"""Cache type -> what llama.cpp's CPU rounds queries to before it multiplies them with such rows."""
+
+
+def n_rows_by_default(config, n_used: int, n_question: int) -> int:
+    """As many rows as there were, with half of an interval left for the answer."""
+    most = config.max_length - n_question
+    return max(config.sinks + 1, min(n_used, config.n_keep, most - config.interval // 2))
+
+
+class Choices:
+    """Recalls of the engine, next to those of a reference."""
+
+    def __init__(self):
+        self.pairs: list[tuple[Recall, np.ndarray]] = []
+
+    def append(self, ours: Recall, engine: np.ndarray) -> None:
+        """engine: the positions that it chose, ascending."""
+        self.pairs.append((ours, engine))
+
+    def report(self, what: str) -> tuple[float, float]:
+        """Share of the positions that the reference chose and the engine did, but for sinks and the
+        newest, which are no choice; the largest gap of a position that only one chose. Prints them
+        (pytest -s)."""
+        same, total, gaps = 0, 0, [0.0]
+        for ours, engine in self.pairs:
+            chosen = np.setdiff1d(ours.chosen, ours.always)
+            same += len(np.intersect1d(chosen, engine))
+            total += len(chosen)
+            gaps += [ours.gap(position) for position in np.setxor1d(ours.chosen, engine)]
+        print(
+            f"\n{what}: {len(self.pairs)} recalls, {total - same} of {total} positions differ "
+            f"({same / total:.3%} the same), by a gap of at most {max(gaps):.1e}"
+        )
+        return same / total, max(gaps)
+
+
+class Own:
+    """What the engine has to choose, from its own queries and the rows of its own archive.
+
+    callback: cb_eval of the context.
+    """
+
+    def __init__(self, layers, dtype: str, softcap: float | None = None):
+        """layers: ids of those that evict; dtype: the type of K."""
+        self.layers, self.dtype, self.softcap = list(layers), dtype, softcap
+        self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._note)
+        self.question = None
+
+    def ask(self, start: int) -> None:
+        """From here on it is a question."""
+        self.question = Question(start)
+
+    def _note(self, tensor, ask, _) -> bool:
+        attn = native_calibration.Attn()
+        found = native_calibration.attn_of(tensor, ctypes.byref(attn)) and attn.il in self.layers
+        if found and not ask and self.question:
+            q = np.empty((attn.n_head, attn.n_tokens, attn.head_dim), np.float32)
+            native_calibration.attn_get(tensor, False, q.ctypes.data)
+            kind = GGMLQuantizationType[ROUNDED[self.dtype]]
+            q = torch.from_numpy(dequantize(quantize(q, kind), kind))
+            index = self.layers.index(attn.il)
+            self.question.queries.append(Queries(index, q, attn.kq_scale, self.softcap))
+        return bool(found) or not ask
+
+    def choose(self, context, n_rows: int) -> Recall:
+        """After the engine's recall, which put all rows into the archive."""
+        question, self.question = self.question, None
+        positions, config, keys = np.arange(question.start), context.config, []
+        for index, layer in enumerate(self.layers):
+            rows = [context.archived_row(int(p), layer)[0] for p in positions]
+            data = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
+            k = dequantize(data, GGMLQuantizationType[self.dtype.upper()]).astype(np.float32)
+            head_dim = next(q.q.shape[-1] for q in question.queries if q.index == index)
+            keys.append(torch.from_numpy(k.reshape(len(rows), -1, head_dim)).transpose(0, 1))
+        return choose(question, keys, positions, n_rows, config.sinks, config.window_length)
+
+
+class Both:
+    """The engine and the reference, which read the same batches.
+
+    At an eviction the reference goes on with what the engine kept. At a recall it notes its own
+    choice and goes on with the engine's. So both always choose from the same positions.
+
+    Attributes:
+        choices: of all recalls; own_choices: the same, next to what `own` would choose.
+        came_back: how many positions each of them brought back.
+        logits, differences: of the last token of each batch: the reference's, and the largest
+            difference of one.
+    """
+
+    def __init__(self, context, model, cache, layers, own: Own | None = None):
+        """layers: ids of the layers that evict."""
+        self.context, self.model, self.cache, self.layers = context, model, cache, layers
+        self.own, self.choices, self.own_choices = own, Choices(), Choices()
+        self.came_back, self.logits, self.differences = [], [], []
+        self.tokens = []
+
+    def held(self) -> np.ndarray:
+        """[n_layer, n_head_kv, rows]: the positions that the engine holds."""
+        heads = range(len(self.cache.k[0]))
+        return np.array([[self.context.kept(il, ih) for ih in heads] for il in self.layers])
+
+    def read(self, tokens, size: int) -> None:
+        for i in range(0, len(tokens), size):
+            self._read_batch(tokens[i : i + size])
+
+    def _read_batch(self, tokens) -> None:
+        start, n = len(self.tokens), len(tokens)
+        fits = self.cache.fits(n)
+        assert self.context.decode(tokens) == 0
+        if not fits:
+            self.cache.evict(start, self.held()[..., :-n])
+        theirs = self.model.forward(tokens, range(start, start + n), self.cache, last_only=True)
+        assert np.array_equal(self.held(), self.cache.all_positions())
+        self.logits.append(theirs.numpy()[0])
+        self.differences.append(logits_difference(self.context.logits(), self.logits[-1]))
+        self.tokens = [*self.tokens, *tokens]
+
+    def ask(self, tokens, size: int, n_rows: int = 0) -> None:
+        """Read a question, recall, read the question again."""
+        context, n_used, before = self.context, self.context.used(), self.tokens
+        context.question()
+        if self.own:
+            self.own.ask(len(before))
+        with asked(self.model, self.cache, len(before)) as question:
+            self.read(tokens, size)
+        held = self.cache.all_positions()
+        assert context.recall(n_rows=n_rows) == len(tokens)
+        n_rows = n_rows or n_rows_by_default(context.config, n_used, len(tokens))
+
+        kept = self.held()
+        chosen = kept[0, 0]
+        assert np.array_equal(kept, np.broadcast_to(chosen, kept.shape)), "heads differ"
+        assert len(chosen) == n_rows
+        missing = [p for p in chosen if not (held == p).any(-1).all()]
+        assert context.recalled().tolist() == missing
+        self.came_back.append(len(missing))
+
+        self.choices.append(self.cache.choose(question, n_rows), chosen)
+        if self.own:
+            self.own_choices.append(self.own.choose(context, n_rows), chosen)
+        self.cache.recall(question, chosen)
+        self.tokens = before
+        self.read(tokens, size)
+
+    def report(self, what: str) -> tuple[float, float, np.ndarray]:
+        """As that of the choices, and the differences of logits in deviations of the logits."""
+        share, gap = self.choices.report(what)
+        difference = np.array(self.differences) / np.std(self.logits)
+        print(
+            f"{np.mean(self.came_back):.0f} positions came back; logits differ by "
+            f"{np.quantile(difference, 0.9):.1e} of their deviation in nine of ten batches, "
+            f"{difference.max():.1e} in the worst"
+        )
+        return share, gap, difference
