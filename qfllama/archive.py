@@ -51,8 +51,8 @@ class Archived(internals.LlamaContext):
         """Cut the question off again and fill the cells with the rows that it looks at.
 
         Args:
-            n_rows: of every head; 0: as many as there were before the question, or fewer, so that
-                the answer has room.
+            n_rows: of every head; 0: as many as an eviction leaves, or fewer, so that the answer
+                has room.
 
         Returns:
             the tokens of the question, which have to be read again; 0 if nothing was evicted and
@@ -72,10 +72,10 @@ class Archived(internals.LlamaContext):
         native.recalled(self.ctx, seq, out.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n)
         return out
 
-    def read_question(self, tokens: list[int], seq: int = 0) -> np.ndarray:
+    def read_question(self, tokens: list[int], seq: int = 0, n_rows: int = 0) -> np.ndarray:
         """Read tokens after those that a sequence has, bring back the rows that the last
         `recall_queries` of them look at, and read these once more. The logits after the last one
-        are there afterwards.
+        are there afterwards; n_rows as in `recall`.
 
         Returns:
             the positions that came back: int32, ascending.
@@ -94,7 +94,7 @@ class Archived(internals.LlamaContext):
         except BaseException:
             native.question(self.ctx, -1)
             raise
-        if self.recall(seq) == 0:
+        if self.recall(seq, n_rows) == 0:
             return np.empty(0, dtype=np.int32)
         self.read(tokens[-n:], logits=True, seq=seq)
         return self.recalled(seq)

@@ -1,4 +1,10 @@
-"""Recall against the torch reference: a question brings the same positions back."""
+"""Recall against the torch reference: a question brings the same positions back.
+
+A row that is looked at brings twenty others along, so that two rows which are looked at about as
+much decide on twenty positions at once. So these tests tell rounding from errors by the gap: the
+ratio of the scores that a difference comes from. And they compare where little is rounded: in
+float32, or from the engine's own rows and queries.
+"""
 
 import shutil
 
@@ -14,7 +20,7 @@ from side_by_side import ROUNDED, Both, Choices, Own
 
 from qfllama import QFilterConfig, native
 
-TYPES = {"float32": "f32", "float16": "f16", "q8_0": "q8_0"}
+TYPES = {"float16": "f16", "q8_0": "q8_0"}
 
 
 def cache_of(kind, config, dtype, **kwargs):
@@ -99,10 +105,9 @@ FAMILIES = {
     "lfm2": "hybrid",
     "smollm3": "layers without RoPE",
 }
-SMALL = QFilterConfig(max_length=96, window_length=20, sinks=4, interval=24, policy="knorm")
 # Flash Attention works in float32 if the cache does and a batch has 64 tokens or more
 BATCH = 64
-EXACT = QFilterConfig(max_length=192, window_length=20, sinks=4, interval=BATCH, policy="knorm")
+EXACT = QFilterConfig(max_length=192, window_length=40, sinks=4, interval=BATCH, policy="knorm")
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +137,14 @@ def test_a_family_recalls_what_the_reference_recalls(families, name):
             both.read(follows[n : n + BATCH], BATCH)
     share, gap, difference = both.report(f"{name}, {FAMILIES[name]}")
     assert share >= 0.995
-    assert gap < 0.02
-    assert np.quantile(difference, 0.9) < 0.03
-    assert difference.max() < 0.1
+    assert gap < 1e-3
+    assert np.quantile(difference, 0.9) < 0.005
+    assert difference.max() < 0.1  # rounding may send a token to another expert
 
 
 # -- cache types and long archives: the engine alone
+
+SMALL = QFilterConfig(max_length=96, window_length=20, sinks=4, interval=24, policy="knorm")
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +198,7 @@ def test_a_choice_is_what_float64_weights_of_the_stored_rows_say(wide, name, typ
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_weights_of_an_archive_that_is_scored_in_parts_are_those_of_all_rows(wide, name, flags):
     """A part has 64 MiB: 1,800 rows with the products of 12 heads and 384 tokens."""
-    config = QFilterConfig(max_length=896, window_length=64, sinks=4, interval=384, policy="knorm")
+    config = QFilterConfig(max_length=896, window_length=100, sinks=4, interval=384, policy="knorm")
     choices = ask_alone(wide, name, "f16", flags, config, 3800, 1, 384)
     share, gap = choices.report(f"{name}, in parts")
     assert share >= 0.995

@@ -126,7 +126,6 @@ int32_t llama_memory_qfilter::question(llama_seq_id seq_id) {
     auto res = std::make_unique<llama_qfilter_asked>();
 
     res->seq_id = seq_id;
-    res->n_used = kv.v_cells[seq_id].get_used();
     res->layers.resize(layers.size());
 
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -336,7 +335,7 @@ int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
         // half of what an eviction frees is left for the answer
         const uint32_t n_free = (n_cells - std::min(n_cells, n_keep))/2;
 
-        n_rows = std::max(n_min, std::min({ question->n_used, n_keep, n_max - std::min(n_max, n_free) }));
+        n_rows = std::max(n_min, std::min(n_keep, n_max - std::min(n_max, n_free)));
     }
     if (n_rows < n_min || n_rows > n_max) {
         return refuse(format("%u rows and a question of %u tokens don't fit into %u cells", n_rows, question->n, n_cells));

@@ -23,8 +23,6 @@ struct llama_qfilter_asked {
     llama_pos p0 = -1;
     uint32_t  n  = 0; // tokens
 
-    uint32_t n_used = 0; // cells before it
-
     std::string why_not; // can't be one
 
     std::vector<llama_qfilter_queries> layers;
@@ -121,7 +119,7 @@ public:
     int32_t question(llama_seq_id seq_id);
 
     // cut the question back and fill the cells with n_rows rows, those that it looks at; n_rows 0: as
-    // many as there were before the question, or fewer, so that the answer has room. returns the tokens of the question
+    // many as leave the answer room. returns the tokens of the question
     int32_t recall(llama_seq_id seq_id, uint32_t n_rows);
 
     // called by the context's scheduler

@@ -93,7 +93,9 @@ def answers(context: Context, question: list[int], more: list[int]) -> Iterator[
     if not context.may_recall(len(question)):
         yield from context.outputs(question + more, len(question) - 1)
         return
-    context.read_question(question)
+    # what was compressed stays as small as it is
+    n_rows = context.used() if context.used() < context.config.n_keep else 0
+    context.read_question(question, n_rows=n_rows)
     yield context.logits()[None]
     yield from context.outputs(more)
 

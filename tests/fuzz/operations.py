@@ -250,7 +250,7 @@ class World:
             return
         if not sequence.cells or sequence.last + 1 + n > settings.n_ctx:
             return
-        rng, start, used = random.Random(order), sequence.last + 1, len(sequence.cells)
+        rng, start = random.Random(order), sequence.last + 1
         tokens = [(start + i, (seq,), rng.randrange(3, 380)) for i in range(n)]
         need(engine.question(seq) == 0, "the question was refused")
         need(engine.decode(tokens) == 0, "the question was not read")
@@ -262,7 +262,7 @@ class World:
         least, most = settings.n_sink + 1, settings.bound - n
         if n_rows == 0:
             n_free = max(0, settings.bound - settings.n_keep) // 2
-            n_rows = max(least, min(used, settings.n_keep, most - n_free))
+            n_rows = max(least, min(settings.n_keep, most - n_free))
         if not least <= n_rows <= most:
             need(result == -1, f"{n_rows} rows in {settings.bound} cells: recall returned {result}")
             return
