@@ -143,7 +143,7 @@ def add_filters(plain: Path, path: Path, n_layer: int, n_head: int, rank: int) -
 
 
 def measure(path: Path, args, type_kv: str, policy: str, threads: int) -> Row:
-    config = QFilterConfig(max_length=args.max_length, policy=policy)
+    config = QFilterConfig(max_length=args.max_length, policy=policy, archive=False)
     llm = Llama(
         str(path),
         n_ctx=args.max_length + (args.evictions + 2) * config.interval,

@@ -5,6 +5,8 @@ a time (`--decoded`). Prints resident memory as it goes, with its slope over the
 the cost of an eviction over the same stretch.
 
     python benchmarks/soak.py models/smollm2-qfilters.gguf --tokens 200000 --json docs/soak.json
+
+With `--archive DIR` evicted rows go to a file of `--archive-mib` at most.
 """
 
 from __future__ import annotations
@@ -40,16 +42,22 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--decoded", type=int, default=20, help="of every 100 tokens")
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--archive", help="a folder for the archive; by default there is none")
+    parser.add_argument("--archive-mib", type=int, default=256)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    config = QFilterConfig(max_length=args.max_length)
+    config = QFilterConfig(
+        max_length=args.max_length,
+        archive=args.archive or False,
+        archive_limit=args.archive_mib << 20 if args.archive else None,
+    )
     model = Model(args.model)
     context = model.open(config, n_ctx=args.tokens, n_threads=args.threads)
     tokens = text_tokens(model, args.tokens)
     step = max(100, args.tokens // 2000 * 100)
-    rows = []
+    rows, field = [], "RssAnon" if args.archive else "VmRSS"  # without the mapped file
     n_before, seconds_before = 0, 0.0
     print(f"{'tokens':>8}  {'RSS MiB':>8}  {'tok/s':>6}  {'evictions':>9}  {'ms/eviction':>11}")
     while context.n_past() + step <= args.tokens:
@@ -60,10 +68,12 @@ def main() -> None:
         rows.append(
             {
                 "tokens": context.n_past(),
-                "rss_kib": resident_bytes("VmRSS") // 1024,
+                "rss_kib": resident_bytes(field) // 1024,
                 "tokens_per_second": round(step / seconds, 2),
                 "evictions": n_evictions,
                 "ms_per_eviction": round(1000 * cost / max(1, evictions), 3),
+                "archived": context.stats().n_archived,
+                "archive_bytes": context.stats().n_bytes_archive,
             }
         )
         row = rows[-1]

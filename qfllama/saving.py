@@ -202,20 +202,14 @@ class SavedStates(llama_cpp.Llama):
         if why is not None:
             raise QFilterError(f"{path} can't be used: {why}; {advice}")
         before = (self._ctx.state(), self._ctx.archive_state()) if self.n_tokens > 0 else None
-        if not self._ctx.restore(prompt.data):
+        archive = prompt.archive if self.qfilter_config.archive else b""
+        if not self._ctx.restore(prompt.data, archive):
+            why = native.last_error().decode()
             if before is not None and not self._ctx.restore(*before):
                 self.reset()
                 raise EngineError("what the cache held could not be restored")
             raise QFilterError(
-                f"{path} was refused by llama.cpp (--verbose or verbose=True shows why): "
-                "make it again with `qfllama compress`"
+                f"{path} was refused by llama.cpp ({why}): make it again with `qfllama compress`"
             )
         self._take_over(prompt.tokens)
-        if prompt.archive and self.qfilter_config.archive:
-            if not self._ctx.restore_archive(prompt.archive):
-                self.reset()
-                raise QFilterError(
-                    f"{path}: {native.last_error().decode()}; use a larger archive_limit, or "
-                    "archive=False"
-                )
         return dataclasses.replace(prompt, data=b"", archive=b"")

@@ -126,14 +126,16 @@ def ask_ours(model: Model, document, tokens: list[int], ratios: list[int], n_thr
     n_ctx = len(tokens) + extra
     cache = {"n_ctx": n_ctx, "n_threads": n_threads, "type_k": "f32", "type_v": "f32"}
     sizes = {"max_length": n_ctx + BATCH, "interval": BATCH}
-    full = QFilterConfig(**sizes, window_length=0, sinks=0, policy="streaming")
+    full = QFilterConfig(**sizes, window_length=0, sinks=0, policy="streaming", archive=False)
     with model.open(full, **cache) as context:
         for i in range(0, len(tokens), BATCH):
             context.read(tokens[i : i + BATCH])
         state = context.state()
         yield "qfllama, full", 1, answered(context, document, extra)
     for name, (policy, sinks, window) in OURS.items():
-        config = QFilterConfig(**sizes, window_length=window, sinks=sinks, policy=policy)
+        config = QFilterConfig(
+            **sizes, window_length=window, sinks=sinks, policy=policy, archive=False
+        )
         for ratio in ratios:
             with model.open(config, **cache) as context:
                 context.restore(state)
@@ -218,7 +220,7 @@ def speed_ours(path, policy, tokens, n_decode, threads) -> dict:
     bound = {}
     if policy:
         max_length = len(tokens) // SPEED_RATIO
-        bound["qfilters"] = QFilterConfig(max_length=max_length, policy=policy)
+        bound["qfilters"] = QFilterConfig(max_length=max_length, policy=policy, archive=False)
     llm = Llama(
         str(path), n_ctx=len(tokens) + n_decode + 64, n_threads=threads, n_threads_batch=threads,
         flash_attn=True, verbose=False, **bound,

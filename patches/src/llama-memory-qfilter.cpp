@@ -3,7 +3,6 @@
 #include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-impl.h"
-#include "llama-io.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-memory-hybrid-idx.h"
 #include "llama-memory-hybrid-iswa.h"
@@ -14,9 +13,6 @@
 #include <cmath>
 #include <limits>
 #include <stdexcept>
-
-static const uint32_t LLAMA_QFILTER_STATE_MAGIC   = 0x746c6671; // "qflt"
-static const uint32_t LLAMA_QFILTER_STATE_VERSION = 2;
 
 // cells are allocated in steps of what llama_kv_cache::get_n_kv() pads to
 static const uint32_t LLAMA_QFILTER_PAD = 256;
@@ -472,164 +468,4 @@ bool llama_memory_qfilter::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
     }
 
     return true;
-}
-
-//
-// state
-//
-
-void llama_memory_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    if (seq_id != -1 && !has(seq_id)) {
-        throw std::runtime_error(format("no sequence %d", seq_id));
-    }
-
-    const uint32_t head[] = { LLAMA_QFILTER_STATE_MAGIC, LLAMA_QFILTER_STATE_VERSION, n_cells, n_keep, n_sink, n_window, (uint32_t) policy.policy, n_head_all };
-
-    // copies of sequences that are still to be made
-    lctx->memory_update(false);
-
-    const uint32_t is0 = seq_id < 0 ? 0              : seq_id;
-    const uint32_t is1 = seq_id < 0 ? streams.size() : is0 + 1;
-    const uint32_t ns  = is1 - is0;
-
-    io.write(head, sizeof(head));
-    io.write(&vectors.hash, sizeof(vectors.hash));
-    io.write(&ns, sizeof(ns));
-
-    for (uint32_t is = is0; is < is1; ++is) {
-        // attention adds up in the order of cells: to go on with the same bits, new ones have to go to the same places
-        uint32_t swa[2] = { kv_swa ? kv_swa->v_cells[is].get_used() : 0, kv_swa ? kv_swa->v_heads[is] : 0 };
-
-        const auto & st = get_stream(is);
-
-        if (swa[0] > 0 && swa[0] == st.swa[0]) {
-            swa[1] = st.swa[1]; // restored, and not gone on from yet
-        }
-
-        st.table.write(io, swa);
-    }
-
-    mem->state_write(io, seq_id, flags & ~LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
-}
-
-void llama_memory_qfilter::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    try {
-        read_state(io, seq_id, flags);
-    } catch (const std::exception & err) {
-        llama_qfilter_set_error(err.what()); // upstream logs it
-        throw;
-    }
-}
-
-void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    if (seq_id != -1 && !has(seq_id)) {
-        throw std::runtime_error(format("no sequence %d", seq_id));
-    }
-
-    uint32_t head[8];
-    uint64_t hash;
-    uint32_t ns;
-
-    io.read(head, sizeof(head[0]));
-    if (head[0] != LLAMA_QFILTER_STATE_MAGIC) {
-        throw std::runtime_error("the state was saved by a context without a bounded cache");
-    }
-
-    io.read(head + 1, sizeof(head) - sizeof(head[0]));
-    io.read(&hash, sizeof(hash));
-    io.read(&ns, sizeof(ns));
-
-    if (head[1] != LLAMA_QFILTER_STATE_VERSION) {
-        throw std::runtime_error(format("the state's version is %u, this build reads %u", head[1], LLAMA_QFILTER_STATE_VERSION));
-    }
-
-    // a sequence is the same in a cache of another size, but n_sink: the table of true positions starts after the sinks
-    const bool resize = seq_id != -1 && this->resize;
-
-    if (!resize && (head[2] != n_cells || head[3] != n_keep || head[5] != n_window)) {
-        throw std::runtime_error(format("the state was saved with n_cells = %u, n_keep = %u, n_window = %u; this context has %u, %u, %u",
-                    head[2], head[3], head[5], n_cells, n_keep, n_window));
-    }
-    if (head[7] != n_head_all || ns != (seq_id < 0 ? streams.size() : 1)) {
-        throw std::runtime_error("the state was saved by another model or for another number of sequences");
-    }
-
-    std::vector<stream> read(ns);
-
-    for (auto & st : read) {
-        st.table.read(io, st.swa, n_head_all, n_cells);
-
-        if (st.swa[0] > 0 && !kv_swa) {
-            throw std::runtime_error("the state was saved by a model with windowed layers");
-        }
-
-        // a sequence that lost nothing is the same whatever would have decided
-        if (resize && st.table.p1 == 0) {
-            continue;
-        }
-        if (head[4] != n_sink) {
-            throw std::runtime_error(format("the state was saved with n_sink = %u; this context has %u", head[4], n_sink));
-        }
-        if (head[6] != (uint32_t) policy.policy || hash != vectors.hash) {
-            throw std::runtime_error("the state was saved with another policy or other filters");
-        }
-    }
-
-    lctx->memory_update(false); // or they would be made later, over what is restored now
-
-    // upstream leaves the old cells when the state has none
-    forget(seq_id);
-
-    // all parts of the memory, or none
-    try {
-        mem->state_read(io, seq_id, flags & ~LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
-
-        check_state(seq_id, read);
-    } catch (...) {
-        forget(seq_id);
-        throw;
-    }
-
-    for (auto & st : read) {
-        st.incomplete = st.table.p1 > 0; // what was evicted is not in a state
-    }
-
-    std::move(read.begin(), read.end(), streams.begin() + std::max(seq_id, 0));
-}
-
-// throws std::runtime_error unless the cells are some that a context could have, and those of the tables
-void llama_memory_qfilter::check_state(llama_seq_id seq_id, const std::vector<stream> & read) const {
-    for (size_t i = 0; i < read.size(); ++i) {
-        const llama_seq_id is = std::max(seq_id, 0) + i;
-
-        const auto order  = order_of(is);
-        const auto n_used = kv.v_cells[is].get_used();
-
-        if (n_used > n_cells) {
-            throw std::runtime_error(format("the state does not fit into %u cells", n_cells));
-        }
-        if (n_used != order.n() || (n_used > 0 && order.pos.back() >= (llama_pos) n_ctx_seq)) {
-            throw std::runtime_error(format("the state is damaged: %u cells, of which %u have positions, up to %d of %u",
-                        n_used, order.n(), order.n() == 0 ? -1 : order.pos.back(), n_ctx_seq));
-        }
-        read[i].table.check(order, n_sink);
-
-        // all parts have read the same tokens
-        const llama_pos pos_max = kv.seq_pos_max(is);
-
-        // a cut at the start of a chunk of attention leaves an empty window
-        const bool has_swa = kv_swa && kv_swa->v_cells[is].get_used() > 0;
-
-        if (has_swa) {
-            const llama_qfilter_order order_swa(kv_swa->v_cells[is].seq_pos_get(is));
-
-            if (order_swa.n() != kv_swa->v_cells[is].get_used()) {
-                throw std::runtime_error("the state is damaged: cells of the window have no position");
-            }
-            llama_qfilter_table().check(order_swa, 0);
-        }
-        if ((has_swa && kv_swa->seq_pos_max(is) != pos_max) || (recr && recr->seq_pos_max(is) != pos_max)) {
-            throw std::runtime_error("the state is damaged: its parts end at different positions");
-        }
-    }
 }

@@ -161,7 +161,7 @@ class Engines:
     def _context(self, kind: Kind, **sizes) -> Context:
         plan, config = self.plan, None
         if kind.max_length is not None:
-            config = QFilterConfig(max_length=kind.max_length, policy=plan.policy)
+            config = QFilterConfig(max_length=kind.max_length, policy=plan.policy, archive=False)
         try:
             return self.model.open(
                 config,
