@@ -117,7 +117,17 @@ def main() -> None:
     rows = []
     for setting in settings(args.max_length):
         ppl = ["ppl", "--texts", args.texts, "--length", 1536]
-        stream = ["needle", "--setting", "stream", "--lengths", 2048, "--documents", args.documents]
+        stream = [
+            "needle",
+            "--recall",
+            "off",
+            "--setting",
+            "stream",
+            "--lengths",
+            2048,
+            "--documents",
+            args.documents,
+        ]
         texts = measure(ppl, setting, args.policy, args)
         needles = measure(stream, setting, args.policy, args)
         rows.append({

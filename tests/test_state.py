@@ -456,7 +456,7 @@ def test_files_that_can_not_be_loaded_are_refused_with_the_reason(
         (b'"extra": {}', b'"extra": ' + b"[" * 9**5),
     ):
         refused("truncated or damaged", with_head(good, old, new))
-    refused("version 2, this qfllama reads version 1", good[:8] + b"\2" + good[9:])
+    refused("version 3, this qfllama reads versions up to 2", good[:8] + b"\3" + good[9:])
     refused("not a state file", b"GGUF" + good[4:])
     refused("not a state file", b"")
     with pytest.raises(QFilterError, match="nothing.qfstate is not a file"):
