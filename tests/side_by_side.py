@@ -19,10 +19,10 @@ ROUNDED = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "
 """Cache type -> what llama.cpp's CPU rounds queries to before it multiplies them with such rows."""
 
 
-def n_rows_by_default(config, n_used: int, n_question: int) -> int:
-    """As many rows as there were, with half of an interval left for the answer."""
+def n_rows_by_default(config, n_question: int) -> int:
+    """As many rows as an eviction leaves; half of an interval is for the answer."""
     most = config.max_length - n_question
-    return max(config.sinks + 1, min(n_used, config.n_keep, most - config.interval // 2))
+    return max(config.sinks + 1, min(config.n_keep, most - config.interval // 2))
 
 
 class Choices:
@@ -35,21 +35,29 @@ class Choices:
         """engine: the positions that it chose, ascending."""
         self.pairs.append((ours, engine))
 
-    def report(self, what: str) -> tuple[float, float]:
-        """Share of the positions that the reference chose and the engine did, but for sinks and the
-        newest, which are no choice; the largest gap of a position that only one chose. Prints them
-        (pytest -s)."""
-        same, total, gaps = 0, 0, [0.0]
+    def report(self, what: str, near_tie: float) -> tuple[float, int]:
+        """The share of the engine's positions that the reference has too; sinks and the newest don't
+        count, unless the engine lacks them. Prints it (pytest -s).
+
+        A recall in which scores decide that are closer than near_tie (see Recall.gap), but not the
+        same, doesn't count either. Returns the share, and the number of these recalls.
+        """
+        differ = total = near_ties = 0
+        worst = 0.0
         for ours, engine in self.pairs:
-            chosen = np.setdiff1d(ours.chosen, ours.always)
-            same += len(np.intersect1d(chosen, engine))
-            total += len(chosen)
-            gaps += [ours.gap(position) for position in np.setxor1d(ours.chosen, engine)]
+            gap = max((ours.gap(p) for p in np.setxor1d(ours.chosen, engine)), default=0)
+            worst = max(worst, gap)
+            if 0 < gap < near_tie:
+                near_ties += 1
+                continue
+            differ += len(np.setdiff1d(ours.chosen, engine))
+            total += len(ours.chosen) - len(ours.always)
+        share = 1 - differ / total if total else 0.0
         print(
-            f"\n{what}: {len(self.pairs)} recalls, {total - same} of {total} positions differ "
-            f"({same / total:.3%} the same), by a gap of at most {max(gaps):.1e}"
+            f"\n{what}: {len(self.pairs)} recalls, {near_ties} decided by near ties, in the others "
+            f"{differ} of {total} positions differ ({share:.3%} the same); gaps up to {worst:.1e}"
         )
-        return same / total, max(gaps)
+        return share, near_ties
 
 
 class Own:
@@ -136,7 +144,7 @@ class Both:
 
     def ask(self, tokens, size: int, n_rows: int = 0) -> None:
         """Read a question, recall, read the question again."""
-        context, n_used, before = self.context, self.context.used(), self.tokens
+        context, before = self.context, self.tokens
         context.question()
         if self.own:
             self.own.ask(len(before))
@@ -144,7 +152,7 @@ class Both:
             self.read(tokens, size)
         held = self.cache.all_positions()
         assert context.recall(n_rows=n_rows) == len(tokens)
-        n_rows = n_rows or n_rows_by_default(context.config, n_used, len(tokens))
+        n_rows = n_rows or n_rows_by_default(context.config, len(tokens))
 
         kept = self.held()
         chosen = kept[0, 0]
@@ -161,13 +169,13 @@ class Both:
         self.tokens = before
         self.read(tokens, size)
 
-    def report(self, what: str) -> tuple[float, float, np.ndarray]:
+    def report(self, what: str, near_tie: float) -> tuple[float, int, np.ndarray]:
         """As that of the choices, and the differences of logits in deviations of the logits."""
-        share, gap = self.choices.report(what)
+        share, near_ties = self.choices.report(what, near_tie)
         difference = np.array(self.differences) / np.std(self.logits)
         print(
             f"{np.mean(self.came_back):.0f} positions came back; logits differ by "
             f"{np.quantile(difference, 0.9):.1e} of their deviation in nine of ten batches, "
             f"{difference.max():.1e} in the worst"
         )
-        return share, gap, difference
+        return share, near_ties, difference

@@ -113,7 +113,7 @@ class Family:
         kwargs = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False} | kwargs
         return Llama(
             str(self.path),
-            qfilters=QFilterConfig(**bound),
+            qfilters=QFilterConfig(**bound, archive=False),
             type_k=type_kv,
             type_v=type_kv,
             **kwargs,

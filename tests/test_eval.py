@@ -150,6 +150,7 @@ def test_depths_cover_the_whole_document_evenly():
 def test_ratio_1_is_the_full_cache(smollm2, tmp_path):
     rows = report(
         "needle", smollm2, tmp_path, "--policy", "full,streaming,knorm,keydiff", "--ratio", 1,
+        "--recall", "off",
         "--lengths", 128, "--documents", 1, "--needles-per-document", 2,
     )["rows"]  # fmt: skip
     full, *others = ({k: row[k] for k in ("n", "right", "digits", "nll")} for row in rows)
@@ -160,7 +161,7 @@ def test_ratio_1_is_the_full_cache(smollm2, tmp_path):
 def test_a_compressed_answer_is_as_likely_as_after_llama_compress(smollm2, model, tmp_path):
     results = tmp_path / "results.jsonl"
     result = run(
-        "needle", smollm2, "--policy", "streaming", "--ratio", 2, "--window-length", 8,
+        "needle", smollm2, "--policy", "streaming", "--ratio", 2, "--window-length", 8, "--recall", "off",
         "--lengths", 200, "--documents", 1, "--needles-per-document", 2, "--results", results,
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
@@ -270,11 +271,14 @@ def test_ruler_end_to_end(smollm2, tmp_path):
         "--max-length", 128, "--interval", 32, "--lengths", 256, "--documents", 1, "--setting",
         "stream", "--plot", tmp_path / "ruler.png",
     )  # fmt: skip
-    full, streaming = report_["rows"]
+    full, streaming, recalled = report_["rows"]
     assert full["by_task"]["single"]["n"] == full["n"] == 1
     # the needle of the first document is its first sentence, which a window doesn't hold
     assert streaming["by_task"]["single"]["score"] == 0
     assert streaming["by_task"]["single"]["nll"] > full["by_task"]["single"]["nll"] + 1
+    # but it comes back, and is then the same question
+    assert recalled["recall"]
+    assert recalled["by_task"]["single"]["nll"] < streaming["by_task"]["single"]["nll"] - 0.5
     assert (tmp_path / "ruler.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -289,7 +293,7 @@ def test_a_rerun_keeps_what_is_there_and_does_the_rest(smollm2, tmp_path):
     results = tmp_path / "results.jsonl"
     options = [
         "--lengths", 128, "--documents", 1, "--needles-per-document", 3, "--ratio", 2,
-        "--window-length", 8, "--results", results,
+        "--window-length", 8, "--results", results, "--recall", "off",
     ]  # fmt: skip
     assert run("needle", smollm2, "--policy", "streaming", *options).exit_code == 0
     head, *lines = results.read_text().splitlines(keepends=True)

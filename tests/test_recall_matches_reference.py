@@ -1,9 +1,7 @@
 """Recall against the torch reference: a question brings the same positions back.
 
-A row that is looked at brings twenty others along, so that two rows which are looked at about as
-much decide on twenty positions at once. So these tests tell rounding from errors by the gap: the
-ratio of the scores that a difference comes from. And they compare where little is rounded: in
-float32, or from the engine's own rows and queries.
+A row that is looked at brings twenty others along. So where two rows are looked at about as much,
+rounding decides on twenty positions at once. Such recalls are counted apart, and there are few.
 """
 
 import shutil
@@ -17,6 +15,7 @@ from reference.model import Model, write_f32_copy
 from reference.recall import Archived, ArchivedFamily
 from reference.text import english_tokens
 from side_by_side import ROUNDED, Both, Choices, Own
+from transformers import AutoModelForCausalLM
 
 from qfllama import QFilterConfig, native
 
@@ -56,11 +55,11 @@ def smollm2_f32(smollm2, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "least", "near_tie", "logits"),
-    [("float16", 0.995, 0.02, 0.02), ("q8_0", 0.95, 0.1, 0.15)],
+    ("dtype", "near_tie", "most_ties", "logits"),
+    [("float16", 0.02, 1, 0.03), ("q8_0", 0.1, 3, 0.2)],
 )
 def test_the_real_model_recalls_what_the_reference_recalls(
-    smollm2, smollm2_f32, dtype, least, near_tie, logits
+    smollm2, smollm2_f32, dtype, near_tie, most_ties, logits
 ):
     """Every other question quotes what was read before, the others go on with the text. What came
     from the engine's own rows and queries has to be the same whatever rounding did before."""
@@ -82,13 +81,13 @@ def test_the_real_model_recalls_what_the_reference_recalls(
             follows = text[len(both.tokens) :]
             both.ask(follows[:n] if i % 2 else quote(both.tokens, rng, n), 32, n_rows)
             both.read(follows[n : n + 32], 32)
-    share, gap, difference = both.report(f"SmolLM2, {dtype}")
-    own_share, own_gap = both.own_choices.report("from its own rows and queries")
-    assert share >= least
-    assert gap < near_tie
+    share, ties, difference = both.report(f"SmolLM2, {dtype}", near_tie)
+    own_share, own_ties = both.own_choices.report("from its own rows and queries", 1e-4)
+    assert share >= 0.995
+    assert ties <= most_ties
     assert difference.max() < logits
-    assert own_share >= 0.9995
-    assert own_gap < 1e-3
+    assert own_share >= 0.995
+    assert own_ties <= 1
 
 
 # -- one small model per family
@@ -108,25 +107,32 @@ FAMILIES = {
 # Flash Attention works in float32 if the cache does and a batch has 64 tokens or more
 BATCH = 64
 EXACT = QFilterConfig(max_length=192, window_length=40, sinks=4, interval=BATCH, policy="knorm")
+WIDE = {"num_attention_heads": 12, "num_key_value_heads": 1, "head_dim": 64}
 
 
 @pytest.fixture(scope="module")
-def families(tmp_path_factory, one_thread):
-    """Family -> (reference, path of the GGUF)."""
-    folder = tmp_path_factory.mktemp("families")
-    models = [FamilyModel(tiny_models.write(name, folder / name)) for name in FAMILIES]
-    paths = tiny_models.convert([folder / name for name in FAMILIES])
-    yield dict(zip(FAMILIES, zip(models, paths, strict=True), strict=True))
+def folder(tmp_path_factory, one_thread):
+    """NAME and NAME.gguf of every family, and with WIDE heads "wide llama" and "wide gemma2"."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in FAMILIES:
+        tiny_models.write(name, folder / name)
+    for name in ("llama", "gemma2"):
+        tiny_models.write(name, folder / f"wide {name}", **WIDE)
+    tiny_models.convert([path for path in folder.iterdir() if path.is_dir()])
+    yield folder
     shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_recalls_what_the_reference_recalls(families, name):
+def test_a_family_recalls_what_the_reference_recalls(folder, name):
     """Some questions take two batches. Some come when the cells are full."""
-    model, path = families[name]
+    model = FamilyModel(AutoModelForCausalLM.from_pretrained(folder / name, dtype="float32"))
     rng = np.random.default_rng(5)
     text = rng.integers(3, tiny_models.VOCAB, 2000).tolist()
-    with load(path) as llm, Bounded(llm, EXACT, n_ctx=2048, type_k="f32", type_v="f32") as context:
+    with (
+        load(folder / f"{name}.gguf") as llm,
+        Bounded(llm, EXACT, n_ctx=2048, type_k="f32", type_v="f32") as context,
+    ):
         cache = cache_of(ArchivedFamily, EXACT, "float32", layers=model.layers)
         both = Both(context, model, cache, model.layers)
         both.read(text[:320], BATCH)
@@ -135,9 +141,9 @@ def test_a_family_recalls_what_the_reference_recalls(families, name):
             follows = text[len(both.tokens) :]
             both.ask(follows[:n] if i % 2 else quote(both.tokens, rng, n), BATCH, n_rows)
             both.read(follows[n : n + BATCH], BATCH)
-    share, gap, difference = both.report(f"{name}, {FAMILIES[name]}")
+    share, ties, difference = both.report(f"{name}, {FAMILIES[name]}", 1e-3)
     assert share >= 0.995
-    assert gap < 1e-3
+    assert ties <= 1
     assert np.quantile(difference, 0.9) < 0.005
     assert difference.max() < 0.1  # rounding may send a token to another expert
 
@@ -145,28 +151,18 @@ def test_a_family_recalls_what_the_reference_recalls(families, name):
 # -- cache types and long archives: the engine alone
 
 SMALL = QFilterConfig(max_length=96, window_length=20, sinks=4, interval=24, policy="knorm")
+LAYERS = {"llama": [0, 1, 2], "gemma2": [1, 3]}
+SOFTCAP = {"llama": None, "gemma2": 5.0}
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory, one_thread):
-    """Name -> a small model with 12 query heads to a KV head, of 64 dimensions; one with a softcap."""
-    folder = tmp_path_factory.mktemp("wide")
-    heads = {"num_attention_heads": 12, "num_key_value_heads": 1, "head_dim": 64}
-    tiny_models.write("llama", folder / "llama", **heads)
-    tiny_models.write("gemma2", folder / "gemma2", **heads)
-    llama, gemma2 = tiny_models.convert([folder / "llama", folder / "gemma2"])
-    yield {"llama": (llama, [0, 1, 2], None), "gemma2": (gemma2, [1, 3], 5.0)}
-    shutil.rmtree(folder)
-
-
-def ask_alone(wide, name, type_k, flags, config, n_text, n_questions, n):
+def ask_alone(folder, name, type_k, flags, config, n_text, n_questions, n):
     """What the engine chooses, and what its own rows and queries say."""
-    path, layers, softcap = wide[name]
-    rng, choices, own = np.random.default_rng(7), Choices(), Own(layers, type_k, softcap)
+    rng, choices = np.random.default_rng(7), Choices()
+    own = Own(LAYERS[name], type_k, SOFTCAP[name])
     n_ctx = n_text + n_questions * n
     tokens = rng.integers(3, tiny_models.VOCAB, n_ctx).tolist()
     with (
-        load(path) as llm,
+        load(folder / f"wide {name}.gguf") as llm,
         Bounded(
             llm, config, n_ctx=n_ctx, type_k=type_k, flags=flags, cb_eval=own.callback
         ) as context,
@@ -178,7 +174,7 @@ def ask_alone(wide, name, type_k, flags, config, n_text, n_questions, n):
             own.ask(start)
             context.read(tokens[start : start + n])
             assert context.recall(n_rows=config.n_keep - 10 * i) == n
-            chosen = context.kept(layers[0], 0)
+            chosen = context.kept(LAYERS[name][0], 0)
             choices.append(own.choose(context, len(chosen)), chosen)
             context.read(tokens[start : start + n])
     return choices
@@ -187,19 +183,19 @@ def ask_alone(wide, name, type_k, flags, config, n_text, n_questions, n):
 @pytest.mark.parametrize("flags", [0, native.FLAG_GRAPH_GATHER], ids=["host", "graph"])
 @pytest.mark.parametrize("type_k", ROUNDED)
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_a_choice_is_what_float64_weights_of_the_stored_rows_say(wide, name, type_k, flags):
-    choices = ask_alone(wide, name, type_k, flags, SMALL, 500, 6, 20)
-    share, gap = choices.report(f"{name}, {type_k}")
+def test_a_choice_is_what_float64_weights_of_the_stored_rows_say(folder, name, type_k, flags):
+    choices = ask_alone(folder, name, type_k, flags, SMALL, 500, 6, 20)
+    share, ties = choices.report(f"{name}, {type_k}", 1e-4)
     assert share >= 0.995
-    assert gap < 1e-3
+    assert ties <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [0, native.FLAG_GRAPH_GATHER], ids=["host", "graph"])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_weights_of_an_archive_that_is_scored_in_parts_are_those_of_all_rows(wide, name, flags):
+def test_weights_of_an_archive_that_is_scored_in_parts_are_those_of_all_rows(folder, name, flags):
     """A part has 64 MiB: 1,800 rows with the products of 12 heads and 384 tokens."""
     config = QFilterConfig(max_length=896, window_length=100, sinks=4, interval=384, policy="knorm")
-    choices = ask_alone(wide, name, "f16", flags, config, 3800, 1, 384)
-    share, gap = choices.report(f"{name}, in parts")
+    choices = ask_alone(folder, name, "f16", flags, config, 3800, 1, 384)
+    share, _ = choices.report(f"{name}, in parts", 1e-4)
     assert share >= 0.995
-    assert gap < 1e-3
