@@ -51,8 +51,7 @@ class Archived(internals.LlamaContext):
         """Cut the question off again and fill the cells with the rows that it looks at.
 
         Args:
-            n_rows: of every head; 0: as many as an eviction leaves, or fewer, so that the answer
-                has room.
+            n_rows: of every head; 0: all that leaves room for the question and some of the answer.
 
         Returns:
             the tokens of the question, which have to be read again; 0 if nothing was evicted and

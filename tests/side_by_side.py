@@ -17,12 +17,14 @@ from qfllama import native_calibration
 
 ROUNDED = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q8_0"}
 """Cache type -> what llama.cpp's CPU rounds queries to before it multiplies them with such rows."""
+ANSWER_SHARE = 8
+"""Which part of the cells is left for the answer, at most: 1 / 8."""
 
 
 def n_rows_by_default(config, n_question: int) -> int:
-    """As many rows as an eviction leaves; half of an interval is for the answer."""
-    most = config.max_length - n_question
-    return max(config.sinks + 1, min(config.n_keep, most - config.interval // 2))
+    """All but the question, and some room for the answer."""
+    n_free = min(config.interval // 2, config.max_length // ANSWER_SHARE)
+    return max(config.sinks + 1, config.max_length - n_question - n_free)
 
 
 class Choices:

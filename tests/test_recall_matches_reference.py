@@ -42,7 +42,7 @@ def quote(tokens, rng, n):
 
 # -- the real model
 
-CONFIG = QFilterConfig(max_length=128, window_length=24, sinks=4, interval=32, policy="knorm")
+CONFIG = QFilterConfig(max_length=128, window_length=16, sinks=4, interval=32, policy="knorm")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def smollm2_f32(smollm2, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "near_tie", "most_ties", "logits"),
-    [("float16", 0.02, 1, 0.03), ("q8_0", 0.1, 3, 0.2)],
+    [("float16", 0.02, 1, 0.03), ("q8_0", 0.06, 6, 0.2)],
 )
 def test_the_real_model_recalls_what_the_reference_recalls(
     smollm2, smollm2_f32, dtype, near_tie, most_ties, logits
@@ -106,7 +106,7 @@ FAMILIES = {
 }
 # Flash Attention works in float32 if the cache does and a batch has 64 tokens or more
 BATCH = 64
-EXACT = QFilterConfig(max_length=192, window_length=40, sinks=4, interval=BATCH, policy="knorm")
+EXACT = QFilterConfig(max_length=192, window_length=20, sinks=4, interval=BATCH, policy="knorm")
 WIDE = {"num_attention_heads": 12, "num_key_value_heads": 1, "head_dim": 64}
 
 

@@ -169,7 +169,7 @@ LLAMA_API int32_t llama_qfilter_question(struct llama_context * ctx, llama_seq_i
 // score all archived rows by the largest weight that any query of the question gives them, in any layer and head; cut the
 // sequence back to where the question began, and fill its cells with n_rows rows, the same positions in all layers: sinks,
 // the newest, and those with the highest scores, each with 4 tokens before it and 16 after it
-// n_rows 0: as many as an eviction leaves, or fewer, so that the answer has half the room between two evictions
+// n_rows 0: all cells but for the question, and for an answer half of what an eviction frees, at most an eighth of the cells
 // returns the number of tokens that are to be decoded again, those of the question; 0: nothing was evicted, the question
 // stays; < 0: error (nothing is changed; the sequence is cleared if rows may already have moved)
 LLAMA_API int32_t llama_qfilter_recall(struct llama_context * ctx, llama_seq_id seq_id, uint32_t n_rows);

@@ -332,10 +332,10 @@ int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
     const uint32_t n_max = n_cells - std::min(n_cells, question->n);
 
     if (n_rows == 0) {
-        // half of what an eviction frees is left for the answer
-        const uint32_t n_free = (n_cells - std::min(n_cells, n_keep))/2;
+        // room for the answer: half of what an eviction frees, but not for that much of a small cache
+        const uint32_t n_free = std::min((n_cells - std::min(n_cells, n_keep))/2, n_cells/8);
 
-        n_rows = std::max(n_min, std::min(n_keep, n_max - std::min(n_max, n_free)));
+        n_rows = std::max(n_min, n_max - std::min(n_max, n_free));
     }
     if (n_rows < n_min || n_rows > n_max) {
         return refuse(format("%u rows and a question of %u tokens don't fit into %u cells", n_rows, question->n, n_cells));
@@ -355,7 +355,7 @@ int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
         return refuse(format("the sequence can't go on at position %d", question->p0));
     }
 
-    const uint32_t n_newest = std::min({ n_window, LLAMA_QFILTER_RECALL_NEWEST, (n_rows - n_sink)/2 });
+    const uint32_t n_newest = std::min({ n_window, LLAMA_QFILTER_RECALL_NEWEST, (n_rows - n_sink)/8 });
 
     // half of the cells is for rows that the archive does not have, if there are such
     const bool     is_whole = !st.incomplete && st.archive.pos_min == 0;

@@ -261,8 +261,8 @@ class World:
             return
         least, most = settings.n_sink + 1, settings.bound - n
         if n_rows == 0:
-            n_free = max(0, settings.bound - settings.n_keep) // 2
-            n_rows = max(least, min(settings.n_keep, most - n_free))
+            n_free = min(max(0, settings.bound - settings.n_keep) // 2, settings.bound // 8)
+            n_rows = max(least, most - min(most, n_free))
         if not least <= n_rows <= most:
             need(result == -1, f"{n_rows} rows in {settings.bound} cells: recall returned {result}")
             return
@@ -277,7 +277,7 @@ class World:
         chosen = sorted(set.intersection(*claimed))
         if not sequence.lossy:
             need(chosen == sorted(set.union(*claimed)), "not the same positions in all heads")
-        newest = min(settings.n_window, 64, (n_rows - settings.n_sink) // 2)
+        newest = min(settings.n_window, 64, (n_rows - settings.n_sink) // 8)
         sequence.fill(start, n_rows, newest, chosen)
         self.compare()
         need(engine.decode(tokens) == 0, "the question was not read again")

@@ -16,8 +16,8 @@ from reference.families import FamilyCache
 
 BEFORE, AFTER = 4, 16
 """How many positions before and after it a position brings along that is looked at."""
-NEWEST = 64
-"""How many of the last positions always stay, at most."""
+NEWEST, NEWEST_SHARE = 64, 4
+"""How many of the last positions always stay, at most, and at most which part of the rows: 1 / 4."""
 
 
 @dataclass
@@ -107,7 +107,7 @@ def choose(
     for queries in question.queries:
         weights = np.maximum(weights, look(queries, keys[queries.index]))
     scores = spread(weights)
-    newest = min(window_length, NEWEST, (n_rows - sinks) // 2)
+    newest = min(window_length, NEWEST, (n_rows - sinks) // NEWEST_SHARE)
     by_age = np.arange(len(scores))
     always = (by_age < sinks) | (by_age >= len(scores) - newest)
     best_first = np.lexsort((-by_age, -scores, ~always))  # on a tie the newest
