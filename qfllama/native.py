@@ -77,6 +77,8 @@ check_policies(_lib)
 
 FLAG_GRAPH_GATHER = 1
 """Treat the CPU as another device: move rows with ggml graphs (tests)."""
+FLAG_SMALL_PARTS = 2
+"""Score the archive in parts of a few rows (tests)."""
 STATE_RESIZE = 1
 """Load a sequence into a cache of another size."""
 

@@ -65,13 +65,20 @@ class Recalling(llama_cpp.Llama):
             the positions that came back: int32, ascending.
 
         Raises:
-            QFilterError: no bounded cache, or none with an archive.
+            QFilterError: no bounded cache, or none with an archive, or the model's layers can't go
+                back.
             RuntimeError: the engine failed; what it lost doesn't count as read any more.
         """
         self._need_bound()
         if not self.qfilter_config.archive:
             raise QFilterError("this cache has no archive: make it with archive=True")
-        self._read_as_question([], min(self.qfilter_config.recall_queries, self.n_tokens))
+        n = min(self.qfilter_config.recall_queries, self.n_tokens)
+        if n > 0 and self.rewind_limit() > self.n_tokens - n:
+            raise QFilterError(
+                f"this cache can't be cut back by {n} tokens to read them as a question: its "
+                "windowed or recurrent layers can't; recall happens after prompts"
+            )
+        self._read_as_question([], n)
         return self.recalled.positions if self.recalled else np.empty(0, np.int32)
 
     def _eval_recalling(self, tokens) -> None:
@@ -108,12 +115,14 @@ class Recalling(llama_cpp.Llama):
     def _read_as_question(self, tokens: list[int], n_back: int) -> None:
         """Read tokens, the last of them as a question; n_back tokens that were read before are a
         part of it."""
-        start, back = time.perf_counter(), self.input_ids[: self.n_tokens][self.n_tokens - n_back :]
         n_before = self.n_tokens
+        back = self.input_ids[n_before - n_back : n_before].tolist()
         self.n_tokens -= n_back
         if n_back > 0 and not self._cut():
             self.n_tokens, back = n_before, []
-        tokens = [*map(int, back), *tokens]
+        tokens = [*back, *tokens]
+        if not tokens:
+            return  # recurrent layers can't go back
         question = tokens[-self.qfilter_config.recall_queries :]
         self._eval_bounded(tokens[: len(tokens) - len(question)])
         self._ctx.question()

@@ -15,7 +15,7 @@ from bounded import Bounded, load
 from bounded import config as small_config
 
 from qfllama import QFilterConfig, QFilterError
-from qfllama.native import FLAG_GRAPH_GATHER
+from qfllama.native import FLAG_GRAPH_GATHER, FLAG_SMALL_PARTS
 
 BLOCK = 256  # positions of a block of the archive
 N_LAYER, N_HEAD = 2, 2
@@ -309,6 +309,30 @@ def test_a_question_among_other_sequences_is_refused(open_cache):
     assert (llm.kept(0, 0) == kept).all()
     with pytest.raises(RuntimeError, match="no question was read"):
         llm.recall(0)
+
+
+@pytest.mark.parametrize("types", [("f16", "f16"), ("q8_0", "q4_0")])
+def test_an_archive_in_parts_is_recalled_as_a_whole_one(open_cache, types):
+    """On the CPU's own path and through graphs; with one softmax over all rows and part by part."""
+    types = dict(zip(("type_k", "type_v"), types, strict=True))
+    every = [0, FLAG_SMALL_PARTS, FLAG_GRAPH_GATHER, FLAG_SMALL_PARTS | FLAG_GRAPH_GATHER]
+    caches = [open_cache(flags=flags, **types) for flags in every]
+    tokens = some(1500)
+    state = None
+    for llm in caches:
+        if state is None:
+            llm.read(tokens)
+            state, archive = llm.state(), llm.archive_state()
+        else:
+            assert llm.restore(state)
+            assert llm.restore_archive(archive)
+        llm.question()
+        llm.read(tokens[300:308])
+        assert llm.recall() == 8
+    kept = [set(llm.kept(0, 0).tolist()) for llm in caches]
+    assert len(kept[0]) > 30
+    for other in kept[1:]:
+        assert len(kept[0] & other) >= 0.95 * len(kept[0])
 
 
 def test_a_question_needs_an_archive(open_cache):

@@ -94,6 +94,7 @@ struct llama_qfilter_params {
 
 enum llama_qfilter_flag {
     LLAMA_QFILTER_FLAG_GRAPH_GATHER = 1, // treat the CPU as another device: move rows with ggml graphs (tests)
+    LLAMA_QFILTER_FLAG_SMALL_PARTS  = 2, // score the archive in parts of a few rows, as a large one (tests)
 };
 
 // fills in the defaults, and struct_size

@@ -47,13 +47,15 @@ void llama_memory_qfilter::init_archive(const llama_qfilter_params & params) {
 }
 
 void llama_memory_qfilter::init_scorers() {
+    const size_t n_bytes_part = flags & LLAMA_QFILTER_FLAG_SMALL_PARTS ? 32*1024 : 64*1024*1024;
+
     for (size_t i = 0; store && i < workers.size(); ++i) {
         const bool on_host = ggml_backend_buffer_is_host(workers[i]->layers[0].k[0]->buffer) && !(flags & LLAMA_QFILTER_FLAG_GRAPH_GATHER);
 
-        auto scorer = std::make_unique<llama_qfilter_scorer>(workers[i]->backend, on_host, threads);
+        auto scorer = std::make_unique<llama_qfilter_scorer>(workers[i]->backend, on_host, threads, n_bytes_part);
 
         if (!on_host && !std::all_of(workers[i]->layers.begin(), workers[i]->layers.end(), [&](const auto & l) { return scorer->supports(l); })) {
-            scorer = std::make_unique<llama_qfilter_scorer>(threads.backend, true, threads);
+            scorer = std::make_unique<llama_qfilter_scorer>(threads.backend, true, threads, n_bytes_part);
         }
         scorers.push_back(std::move(scorer));
     }

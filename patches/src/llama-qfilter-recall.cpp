@@ -6,14 +6,11 @@
 #include <cmath>
 #include <cstring>
 
-// at most, for the rows of a part and what is computed from them
-static const size_t LLAMA_QFILTER_SCORER_BYTES = 64u*1024*1024;
-
 // graph nodes and leaves per head, at most
 static const size_t LLAMA_QFILTER_SCORER_TENSORS = 24;
 
-llama_qfilter_scorer::llama_qfilter_scorer(ggml_backend_t backend, bool on_host, const llama_qfilter_threads & threads) :
-    backend(backend), on_host(on_host), threads(threads), galloc(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend))) {
+llama_qfilter_scorer::llama_qfilter_scorer(ggml_backend_t backend, bool on_host, const llama_qfilter_threads & threads, size_t n_bytes_part) :
+    backend(backend), on_host(on_host), n_bytes_part(n_bytes_part), threads(threads), galloc(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend))) {
 }
 
 size_t llama_qfilter_scorer::n_bytes() const {
@@ -212,7 +209,7 @@ llama_qfilter_result llama_qfilter_scorer::score(
 
     // a head's product and its softmax are there at once
     const size_t   n_bytes_row = layer.k[0]->nb[1] + 2*n_queries*sizeof(float);
-    const uint32_t n_chunk     = std::max<size_t>(1, LLAMA_QFILTER_SCORER_BYTES/n_bytes_row);
+    const uint32_t n_chunk     = std::max<size_t>(1, n_bytes_part/n_bytes_row);
 
     // for each head: of the softmax in each part, and in all of them
     std::vector<std::vector<float>> parts;

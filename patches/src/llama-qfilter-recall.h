@@ -25,8 +25,8 @@ struct llama_qfilter_run {
 // how much of their attention queries give to rows that lie in host memory
 class llama_qfilter_scorer {
 public:
-    // on_host: the backend is the CPU, and its memory the host's
-    llama_qfilter_scorer(ggml_backend_t backend, bool on_host, const llama_qfilter_threads & threads);
+    // on_host: the backend is the CPU, and its memory the host's; n_bytes_part: at most, for rows and what is computed from them
+    llama_qfilter_scorer(ggml_backend_t backend, bool on_host, const llama_qfilter_threads & threads, size_t n_bytes_part);
 
     // can the backend do it for this layer?
     bool supports(const llama_qfilter_layer & layer);
@@ -58,6 +58,7 @@ private:
 
     const ggml_backend_t backend;
     const bool           on_host;
+    const size_t         n_bytes_part;
 
     const llama_qfilter_threads & threads;
 

@@ -411,7 +411,8 @@ def draw_settings(rng: random.Random) -> dict:
             seed=rng.randint(0, 1) if policy == "random" else 0,
             type_k=rng.choice(types),
             type_v=rng.choice(types),
-            flags=rng.choice([0, native.FLAG_GRAPH_GATHER]),
+            flags=rng.choice([0, native.FLAG_GRAPH_GATHER])
+            | rng.choice([0, native.FLAG_SMALL_PARTS]),
             archive=rng.random() < 0.7,
         )
     )
