@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 
 import llama_cpp
@@ -14,7 +15,7 @@ from gguf.constants import GGMLQuantizationType
 
 from qfllama import engine_log, native, offload
 from qfllama.archive import Archived, limit_bytes
-from qfllama.config import EngineError, QFilterConfig, QFilterError
+from qfllama.config import EngineError, QFilterConfig, QFilterError, QFilterWarning
 from qfllama.policies import BY_NAME
 
 CACHE_TYPES = {
@@ -177,7 +178,17 @@ class Context(Archived):
         bound.n_vectors, bound.vectors = len(vectors), (native.Vectors * len(vectors))(*vectors)
         for name, value in self._bound.items():
             setattr(bound, name, value)
-        return native.init_from_model(model, params, ctypes.byref(bound))
+        made = native.init_from_model(model, params, ctypes.byref(bound))
+        why = native.last_error().decode()
+        if not made and config.archive_limit is None and why.startswith("an archive of"):
+            warnings.warn(
+                f"no archive, what is evicted is gone: {why}; give an archive_limit, or a folder",
+                QFilterWarning,
+                stacklevel=2,
+            )
+            bound.n_bytes_archive = 0
+            made = native.init_from_model(model, params, ctypes.byref(bound))
+        return made
 
     # -- what it holds
 

@@ -14,7 +14,7 @@ import tiny_models
 from bounded import Bounded, load
 from bounded import config as small_config
 
-from qfllama import QFilterConfig, QFilterError
+from qfllama import QFilterConfig, QFilterError, QFilterWarning
 from qfllama.native import FLAG_GRAPH_GATHER, FLAG_SMALL_PARTS
 
 BLOCK = 256  # positions of a block of the archive
@@ -167,6 +167,15 @@ def test_the_longest_sequence_gives_way(open_cache):
 def test_too_small_a_limit_is_refused(open_cache):
     with pytest.raises(QFilterError, match=f"needs at least {3 * BLOCK * ROW_BYTES}"):
         open_cache(limit=3 * BLOCK * ROW_BYTES - 1)
+
+
+def test_where_memory_is_short_there_is_none(open_cache, monkeypatch):
+    """Nobody gave a limit, and half of what is free is not enough."""
+    monkeypatch.setattr("qfllama.archive.available_bytes", lambda: 4 * BLOCK * ROW_BYTES)
+    with pytest.warns(QFilterWarning, match="no archive, what is evicted is gone"):
+        llm = open_cache(limit=None)
+    llm.read(some(300))
+    assert llm.stats().n_archived == llm.stats().n_bytes_archive_limit == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no mmap")

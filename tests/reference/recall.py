@@ -16,8 +16,8 @@ from reference.families import FamilyCache
 
 BEFORE, AFTER = 4, 16
 """How many positions before and after it a position brings along that is looked at."""
-NEWEST, NEWEST_SHARE = 64, 4
-"""How many of the last positions always stay, at most, and at most which part of the rows: 1 / 4."""
+NEWEST, NEWEST_SHARE = 64, 8
+"""How many of the last positions always stay, at most, and at most which part of the rows: 1 / 8."""
 
 
 @dataclass
