@@ -102,6 +102,8 @@ class Archived(internals.LlamaContext):
         """Is there anything to recall, or will there be once n_more tokens have been read?"""
         if self.config is None or not self.config.recalls:
             return False
+        if self.stats().n_bytes_archive_limit == 0:  # there was no memory for one
+            return False
         stats = self.seq_stats(seq)
         overflows = stats.n_cells_used + n_more > self.config.max_length
         return overflows or stats.n_archived > 0

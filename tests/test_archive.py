@@ -176,6 +176,7 @@ def test_where_memory_is_short_there_is_none(open_cache, monkeypatch):
         llm = open_cache(limit=None)
     llm.read(some(300))
     assert llm.stats().n_archived == llm.stats().n_bytes_archive_limit == 0
+    assert llm.read_question(some(70, seed=1)).size == 0
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no mmap")
