@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import llama_cpp._internals as internals
 import numpy as np
@@ -47,6 +49,16 @@ class Archived(internals.LlamaContext):
         if native.question(self.ctx, seq) < 0:
             raise EngineError(native.last_error().decode())
 
+    @contextmanager
+    def asking(self, seq: int = 0) -> Iterator[None]:
+        """What is read within is the question of the next `recall`; none if that fails."""
+        self.question(seq)
+        try:
+            yield
+        except BaseException:
+            native.question(self.ctx, -1)
+            raise
+
     def recall(self, seq: int = 0, n_rows: int = 0) -> int:
         """Cut the question off again and fill the cells with the rows that it looks at.
 
@@ -87,12 +99,8 @@ class Archived(internals.LlamaContext):
             self.read(tokens, logits=True, seq=seq)
             return np.empty(0, dtype=np.int32)
         self.read(tokens[:-n], seq=seq)
-        self.question(seq)
-        try:
+        with self.asking(seq):
             self.read(tokens[-n:], logits=True, seq=seq)
-        except BaseException:
-            native.question(self.ctx, -1)
-            raise
         if self.recall(seq, n_rows) == 0:
             return np.empty(0, dtype=np.int32)
         self.read(tokens[-n:], logits=True, seq=seq)
@@ -122,14 +130,10 @@ class Archived(internals.LlamaContext):
         """The archive of a sequence, to be restored after its `state`; b"" if there is none."""
         data = bytearray(native.archive_get_data(self.ctx, seq, None, 0))
         if data:
-            native.archive_get_data(self.ctx, seq, _bytes(data), len(data))
+            native.archive_get_data(self.ctx, seq, native.c_bytes(data), len(data))
         return data
 
     def restore_archive(self, data, seq: int = 0) -> bool:
         """False: llama.cpp refused it (`last_error` says why)."""
         n = len(data)
-        return n > 0 and native.archive_set_data(self.ctx, seq, _bytes(data), n) == n
-
-
-def _bytes(data):
-    return np.frombuffer(data, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        return n > 0 and native.archive_set_data(self.ctx, seq, native.c_bytes(data), n) == n

@@ -349,7 +349,7 @@ class Context(Archived):
             EngineError: llama.cpp failed.
         """
         data = bytearray(llama_cpp.llama_state_seq_get_size(self.ctx, seq))
-        n = llama_cpp.llama_state_seq_get_data(self.ctx, c_bytes(data), len(data), seq)
+        n = llama_cpp.llama_state_seq_get_data(self.ctx, native.c_bytes(data), len(data), seq)
         if n == 0 or n != len(data):
             raise EngineError("llama_state_seq_get_data failed")
         return data
@@ -360,7 +360,7 @@ class Context(Archived):
         llama.cpp refused it (`last_error` says why), the sequence is empty.
 
         archive: what `archive_state` gave for it; flags: enum llama_qfilter_state_flag; 0: only from a cache of the same size."""
-        view, n = c_bytes(data), len(data)
+        view, n = native.c_bytes(data), len(data)
         if self.config is None:
             return llama_cpp.llama_state_seq_set_data(self.ctx, view, n, seq) == n
         done = native.state_seq_set_data(self.ctx, view, n, seq, flags) == n
@@ -377,8 +377,3 @@ class Context(Archived):
 
     def __exit__(self, *error) -> None:
         self.close()
-
-
-def c_bytes(data):
-    """A pointer to the bytes of `data` (bytes, bytearray, memoryview), which are not copied."""
-    return np.frombuffer(data, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

@@ -1,4 +1,4 @@
-"""ctypes declarations of qfilter.h, the C API of the patched llama.cpp; nothing else."""
+"""ctypes declarations of qfilter.h, the C API of the patched llama.cpp, and what its arguments need."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ctypes import (
 )
 
 import llama_cpp
+import numpy as np
 
 from qfllama.config import QFilterError
 from qfllama.policies import TABLE, Policy
@@ -155,6 +156,11 @@ class SeqStats(ctypes.Structure):
         ("pos_archived", c_int32),
         ("n_recalled", c_uint32),
     ]
+
+
+def c_bytes(data):
+    """A pointer to the bytes of `data` (bytes, bytearray, memoryview), which are not copied."""
+    return np.frombuffer(data, np.uint8).ctypes.data_as(POINTER(c_uint8))
 
 
 def declare(name, restype, *argtypes):

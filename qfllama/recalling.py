@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import llama_cpp
 import numpy as np
 
-from qfllama import native
 from qfllama.config import EngineError, QFilterError, QFilterWarning
 from qfllama.turns import in_turn, stream_in_turn
 
@@ -29,9 +28,9 @@ class Recalled:
         seconds: it took, with reading the question once more.
     """
 
-    positions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-    archived: int = 0
-    seconds: float = 0.0
+    positions: np.ndarray
+    archived: int
+    seconds: float
 
 
 class Recalling(llama_cpp.Llama):
@@ -69,9 +68,7 @@ class Recalling(llama_cpp.Llama):
                 back.
             RuntimeError: the engine failed; what it lost doesn't count as read any more.
         """
-        self._need_bound()
-        if not self.qfilter_config.archive:
-            raise QFilterError("this cache has no archive: make it with archive=True")
+        self._need_archive()
         n = min(self.qfilter_config.recall_queries, self.n_tokens)
         if n > 0 and self.rewind_limit() > self.n_tokens - n:
             raise QFilterError(
@@ -80,6 +77,11 @@ class Recalling(llama_cpp.Llama):
             )
         self._read_as_question([], n)
         return self.recalled.positions if self.recalled else np.empty(0, np.int32)
+
+    def _need_archive(self) -> None:
+        self._need_bound()
+        if not self.qfilter_config.archive:
+            raise QFilterError("this cache has no archive: make it with archive=True")
 
     def _eval_recalling(self, tokens) -> None:
         """As `eval` of a bounded cache, with what the config recalls."""
@@ -125,12 +127,8 @@ class Recalling(llama_cpp.Llama):
             return  # recurrent layers can't go back
         question = tokens[-self.qfilter_config.recall_queries :]
         self._eval_bounded(tokens[: len(tokens) - len(question)])
-        self._ctx.question()
-        try:
+        with self._ctx.asking():
             self._eval_bounded(question)
-        except BaseException:
-            native.question(self._ctx.ctx, -1)
-            raise
         start = time.perf_counter()
         try:
             n = self._ctx.recall()

@@ -11,7 +11,7 @@ from llama_cpp import LlamaState
 
 from qfllama import gguf_header, native, state
 from qfllama.config import EngineError, QFilterError
-from qfllama.context import CACHE_TYPES, c_bytes
+from qfllama.context import CACHE_TYPES
 from qfllama.turns import in_turn
 
 
@@ -74,7 +74,7 @@ class SavedStates(llama_cpp.Llama):
             return super().save_state()
         self._need_bound()
         data = bytearray(llama_cpp.llama_state_get_size(self.ctx))
-        size = llama_cpp.llama_state_get_data(self.ctx, c_bytes(data), len(data))
+        size = llama_cpp.llama_state_get_data(self.ctx, native.c_bytes(data), len(data))
         if size == 0:
             raise RuntimeError("Failed to copy llama state data")
         del data[size:]
@@ -125,7 +125,7 @@ class SavedStates(llama_cpp.Llama):
         self._seed = saved.seed
         if self._logits_all:
             self.scores[: saved.n_tokens] = saved.scores
-        data, size = c_bytes(saved.llama_state), saved.llama_state_size
+        data, size = native.c_bytes(saved.llama_state), saved.llama_state_size
         if llama_cpp.llama_state_set_data(self.ctx, data, size) != size:
             raise RuntimeError("llama.cpp refused it (verbose=True shows why)")
 
@@ -155,8 +155,8 @@ class SavedStates(llama_cpp.Llama):
                 written.
         """
         settings, n_cells = self.settings(), self._ctx.used()
-        if archive and not self.qfilter_config.archive:
-            raise QFilterError("this cache has no archive: make it with archive=True")
+        if archive:
+            self._need_archive()
         if n_cells == 0:
             raise QFilterError("the cache is empty: read a prompt first")
         return state.write_prompt(

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from qfllama import Llama
+
 MODEL = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -36,6 +38,18 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def watched_sizes(monkeypatch, name: str) -> list[int]:
+    """How many tokens each call of the method `name` gets, of any Llama, from here on."""
+    sizes, read = [], getattr(Llama, name)
+
+    def watched(self, tokens):
+        sizes.append(len(tokens))
+        read(self, tokens)
+
+    monkeypatch.setattr(Llama, name, watched)
+    return sizes
 
 
 def last_logits(llm: llama_cpp.Llama) -> np.ndarray:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import last_logits
+from conftest import last_logits, watched_sizes
 
 from qfllama import Conversation, Llama, QFilterConfig, QFilterError, QFilterWarning
 from qfllama.evaluation import tasks
@@ -42,15 +42,7 @@ def text() -> str:
 @pytest.fixture
 def evaluated(monkeypatch):
     """How many tokens the engine reads at a time, recalls included, from here on."""
-    sizes = []
-    evaluate = Llama._eval_bounded
-
-    def watched(self, tokens):
-        sizes.append(len(tokens))
-        evaluate(self, tokens)
-
-    monkeypatch.setattr(Llama, "_eval_bounded", watched)
-    return sizes
+    return watched_sizes(monkeypatch, "_eval_bounded")
 
 
 def answer(llm, prompt: str, n: int = 6) -> str:

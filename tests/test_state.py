@@ -17,7 +17,7 @@ import gguf
 import llama_cpp
 import numpy as np
 import pytest
-from conftest import last_logits
+from conftest import last_logits, watched_sizes
 from gguf_files import rectangular
 
 from qfllama import Llama, QFilterConfig, QFilterError, gguf_copy, state
@@ -82,15 +82,7 @@ def prompt(tokens) -> list[int]:
 @pytest.fixture
 def evaluated(monkeypatch):
     """How many tokens each call of eval got, of any Llama, from here on."""
-    sizes = []
-    evaluate = Llama.eval
-
-    def watched(self, batch):
-        sizes.append(len(batch))
-        evaluate(self, batch)
-
-    monkeypatch.setattr(Llama, "eval", watched)
-    return sizes
+    return watched_sizes(monkeypatch, "eval")
 
 
 def kept(llm, layer=9) -> list[list[int]]:

@@ -50,7 +50,7 @@ void llama_memory_qfilter::init_scorers() {
     const size_t n_bytes_part = flags & LLAMA_QFILTER_FLAG_SMALL_PARTS ? 32*1024 : 64*1024*1024;
 
     for (size_t i = 0; store && i < workers.size(); ++i) {
-        const bool on_host = ggml_backend_buffer_is_host(workers[i]->layers[0].k[0]->buffer) && !(flags & LLAMA_QFILTER_FLAG_GRAPH_GATHER);
+        const bool on_host = is_on_host(workers[i]->layers[0]);
 
         auto scorer = std::make_unique<llama_qfilter_scorer>(workers[i]->backend, on_host, threads, n_bytes_part);
 
@@ -84,14 +84,18 @@ uint8_t * llama_memory_qfilter::archive_block(llama_seq_id seq_id, llama_pos pos
         std::iota(order.begin(), order.end(), 0);
         std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return streams[a].archive.n_blocks() > streams[b].archive.n_blocks(); });
 
-        for (auto & w : workers) {
-            ggml_backend_synchronize(w->backend);
-        }
+        archive_sync();
 
         if (!store->full() || std::none_of(order.begin(), order.end(), [&](size_t is) { return streams[is].archive.drop_oldest(n_sink); })) {
             LLAMA_LOG_WARN("qfilter: no memory for the archive, it ends at position %d of sequence %d\n", pos, seq_id);
             return nullptr;
         }
+    }
+}
+
+void llama_memory_qfilter::archive_sync() const {
+    for (const auto & w : workers) {
+        ggml_backend_synchronize(w->backend);
     }
 }
 
@@ -118,7 +122,7 @@ void llama_memory_qfilter::archive_rows(llama_seq_id seq_id) {
     for (uint32_t r = 0; r < order.n(); ++r) {
         const llama_pos pos = order.pos[r];
 
-        if ((pos >= st.table.p0 && pos < st.table.p1) || !st.archive.takes(pos, n_sink)) {
+        if (st.table.covers(pos) || !st.archive.takes(pos, n_sink)) {
             continue;
         }
         if (!runs.empty() && runs.back().pos + (llama_pos) runs.back().n == pos && runs.back().cell + runs.back().n == order.cells[r] &&
@@ -148,11 +152,11 @@ void llama_memory_qfilter::archive_rows(llama_seq_id seq_id) {
         std::vector<size_t> on_host;
 
         for (size_t i = 0; i < layers.size(); ++i) {
-            if (ggml_backend_buffer_is_host(layers[i].k[seq_id]->buffer)) {
+            if (is_on_host(layers[i])) {
                 on_host.push_back(i);
                 continue;
             }
-            auto * backend = worker_of(layers[i]).backend;
+            auto * backend = workers[worker_of(layers[i])]->backend;
 
             copy(i, [&](const ggml_tensor * t, uint8_t * dst, size_t offset, size_t size) { ggml_backend_tensor_get_async(backend, t, dst, offset, size); });
         }
@@ -171,30 +175,28 @@ void llama_memory_qfilter::archive_rows(llama_seq_id seq_id) {
             st.archive.set(run.pos + i);
         }
 
-        stats.n_bytes_archive_written += run.n*store->n_bytes_block/llama_qfilter_archive::n_block;
+        stats.n_bytes_archive_written += run.n*archive_row_size();
     }
 
     stats.t_archive_us += ggml_time_us() - t_start;
 }
 
-const llama_qfilter_worker & llama_memory_qfilter::worker_of(const llama_qfilter_layer & layer) const {
-    return **std::find_if(workers.begin(), workers.end(), [&](const auto & w) {
+size_t llama_memory_qfilter::worker_of(const llama_qfilter_layer & layer) const {
+    return std::find_if(workers.begin(), workers.end(), [&](const auto & w) {
         return std::any_of(w->layers.begin(), w->layers.end(), [&](const auto & l) { return l.il == layer.il; });
-    });
+    }) - workers.begin();
 }
 
 size_t llama_memory_qfilter::archived(llama_seq_id seq_id, llama_pos pos, int32_t il, bool is_v, void * out, size_t size) {
-    const auto layer = std::find_if(layers.begin(), layers.end(), [&](const auto & l) { return l.il == il; });
+    const auto * layer = find_layer(il);
 
-    if (!has(seq_id) || layer == layers.end() || !get_stream(seq_id).archive.has(pos)) {
+    if (!has(seq_id) || !layer || !get_stream(seq_id).archive.has(pos)) {
         return 0;
     }
 
-    for (auto & w : workers) {
-        ggml_backend_synchronize(w->backend);
-    }
+    archive_sync();
 
-    const auto & l = store_layers[layer - layers.begin()];
+    const auto & l = store_layers[layer - layers.data()];
 
     const size_t n_bytes = is_v ? l.n_bytes_v : l.n_bytes_k;
 
@@ -250,7 +252,7 @@ llama_memory_qfilter::filling llama_memory_qfilter::plan(
     std::vector<llama_pos> shared = st.archive.positions(0, p0);
 
     for (uint32_t r = 0; r < order.n() && order.pos[r] < p0; ++r) {
-        if ((order.pos[r] < st.table.p0 || order.pos[r] >= st.table.p1) && !st.archive.has(order.pos[r])) {
+        if (!st.table.covers(order.pos[r]) && !st.archive.has(order.pos[r])) {
             shared.push_back(order.pos[r]);
         }
     }
@@ -368,14 +370,12 @@ llama_qfilter_result llama_memory_qfilter::fill(llama_seq_id seq_id, const filli
     const auto     order = order_of(seq_id);
     const uint32_t r0    = st.table.rank_p0(order);
 
-    for (auto & w : workers) {
-        ggml_backend_synchronize(w->backend); // what is on its way to the archive
-    }
+    archive_sync();
 
     // where a row is: its cell, or -1, the archive
     std::vector<int32_t> src(f.rows.size());
 
-    const bool host = std::all_of(layers.begin(), layers.end(), [](const auto & l) { return ggml_backend_buffer_is_host(l.k[0]->buffer); });
+    const bool host = std::all_of(layers.begin(), layers.end(), [&](const auto & l) { return is_on_host(l); });
 
     bool found = true;
 
@@ -439,7 +439,7 @@ llama_qfilter_result llama_memory_qfilter::fill(llama_seq_id seq_id, const filli
         const size_t offset  = (i % 2 == 0 ? l.k : l.v);
         const size_t n_head  = n_bytes/layer.n_head;
 
-        const bool is_host = ggml_backend_buffer_is_host(t->buffer);
+        const bool is_host = is_on_host(layer);
 
         const auto * from = is_host ? (const uint8_t *) t->data : old.data();
         const auto * here = src.data() + (size_t) layer.head0*f.n();

@@ -321,9 +321,9 @@ llama_pos llama_memory_qfilter::rewind_limit(llama_seq_id seq_id) const {
 }
 
 int32_t llama_memory_qfilter::kept(llama_seq_id seq_id, int32_t il, int32_t ih, llama_pos * out, size_t capacity) const {
-    const auto layer = std::find_if(layers.begin(), layers.end(), [&](const auto & l) { return l.il == il; });
+    const auto * layer = find_layer(il);
 
-    if (!has(seq_id) || layer == layers.end() || ih < 0 || ih >= (int32_t) layer->n_head) {
+    if (!has(seq_id) || !layer || ih < 0 || ih >= (int32_t) layer->n_head) {
         return -1;
     }
 
@@ -340,9 +340,9 @@ int32_t llama_memory_qfilter::kept(llama_seq_id seq_id, int32_t il, int32_t ih, 
 }
 
 size_t llama_memory_qfilter::rows(llama_seq_id seq_id, int32_t il, bool is_v, void * out, size_t size) const {
-    const auto layer = std::find_if(layers.begin(), layers.end(), [&](const auto & l) { return l.il == il; });
+    const auto * layer = find_layer(il);
 
-    if (!has(seq_id) || layer == layers.end()) {
+    if (!has(seq_id) || !layer) {
         return 0;
     }
 

@@ -223,9 +223,7 @@ llama_qfilter_result llama_memory_qfilter::choose(const llama_qfilter_asked & qu
 
     const size_t n = pos.size();
 
-    for (auto & w : workers) {
-        ggml_backend_synchronize(w->backend); // what is on its way to the archive
-    }
+    archive_sync();
 
     std::vector<float> weights(n, 0.0f);
 
@@ -244,15 +242,9 @@ llama_qfilter_result llama_memory_qfilter::choose(const llama_qfilter_asked & qu
             }
         }
 
-        for (size_t iw = 0; iw < workers.size(); ++iw) {
-            if (workers[iw].get() != &worker_of(layers[i])) {
-                continue;
-            }
-
-            const auto res = scorers[iw]->score(layers[i], question.layers[i], runs, weights);
-            if (res != LLAMA_QFILTER_DONE) {
-                return res;
-            }
+        const auto res = scorers[worker_of(layers[i])]->score(layers[i], question.layers[i], runs, weights);
+        if (res != LLAMA_QFILTER_DONE) {
+            return res;
         }
     }
 
@@ -376,15 +368,16 @@ int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
     const auto order = order_of(seq_id);
 
     for (const llama_pos pos : rows) {
-        for (uint32_t ih = 0; ih < n_head_all && (recalled.empty() || recalled.back() != pos); ++ih) {
-            const auto * tab = st.table.pos.data() + (size_t) ih*st.table.n;
+        bool there = !st.table.covers(pos) && std::binary_search(order.pos.begin(), order.pos.end(), pos);
 
-            const bool in_table = std::binary_search(tab, tab + st.table.n, pos);
-            const auto it       = std::lower_bound(order.pos.begin(), order.pos.end(), pos);
-
-            if (!in_table && !(it != order.pos.end() && *it == pos && (pos < st.table.p0 || pos >= st.table.p1))) {
-                recalled.push_back(pos);
+        if (!there) {
+            there = st.table.n > 0;
+            for (auto tab = st.table.pos.begin(); there && tab != st.table.pos.end(); tab += st.table.n) {
+                there = std::binary_search(tab, tab + st.table.n, pos);
             }
+        }
+        if (!there) {
+            recalled.push_back(pos);
         }
     }
 

@@ -179,6 +179,15 @@ void llama_memory_qfilter::check_state(llama_seq_id seq_id, const std::vector<st
 static const uint32_t LLAMA_QFILTER_ARCHIVE_MAGIC   = 0x616c6671; // "qfla"
 static const uint32_t LLAMA_QFILTER_ARCHIVE_VERSION = 1;
 
+struct llama_qfilter_archive_head {
+    uint32_t  magic;
+    uint32_t  version;
+    uint64_t  n_bytes_row; // all layers
+    uint64_t  n;           // positions
+    llama_pos pos_min;
+    uint32_t  incomplete;
+};
+
 // fn(p, pos, n): the rows of a layer's tensor from p on, of n positions that lie one after the other
 template <typename F>
 static void llama_qfilter_archive_each(
@@ -204,17 +213,15 @@ size_t llama_memory_qfilter::archive_write(llama_seq_id seq_id, uint8_t * dst, s
         return 0;
     }
 
-    for (auto & w : workers) {
-        ggml_backend_synchronize(w->backend);
-    }
+    archive_sync();
 
     const auto & st = get_stream(seq_id);
 
     const auto pos = st.archive.positions(0, std::numeric_limits<llama_pos>::max());
 
-    const size_t n_bytes_row = store->n_bytes_block/llama_qfilter_archive::n_block;
+    const size_t n_bytes_row = archive_row_size();
 
-    const archive_head head = {
+    const llama_qfilter_archive_head head = {
         LLAMA_QFILTER_ARCHIVE_MAGIC, LLAMA_QFILTER_ARCHIVE_VERSION, n_bytes_row, (uint64_t) pos.size(), st.archive.pos_min, st.incomplete };
 
     const size_t n_bytes = sizeof(head) + pos.size()*(sizeof(llama_pos) + n_bytes_row);
@@ -248,9 +255,9 @@ void llama_memory_qfilter::archive_read(llama_seq_id seq_id, const uint8_t * src
         throw std::runtime_error("there is no archive to restore to");
     }
 
-    const size_t n_bytes_row = store->n_bytes_block/llama_qfilter_archive::n_block;
+    const size_t n_bytes_row = archive_row_size();
 
-    archive_head head;
+    llama_qfilter_archive_head head;
 
     if (size < sizeof(head)) {
         throw std::runtime_error("the archive is damaged: it ends too early");

@@ -241,9 +241,7 @@ void llama_memory_qfilter::init(llama_context * lctx) {
 
         auto it = std::find_if(workers.begin(), workers.end(), [&](const auto & w) { return w->backend == backend; });
         if (it == workers.end()) {
-            const bool on_host = ggml_backend_buffer_is_host(buffer) && !(flags & LLAMA_QFILTER_FLAG_GRAPH_GATHER);
-
-            workers.push_back(on_host ?
+            workers.push_back(is_on_host(layer) ?
                     llama_qfilter_worker::on_host(backend, policy, threads) :
                     llama_qfilter_worker::on_device(backend, policy));
             it = workers.end() - 1;
@@ -390,6 +388,16 @@ bool llama_memory_qfilter::has(llama_seq_id seq_id) const {
 
 llama_qfilter_order llama_memory_qfilter::order_of(llama_seq_id seq_id) const {
     return llama_qfilter_order(kv.v_cells[seq_id].seq_pos_get(seq_id));
+}
+
+const llama_qfilter_layer * llama_memory_qfilter::find_layer(int32_t il) const {
+    const auto it = std::find_if(layers.begin(), layers.end(), [&](const auto & l) { return l.il == il; });
+
+    return it == layers.end() ? nullptr : &*it;
+}
+
+bool llama_memory_qfilter::is_on_host(const llama_qfilter_layer & layer) const {
+    return ggml_backend_buffer_is_host(layer.k[0]->buffer) && !(flags & LLAMA_QFILTER_FLAG_GRAPH_GATHER);
 }
 
 const llama_memory_qfilter::stream & llama_memory_qfilter::get_stream(llama_seq_id seq_id) const {

@@ -164,15 +164,6 @@ private:
         std::vector<llama_pos> recalled;
     };
 
-    struct archive_head {
-        uint32_t  magic;
-        uint32_t  version;
-        uint64_t  n_bytes_row; // all layers
-        uint64_t  n;           // positions
-        llama_pos pos_min;
-        uint32_t  incomplete;
-    };
-
     // what the cells of a sequence are filled with
     struct filling {
         llama_pos p0; // where the sequence goes on
@@ -244,6 +235,12 @@ private:
 
     llama_qfilter_order order_of(llama_seq_id seq_id) const;
 
+    // nullptr: it does not evict
+    const llama_qfilter_layer * find_layer(int32_t il) const;
+
+    // does the CPU read and write the layer's rows itself?
+    bool is_on_host(const llama_qfilter_layer & layer) const;
+
     // cells that were emptied since have no history
     const stream & get_stream(llama_seq_id seq_id) const;
 
@@ -281,7 +278,13 @@ private:
     // cells that are empty have no history
     void forget_empty();
 
-    const llama_qfilter_worker & worker_of(const llama_qfilter_layer & layer) const;
+    // the index of the worker that has a layer
+    size_t worker_of(const llama_qfilter_layer & layer) const;
+
+    size_t archive_row_size() const { return store->n_bytes_block/llama_qfilter_archive::n_block; }
+
+    // waits for rows that are on their way to the archive
+    void archive_sync() const;
 
     // rows that are not in the archive, and whose positions are the same in all heads
     void archive_rows(llama_seq_id seq_id);

@@ -94,7 +94,7 @@ void llama_qfilter_table::check(const llama_qfilter_order & order, uint32_t n_si
         if (order.pos[i] <= (i == 0 ? -1 : order.pos[i - 1])) {
             throw std::runtime_error(format("the state is damaged: two cells of position %d", order.pos[i]));
         }
-        n_in += order.pos[i] >= p0 && order.pos[i] < p1;
+        n_in += covers(order.pos[i]);
     }
 
     if (n_in != n || p1 > (order.n() == 0 ? 0 : order.pos.back() + 1)) {

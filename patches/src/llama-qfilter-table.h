@@ -56,9 +56,12 @@ struct llama_qfilter_table {
 
     std::vector<llama_pos> pos; // [n_head_all, n] by rank
 
+    // does a cell of this position hold rows of others?
+    bool covers(llama_pos pos_cell) const { return pos_cell >= p0 && pos_cell < p1; }
+
     // the position of a head's row; r0: see rank_p0()
     llama_pos get(const llama_qfilter_order & order, uint32_t r0, uint32_t ih, uint32_t rank) const {
-        return order.pos[rank] < p0 || order.pos[rank] >= p1 ? order.pos[rank] : pos[(size_t) ih*n + rank - r0];
+        return covers(order.pos[rank]) ? pos[(size_t) ih*n + rank - r0] : order.pos[rank];
     }
 
     // the first rank whose cell is not before p0

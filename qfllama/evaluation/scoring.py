@@ -107,17 +107,14 @@ def generate(context: Context, question: list[int], n_tokens: int, enough=None) 
         enough: is the text so far all that is wanted? Called after each token.
     """
     answer: list[int] = []
-    text, tokens = "", question
+    text, read = "", answers(context, question, [])
     while len(answer) < n_tokens:
-        if answer:
-            *_, logits = context.outputs(tokens, len(tokens) - 1)
-        else:
-            *_, logits = answers(context, question, [])
+        *_, logits = read
         token = int(logits[-1].argmax())
         if context.model.ends(token):
             break
         answer.append(token)
-        text, tokens = context.model.text(answer), [token]
+        text, read = context.model.text(answer), context.outputs([token])
         if enough is not None and enough(text):
             break
     return text
