@@ -81,6 +81,24 @@ def test_kv_bytes_are_those_of_the_models_shape(measured):
         assert row["kv_bytes"] == 2 * cells * k_or_v, row
 
 
+def test_with_recall_every_cache_is_asked_and_ours_brings_rows_back(smollm2):
+    done = run(
+        smollm2, "--policy", "knorm", "--threads", 1, "--decode", 8, "--repeat", 1, "--recall",
+        "--max-length", "160", "--types", "f16", "--stock-types", "none", "--positions", "64,300",
+        "--prompts", "none", "--json", "-",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result["about"]["n_ctx"] == 300 + plan.QUESTION
+    rows = {(row["engine"], row["position"]): row for row in result["question"]}
+    assert set(rows) == {(name, n) for name in ("stock f16", "160 f16") for n in (64, 300)}
+    assert {key for key, row in rows.items() if row["recalled"]} == {("160 f16", 300)}
+    for (_, n), row in rows.items():
+        assert row["ratio"] == pytest.approx(row["seconds"] / rows["stock f16", n]["seconds"])
+    archived = {row["engine"]: row["archive_bytes"] for row in result["memory"]}
+    assert archived["stock f16"] == 0 < archived["160 f16"]
+
+
 @pytest.mark.skipif(resident_bytes() is None, reason="only Linux tells a process's memory")
 def test_the_process_grows_by_what_a_cache_holds(measured):
     """K and V are written when a context is opened; the rest of it is small."""
@@ -348,7 +366,7 @@ def test_a_system_that_tells_no_memory_gets_a_dash(fakes):
     for engine in engines.each:
         engine.opened_bytes = engine.grown_bytes = None
     engines.process_bytes = None
-    result = engines.result([], [])
+    result = engines.result([], [], [])
     assert [row["process_bytes"] for row in result["memory"]] == [None, None]
     line = next(line for line in report.tables(result).splitlines() if "96 f16" in line)
     assert line.split() == ["96", "f16", "0.0", "0.10x", "-", "-", "-"]

@@ -20,7 +20,7 @@ from pathlib import Path
 from pydoc_data import topics
 
 from qfllama.bench.memory import MIB, give_back_freed, resident_bytes
-from qfllama.bench.plan import BASELINE, DECODED, Kind, Plan
+from qfllama.bench.plan import BASELINE, DECODED, QUESTION, Kind, Plan
 from qfllama.config import QFilterConfig, QFilterError
 from qfllama.engine import Context, Model
 from qfllama.machine import available_bytes, provenance
@@ -110,6 +110,16 @@ class Engine:
             seconds = decode(self.context, tokens, n)
         return (seconds - evicting_seconds(self.context) + before) / n
 
+    def ask(self, question: list[int]) -> float:
+        """Seconds to read a question, with its recall if there is any; then it is taken back."""
+        with self.turn():
+            start, n_past = time.perf_counter(), self.context.n_past()
+            self.context.read_question(question)
+            seconds = time.perf_counter() - start
+            if not self.context.kv_cache_seq_rm(0, n_past, -1):
+                raise RuntimeError(f"{self.kind.name}: the question can't be taken back")
+        return seconds
+
     def eviction_seconds_per_token(self) -> float:
         """An eviction comes once in `interval` tokens; 0 as long as there was none."""
         if not self.evictions:
@@ -136,7 +146,7 @@ class Engines:
         plan = self.plan
         check_policy(self.path, read(self.path), plan.policy)
         self.model = Model(self.path, n_gpu_layers=plan.n_gpu_layers, caches=plan.caches())
-        self.tokens = text_tokens(self.model, max((*plan.positions, *plan.prompts)))
+        self.tokens = text_tokens(self.model, max((*plan.positions, *plan.prompts)) + QUESTION)
         full_bytes = {name: self._full_bytes(name) for name in {k.type_kv for k in plan.kinds}}
         self._check_memory(full_bytes)
         self._warm_up()
@@ -161,7 +171,9 @@ class Engines:
     def _context(self, kind: Kind, **sizes) -> Context:
         plan, config = self.plan, None
         if kind.max_length is not None:
-            config = QFilterConfig(max_length=kind.max_length, policy=plan.policy, archive=False)
+            config = QFilterConfig(
+                max_length=kind.max_length, policy=plan.policy, archive=plan.recall
+            )
         try:
             return self.model.open(
                 config,
@@ -212,12 +224,12 @@ class Engines:
         """
         try:
             first = self.first_tokens(progress)
-            speeds = self.decode_speeds(progress)
+            speeds, questions = self.decode_speeds(progress)
         except RuntimeError as error:
             raise QFilterError(
                 f"the engine failed ({error}): use a smaller --n-ctx or fewer caches"
             ) from error
-        return self.result(speeds, first)
+        return self.result(speeds, first, questions)
 
     def first_tokens(self, progress: Progress) -> list[dict]:
         """Seconds from a prompt to the first token, per prompt length and engine.
@@ -241,9 +253,10 @@ class Engines:
             for (kind, n), found in seconds.items()
         ]
 
-    def decode_speeds(self, progress: Progress) -> list[dict]:
-        """Decoding speed and evictions, per position and engine."""
-        rows = []
+    def decode_speeds(self, progress: Progress) -> tuple[list[dict], list[dict]]:
+        """Per position and engine: decoding speed and evictions; with `Plan.recall`, seconds of a
+        question."""
+        rows, questions = [], []
         for engine in self.each:
             engine.restart()
         for position in self.plan.positions:
@@ -264,7 +277,27 @@ class Engines:
                         "cells_used": engine.context.used(),
                     }
                 )
-        return rows
+            if self.plan.recall:
+                questions += self._ask(position, progress)
+        return rows, questions
+
+    def _ask(self, position: int, progress: Progress) -> list[dict]:
+        """All engines are asked, in turns: seconds, and the tokens that came back."""
+        question = self.tokens[position : position + QUESTION]
+        seconds = {engine.kind: [] for engine in self.each}
+        for _ in range(self.plan.repeat):
+            for engine in self.each:
+                seconds[engine.kind].append(engine.ask(question))
+                progress(QUESTION)
+        return [
+            {
+                "engine": engine.kind.name,
+                "position": position,
+                "seconds": statistics.median(seconds[engine.kind]),
+                "recalled": 0 if engine.kind.max_length is None else len(engine.context.recalled()),
+            }
+            for engine in self.each
+        ]
 
     def _read(self, stop: int, progress: Progress) -> Iterator[tuple[Engine, float]]:
         """All engines read up to `stop`, in turns: (engine, seconds) of each turn."""
@@ -285,7 +318,7 @@ class Engines:
                 progress(DECODED * min(n, left))
         return seconds
 
-    def result(self, speeds: list[dict], first: list[dict]) -> dict:
+    def result(self, speeds: list[dict], first: list[dict], questions: list[dict]) -> dict:
         """All figures with their ratios to BASELINE, and where they come from."""
         plan = self.plan
         engines = [
@@ -294,6 +327,7 @@ class Engines:
                 "max_length": engine.kind.max_length,
                 "type_kv": engine.kind.type_kv,
                 "kv_bytes": engine.kv_bytes,
+                "archive_bytes": engine.context.stats().n_bytes_archive,
                 "opened_bytes": engine.opened_bytes,
                 "filled_bytes": engine.grown_bytes,
                 "process_bytes": self.process_bytes and self.process_bytes + engine.grown_bytes,
@@ -304,6 +338,7 @@ class Engines:
         add_ratios(engines, "filled_bytes", "filled_ratio")
         add_ratios(speeds, "tokens_per_second", "ratio", by="position")
         add_ratios(first, "seconds", "ratio", by="prompt")
+        add_ratios(questions, "seconds", "ratio", by="position")
         about = provenance(plan.n_threads) | {
             "model": Path(self.path).name,
             "n_ctx": plan.n_ctx,
@@ -314,7 +349,13 @@ class Engines:
             "ratios_against": BASELINE.name,
             "process_bytes_without_cache": self.process_bytes,
         }
-        return {"about": about, "memory": engines, "decode": speeds, "first_token": first}
+        return {
+            "about": about,
+            "memory": engines,
+            "decode": speeds,
+            "first_token": first,
+            "question": questions,
+        }
 
 
 def add_ratios(rows: list[dict], figure: str, ratio: str, by: str | None = None) -> None:

@@ -28,6 +28,8 @@ QUICK = {
 """What is measured unless something else is asked for, as far as n_ctx reaches."""
 DECODED = 10
 """Of the progress bar: a token decoded takes about as long as so many tokens read."""
+QUESTION = 64
+"""Tokens of the question whose recall is timed."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ BASELINE = Kind("f16")
 @dataclass(frozen=True)
 class Plan:
     """What is measured. Lengths are in tokens, ascending; `n_ctx` is what each context is opened
-    with; `decode`: tokens decoded before each position; `repeat`: times that prompts are read."""
+    with; `decode`: tokens decoded before each position; `repeat`: times that prompts and questions
+    are read; `recall`: our caches have an archive, and a question is asked at each position."""
 
     kinds: tuple[Kind, ...]
     positions: tuple[int, ...]
@@ -60,6 +63,7 @@ class Plan:
     decode: int = 64
     repeat: int = 3
     n_gpu_layers: int | str = "auto"
+    recall: bool = False
 
     def caches(self) -> list[Cache]:
         """All caches, which are open at once."""
@@ -76,6 +80,7 @@ class Plan:
         for before, position in zip((0, *self.positions), self.positions, strict=False):
             decoded = min(self.decode, position - before)
             steps += position - before - decoded + DECODED * decoded
+            steps += QUESTION * self.repeat * self.recall
         return len(self.kinds) * steps
 
 
@@ -88,6 +93,7 @@ def make_plan(
     n_threads: int | None = None,
     decode: int = 64,
     n_gpu_layers: int | str = "auto",
+    recall: bool = False,
     **given,
 ) -> tuple[Plan, list[str]]:
     """A plan, and notes on what of the defaults is left out.
@@ -97,6 +103,7 @@ def make_plan(
         n_ctx: None for the last position or prompt; without it no more than n_ctx_train.
         n_threads: None for all.
         n_gpu_layers: as in `engine.Model`.
+        recall: our caches have an archive, and a question is asked at each position.
         given: what DEFAULTS names, where it shall be something else; None is the default.
 
     Raises:
@@ -121,9 +128,12 @@ def make_plan(
     if last == 0:
         raise QFilterError("--positions and --prompts are both none: give one of them")
     kinds = _kinds(wanted, last, "max_lengths" in given)
+    if recall and not wanted["positions"]:
+        raise QFilterError("--recall asks at each of --positions: give some")
+    n_ctx = n_ctx or last + QUESTION * recall
     return Plan(
-        kinds, wanted["positions"], wanted["prompts"], n_ctx or last, policy,
-        n_threads or all_threads(), decode, wanted["repeat"], n_gpu_layers,
+        kinds, wanted["positions"], wanted["prompts"], n_ctx, policy,
+        n_threads or all_threads(), decode, wanted["repeat"], n_gpu_layers, recall,
     ), notes  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qfllama.bench.memory import MIB
-from qfllama.bench.plan import BASELINE
+from qfllama.bench.plan import BASELINE, QUESTION
 from qfllama.tables import aligned
 
 UNKNOWN = "-"
@@ -21,6 +21,9 @@ def tables(result: dict) -> str:
     if result["first_token"]:
         title = "seconds to the first token by prompt length"
         parts.append(_by_length(title, result["first_token"], "prompt", "seconds", 2))
+    if result["question"]:
+        title = f"seconds to read a question of {QUESTION} tokens, its recall included, by position"
+        parts.append(_by_length(title, result["question"], "position", "seconds", 2))
     parts.append(_memory(result))
     parts.append(
         f"{about['model']}, policy {about['policy']}, {about['machine']}, {about['date']}, "
@@ -62,6 +65,10 @@ def _memory(result: dict) -> str:
              _mib(row["opened_bytes"]), _mib(row["filled_bytes"]), _times(row["filled_ratio"]),
              _mib(row["process_bytes"])]
         )  # fmt: skip
+    archived = [row["archive_bytes"] for row in result["memory"]]
+    if any(archived):
+        for line, cell in zip(lines, ["archive", *map(_mib, archived)], strict=True):
+            line.append(cell)
     title = (
         f"memory at n_ctx {about['n_ctx']:,}, MiB: K and V as allocated; what the process grew by"
         " when\nthe cache was opened and when it was filled; a process with only this cache"

@@ -81,6 +81,11 @@ def check_outputs(model: Path, json_file: Path | None, image: Path | None) -> No
     help="Tokens decoded before each position.",
 )
 @click.option("--repeat", type=click.IntRange(1), help="Times a prompt is read.  [default: 3]")
+@click.option(
+    "--recall",
+    is_flag=True,
+    help="Our caches have an archive, and a question of 64 tokens is asked at each position.",
+)
 @option("json", help="Write all figures to this file; -: to stdout.")
 @option("plot")
 def command(model, json_file, image, **options):
