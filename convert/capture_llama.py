@@ -34,23 +34,29 @@ class Attention:
     def __init__(self, tensor, attn, start):
         self._tensor, self._attn = tensor, attn
         self.layer, self.start, self.n_tokens = attn.il, start, attn.n_tokens
-        self.n_head_kv, self.scale = attn.n_head_kv, attn.kq_scale
+        self.n_head_kv, self.scale, self.softcap = attn.n_head_kv, attn.kq_scale, attn.softcap
 
     def queries(self, at=None) -> np.ndarray:
         """float32 [n_head, n, head_dim], of all tokens of the call or those with indices `at`."""
         attn = self._attn
-        queries = self._get(False, (attn.n_head, attn.n_tokens, attn.head_dim))
+        queries = self._get(0, (attn.n_head, attn.n_tokens, attn.head_dim))
         return queries if at is None else queries[:, at]
 
     def keys(self) -> np.ndarray:
         """float32 [n_head_kv, start + n_tokens, head_dim], as stored in the cache."""
         attn = self._attn
-        keys = self._get(True, (attn.n_head_kv, attn.n_kv, attn.head_dim))
+        keys = self._get(1, (attn.n_head_kv, attn.n_kv, attn.head_dim))
         return keys[:, : self.start + self.n_tokens]
 
-    def _get(self, is_k, shape):
+    def values(self) -> np.ndarray:
+        """float32 [n_head_kv, start + n_tokens, head_dim of V], as stored in the cache."""
+        attn = self._attn
+        values = self._get(2, (attn.n_head_kv, attn.n_kv, attn.n_embd_v))
+        return values[:, : self.start + self.n_tokens]
+
+    def _get(self, i, shape):
         out = np.empty(shape, np.float32)
-        native.attn_get(self._tensor, is_k, out.ctypes.data)
+        native.attn_get(self._tensor, i, out.ctypes.data)
         return out
 
 
@@ -71,7 +77,7 @@ class LlamaModel:
             stack.enter_context(engine_log.errors())
             loaded = native_model.loaded(gguf, n_gpu_layers=n_gpu_layers, caches=[Cache(n_ctx)])
             model = stack.enter_context(loaded)
-            self.offload = model.offload
+            self.offload, self._model = model.offload, model
             self._context = stack.enter_context(self._open(model, n_ctx))
             self._ropes = stack.enter_context(closing(native_model.Ropes(self._context)))
             # the thread that computes is never interrupted: Ctrl-C reaches the one that waits; it
@@ -95,6 +101,10 @@ class LlamaModel:
     def to_cached(self, vectors: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Vectors in the layout of this route's queries -> of rows of the K cache: the same."""
         return vectors
+
+    def tokens(self, text: str) -> list[int]:
+        """Tokens of a text in the middle of others."""
+        return self._model.tokens(text)
 
     def before_rope(self, layer: int, positions, queries: np.ndarray) -> np.ndarray | None:
         """See native_model.Ropes.back; the queries in the layout of this route."""

@@ -127,6 +127,13 @@ class Weights:
             f"{self.path} has no tensor blk.{layer}.attn_k.weight; use `--backend llama`"
         )
 
+    def output(self, layer: int) -> np.ndarray:
+        """The weight behind attention, expanded to float32 [n_embd, n_head*head_dim of V]."""
+        name = f"blk.{layer}.attn_output.weight"
+        if name not in self.tensors:
+            raise QFilterError(f"{self.path} has no tensor {name}")
+        return self._read(name)
+
     def _read(self, name):
         from gguf import GGMLQuantizationType, dequantize
 

@@ -18,12 +18,27 @@ from ..files import check_space, check_target
 from ..filters import Filters
 from ..fit import fit
 from ..shape import model_shape
-from . import calibrate, export, measure, native_model, published, published_hub, source, text
+from . import (
+    calibrate,
+    export,
+    learned,
+    measure,
+    native_model,
+    published,
+    published_hub,
+    source,
+    text,
+)
+from . import layout as layouts
 
 BACKENDS = ("torch", "llama")
 HELD_OUT = 5
 """One of so many sequences is held out to measure the fit on."""
-DTYPES = {"filters": np.float32, "queries": np.float32, "moments": np.float16}
+DTYPES = {
+    "filters": np.float32, "queries": np.float32, "moments": np.float16, "learned": np.float16
+}  # fmt: skip
+LEARNED = "learned"
+"""For `filters`: calibrate learned filters, too, and find out whether they are better."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,8 @@ def convert(
     """Calibrate filters for the model SRC (GGUF file, checkpoint folder, hub id) and write the GGUF
     file OUT with them. OUT appears complete or not at all; SRC is never changed.
 
-    filters: published filters (folder, file or hub id) to be taken instead of calibrating
+    filters: published filters (folder, file or hub id) to be taken instead of calibrating; or
+        LEARNED
     quantize: llama.cpp's name of a quantization for OUT, or None to leave the weights as they are
     outtype: type of the GGUF that upstream's converter makes of a checkpoint
     force: replace OUT, and filters that SRC has already
@@ -83,6 +99,8 @@ def convert(
     Raises QFilterError for anything that a user can put right."""
     started = time.monotonic()
     out, note = Path(out), note or (lambda line: None)
+    learn = filters == LEARNED
+    filters = None if learn else filters
     path, backend, texts = _check(src, out, calibration, filters, quantize, outtype, force)
     progress = _Bars(bars)
     with _workspace(out) as folder:
@@ -102,7 +120,7 @@ def convert(
         if found is None:
             # torch compares weights, so it gets the unquantized ones; llama runs what users will
             model = _Model(path, full if backend == "torch" else gguf, backend, calibration)
-            found = _calibrated(model, calibration, texts, note, progress)
+            found = _calibrated(model, calibration, texts, note, progress, learn)
         with progress.bytes(f"writing {out.name}") as at:
             outputs = gguf_copy.write(gguf, out, found, force=force, progress=at)
     n_bytes = sum(file.stat().st_size for file in outputs)
@@ -173,8 +191,8 @@ class _Model:
         return closing(TorchModel(self.path, self.gguf, n_ctx))
 
 
-def _calibrated(model, calibration, texts, note, progress):
-    """Filters for a model, with their provenance and how well they fit."""
+def _calibrated(model, calibration, texts, note, progress, learn):
+    """Filters for a model, with their provenance and how well they fit. learn: learned ones, too"""
     sequences = _sequences(model.gguf, calibration, texts, note)
     lengths = [len(tokens) for tokens in sequences]
     layers = native_model.evicting_layers(model.gguf)
@@ -220,11 +238,41 @@ def _calibrated(model, calibration, texts, note, progress):
         )
     layout = native_model.rope_layout(model.gguf)
     filters = Filters(vectors, provenance, quality, layout)
+    if learn:
+        _learn(model, calibration, sequences, filters, note, progress)
     if not quality:
         note("one sequence only: nothing is held out to measure how well the filters fit")
     elif fit(filters).verdict == "poor":
         note("warning: " + fit(filters).summary)
     return filters
+
+
+def _learn(model, calibration, sequences, filters, note, progress):
+    """Add learned filters, and the policy that is best in a test."""
+    texts = learned.texts(model.gguf, sequences, calibration.num_sequences, calibration.seed)
+    n_tokens = sum(map(learned.n_read, texts))
+    with (
+        progress("reading texts twice", n_tokens, " tokens") as bar,
+        closing(learned.opened(model.gguf, texts, calibration.n_gpu_layers)) as running,
+    ):
+        weights = layouts.Weights(model.gguf)
+        found, explained = learned.calibrate(
+            running,
+            weights.output,
+            filters.layers,
+            texts,
+            max(len(texts) // HELD_OUT, 1),
+            bar.update,
+        )
+    filters.vectors["learned"] = {il: rows.astype(DTYPES["learned"]) for il, rows in found.items()}
+    filters.quality["learned"] = explained.astype(np.float32)
+    losses = learned.compare(model.gguf, filters, calibration.n_gpu_layers, calibration.seed)
+    filters.policy = min(losses, key=losses.get)
+    shown = ", ".join(f"{policy} {loss:.2f}" for policy, loss in losses.items())
+    note(
+        f"learned filters explain {explained.mean():.0%} of what a repetition looks at; loss of "
+        f"needles at x{learned.RATIO}: {shown}: {filters.policy} is the policy of this file"
+    )
 
 
 def _sequences(gguf, calibration, texts, note):

@@ -63,7 +63,8 @@ class Archived(internals.LlamaContext):
         """Cut the question off again and fill the cells with the rows that it looks at.
 
         Args:
-            n_rows: of every head; 0: all that leaves room for the question and some of the answer.
+            n_rows: of every head, at most; 0: all that leaves room for the question and some of the
+                answer.
 
         Returns:
             the tokens of the question, which have to be read again; 0 if nothing was evicted and

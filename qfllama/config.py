@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qfllama.policies import CALIBRATED  # noqa: F401
 from qfllama.policies import NAMES as POLICIES
@@ -36,6 +36,10 @@ class _Default(int):
     """A size that nobody gave: `dataclasses.replace` works it out again."""
 
 
+class _DefaultName(str):
+    """A policy that nobody chose: that of the file goes before it."""
+
+
 @dataclass(frozen=True)
 class QFilterConfig:
     """The bound of a KV cache and what is kept in it.
@@ -48,7 +52,8 @@ class QFilterConfig:
         sinks: first positions, always kept.
         interval: cells freed by one eviction, and with it the largest batch;
             default `max_length // 4`, at least 64 and at most 512.
-        policy: one of `POLICIES`; those in `CALIBRATED` need filters in the file.
+        policy: one of `POLICIES`; those in `CALIBRATED` need filters in the file. Default: what
+            `qfllama convert` found to be best for the model, else qblend.
         seed: of the policy `random`, at least 0.
         archive: keep what is evicted in memory of the host (True), in a file in the folder of
             this name, or not at all (False).
@@ -66,7 +71,7 @@ class QFilterConfig:
     window_length: int | None = None
     sinks: int = 4
     interval: int | None = None
-    policy: str = "qblend"
+    policy: str = _DefaultName("qblend")
     seed: int = 0
     archive: bool | str = True
     archive_limit: int | None = None
@@ -130,6 +135,13 @@ class QFilterConfig:
             if least >= needed:
                 return least
             least = needed
+
+    def for_file(self, filters) -> QFilterConfig:
+        """With the policy of a file's `filters.Filters`, or None, if nobody chose one."""
+        chosen = filters.policy if filters is not None else None
+        if chosen is None or type(self.policy) is not _DefaultName:
+            return self
+        return replace(self, policy=chosen)
 
     @property
     def recalls(self) -> bool:

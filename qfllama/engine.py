@@ -136,6 +136,7 @@ class Model(internals.LlamaModel):
         """
         vectors: Vectors = {}
         if config is not None:
+            config = config.for_file(self.filters)
             params = {"n_batch": config.interval} | params
             schema.check_policy(self.path, self.filters, config.policy)
             rope_type = llama_cpp.llama_model_rope_type(self.model)

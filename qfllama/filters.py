@@ -8,8 +8,10 @@ import numpy as np
 
 VERSION = 3
 """Of the schema that is written."""
-OPTIONAL = ("queries", "moments")
+OPTIONAL = ("queries", "moments", "learned")
 """Kinds of vectors that a model may have besides filters."""
+REQUIRED = ("queries", "moments")
+"""Those of them that a reader has to understand: without learned filters all others are as they were."""
 LAYOUTS = {-1: "none", 0: "norm", 2: "neox", 8: "mrope", 24: "vision", 40: "imrope"}
 """The rotary pairs in a row of K by llama.cpp's `enum llama_rope_type`: norm pairs 2i with 2i + 1,
 neox i with i + n_rot/2, the others as neox but with positions of several dimensions."""
@@ -26,11 +28,14 @@ class Filters:
             the query heads of the KV head; not of unit length
         "moments" (optional): float16 [n_head, 1 + rank, head_dim], for every query head the rows r
             with log E[exp(logit of key k)] = k.r[0] + sum_j (k.r[j])^2 over its queries
+        "learned" (optional): float16 [n_head_kv, n_head_kv*(head_dim + head_dim of V)], for the keys
+            of all KV heads before RoPE and their values; the largest number of a filter is 1
     calibration: provenance, text or whole numbers (qfilters.calibration.*)
     quality: float32 fit figures (qfilters.quality.*), one number per KV head of all layers in turn;
         those not in QUALITY may have any size
     layout: one of LAYOUTS; None: not known, as in files of versions 1 and 2
     fingerprint: of the tensors these were read beside; None: not known
+    policy: the one that a test found to be best for the model; None: there was no test
     version: of the schema these were read from
     """
 
@@ -39,6 +44,7 @@ class Filters:
     quality: dict[str, np.ndarray] = field(default_factory=dict)
     layout: str | None = None
     fingerprint: str | None = None
+    policy: str | None = None
     version: int = VERSION
 
     @property
@@ -65,7 +71,7 @@ class Filters:
     @property
     def requires(self) -> list[str]:
         """What a reader of these filters has to understand."""
-        return [kind for kind in OPTIONAL if kind in self.vectors]
+        return [kind for kind in REQUIRED if kind in self.vectors]
 
     @property
     def size(self) -> str:
@@ -88,13 +94,3 @@ def span(numbers) -> str:
     numbers = list(numbers)
     least, largest = min(numbers), max(numbers)
     return str(least) if least == largest else f"{least} to {largest}"
-
-
-def choose(filters: Filters | None, needs: tuple[str, ...]) -> tuple[str | None, dict]:
-    """The first kind of vectors among `needs` that the filters have, and model layer -> float32
-    array of it; (None, {}) if they have none."""
-    for kind in needs if filters is not None else ():
-        if kind in filters.vectors:
-            arrays = filters.vectors[kind].items()
-            return kind, {il: np.ascontiguousarray(rows, dtype=np.float32) for il, rows in arrays}
-    return None, {}

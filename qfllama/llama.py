@@ -140,6 +140,7 @@ class Llama(Recalling, SavedStates):
                 stacklevel=3,
             )
         self._filters = schema.read(model_path) if config.policy in CALIBRATED else None
+        self.qfilter_config = config = config.for_file(self._filters)
         schema.check_policy(model_path, self._filters, config.policy)
 
     def _open(self, model_path: str, kwargs: dict) -> None:

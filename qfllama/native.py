@@ -26,7 +26,7 @@ _lib = llama_cpp.llama_cpp._lib
 
 ABI_VERSION = 3
 """LLAMA_QFILTER_ABI_VERSION of the qfilter.h that this module declares."""
-KINDS = ("filters", "queries", "moments")
+KINDS = ("filters", "queries", "moments", "learned")
 """What a policy can need, in the order of `enum llama_qfilter_kind`."""
 BUILD = "build it again with `pip install --force-reinstall --no-deps ./patches`"
 
@@ -59,12 +59,14 @@ def check_policies(lib) -> None:
     out there so that a --help needs no engine."""
     lib.llama_qfilter_policy_name.restype = c_char_p
     lib.llama_qfilter_policy_needs.restype = c_int32
+    lib.llama_qfilter_policy_learned.restype = c_bool
     found, number = [], 0
     while (name := lib.llama_qfilter_policy_name(number)) is not None:
         needs = []
         while (kind := lib.llama_qfilter_policy_needs(number, len(needs))) >= 0:
             needs.append(KINDS[kind])
-        found.append(Policy(name.decode(), number, tuple(needs)))
+        learned = lib.llama_qfilter_policy_learned(number)
+        found.append(Policy(name.decode(), number, tuple(needs), bool(learned)))
         number += 1
     if tuple(found) != TABLE:
         raise EngineMismatch(

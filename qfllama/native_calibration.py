@@ -22,6 +22,8 @@ class Attn(ctypes.Structure):
         ("n_head_kv", c_int32),
         ("n_kv", c_int32),
         ("kq_scale", c_float),
+        ("softcap", c_float),
+        ("n_embd_v", c_int32),
     ]
 
 
@@ -38,4 +40,4 @@ ropes_back = declare(
     c_void_p,
 )
 attn_of = declare("llama_qfilter_attn_of", c_bool, c_void_p, POINTER(Attn))
-attn_get = declare("llama_qfilter_attn_get", None, c_void_p, c_bool, c_void_p)
+attn_get = declare("llama_qfilter_attn_get", None, c_void_p, c_int32, c_void_p)

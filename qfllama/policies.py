@@ -17,11 +17,20 @@ class Policy(NamedTuple):
         number: its place in `enum llama_qfilter_policy`.
         needs: kinds of vectors it can work with ("filters", "queries", "moments"), the best
             first; it takes the first kind that the file has. Empty: it needs none.
+        learned: does it need learned filters besides?
     """
 
     name: str
     number: int
     needs: tuple[str, ...] = ()
+    learned: bool = False
+
+    def takes(self, kinds) -> list[str]:
+        """Which of these kinds of vectors it takes; [] if they are not enough."""
+        found = [kind for kind in self.needs if kind in kinds][:1]
+        if self.learned:
+            return [*found, "learned"] if found and "learned" in kinds else []
+        return found
 
 
 TABLE = (
@@ -34,6 +43,7 @@ TABLE = (
     Policy("qblend", 6, ("queries", "filters")),
     Policy("kvdiff", 7),
     Policy("qahead", 8, ("queries",)),
+    Policy("learned", 9, ("queries", "filters"), learned=True),
 )
 NAMES = tuple(policy.name for policy in TABLE)
 CALIBRATED = tuple(policy.name for policy in TABLE if policy.needs)

@@ -14,6 +14,9 @@
     qfilters.rank           u32    only with moments
     qfilters.moments        u16[]  bits of float16, [n_head][1 + rank][head_dim] of each layer;
                                    optional
+    qfilters.learned_width  u32[]  numbers of a learned filter, as head_count_kv; only with learned
+    qfilters.learned        u16[]  bits of float16, [n_head_kv][learned_width] of each layer; optional
+    qfilters.policy         str    what a test found to be best for the model; optional
     qfilters.calibration.*  str, int  where the filters come from:
         text, route (torch, llama or published), model_sha256, tool         str
         sequences, held_out (sequences among them that only the quality was measured on),
@@ -26,6 +29,8 @@
         spearman        -1..1  rank correlation between k.filter and the mean attention logit that
                                held-out queries at least 64 positions later give each key
         spearman_knorm  -1..1  the same for minus the norm of the key
+        learned         ..1    how much of what a repetition looks at the learned filter explains
+                               (R^2 on held-out text)
         any other name         kept and shown; one number per KV head, per layer, or any size
 
 Versions 1 and 2, which are still read, have neither `requires`, `layout` nor `fingerprint`; their
@@ -45,7 +50,7 @@ import numpy as np
 
 from . import gguf_header
 from .config import QFilterError
-from .filters import LAYOUTS, OPTIONAL, VERSION, Filters, choose
+from .filters import LAYOUTS, OPTIONAL, REQUIRED, VERSION, Filters
 from .fingerprint import fingerprint
 from .gguf_header import ARRAY, F32, I32, I64, STRING, U16, U32
 from .policies import BY_NAME
@@ -116,7 +121,7 @@ def _read_layers(path, header, version):
     requires = []
     if PREFIX + "requires" in header.fields:
         requires = _typed(path, header, "requires", (ARRAY, STRING))
-    if unknown := [name for name in requires if name not in OPTIONAL]:
+    if unknown := [name for name in requires if name not in REQUIRED]:
         raise QFilterError(
             f"the filters in {path} require {escaped(', '.join(unknown))}, which this qfllama does "
             "not know; upgrade with `pip install -U qfllama`"
@@ -140,8 +145,14 @@ def _read_layers(path, header, version):
         n_rows = 1 + _typed(path, header, "rank", U32)
         shapes = [(n, n_rows, dim) for n, dim in zip(sizes("head_count"), dims, strict=True)]
         vectors["moments"] = _by_layer(path, header, "moments", U16, layers, shapes)
+    if PREFIX + "learned" in header.fields:
+        shapes = list(zip(sizes("head_count_kv"), sizes("learned_width"), strict=True))
+        vectors["learned"] = _by_layer(path, header, "learned", U16, layers, shapes)
     layout, of_tensors = (_typed(path, header, key, STRING) for key in ("layout", "fingerprint"))
-    return Filters(vectors, layout=layout, fingerprint=of_tensors, version=version)
+    policy = _typed(path, header, "policy", STRING) if PREFIX + "policy" in header.fields else None
+    if policy not in BY_NAME or not BY_NAME[policy].takes(vectors):
+        policy = None  # of a newer qfllama
+    return Filters(vectors, layout=layout, fingerprint=of_tensors, policy=policy, version=version)
 
 
 def _read_uniform(path, header, version):
@@ -243,6 +254,10 @@ def _check_rows(what, kind, rows, filters, layer):
         expected = f"[a multiple of {n_head_kv}, 1 + {filters.rank}, {head_dim}], rank at least 1"
         fits = len(shape) == 3 and shape[0] > 0 and shape[0] % n_head_kv == 0
         fits = fits and shape[1:] == (1 + max(filters.rank, 1), head_dim)
+    if kind == "learned":
+        expected = f"[{n_head_kv}, {n_head_kv} x (head_dim of K and of V)]"
+        fits = len(shape) == 2 and shape[0] == n_head_kv and shape[1] % n_head_kv == 0
+        fits = fits and shape[1] > n_head_kv * head_dim
     if not fits:
         raise QFilterError(f"{what} have the shape {list(shape)}, expected {expected}; {AGAIN}")
     if not np.isfinite(rows).all():
@@ -316,23 +331,34 @@ def for_policy(
     Raises:
         QFilterError: the filters don't belong to a model of this shape, or are in another layout.
     """
-    if not (needs := BY_NAME[policy].needs):
+    if not BY_NAME[policy].needs:
         return {}
     check_fits(filters, shape)
     _check_layout(filters, rope_type)
-    kind, by_layer = choose(filters, needs)
-    return {kind: by_layer}
+    return {
+        kind: {
+            il: np.ascontiguousarray(rows, dtype=np.float32)
+            for il, rows in filters.vectors[kind].items()
+        }
+        for kind in BY_NAME[policy].takes(filters.vectors)
+    }
 
 
 def check_policy(path, filters: Filters | None, policy: str) -> None:
     """Raises QFilterError if the file at `path`, with these filters, lacks what a policy needs."""
-    needs = BY_NAME[policy].needs
-    if not needs or choose(filters, needs)[0]:
+    needs, learned = BY_NAME[policy].needs, BY_NAME[policy].learned
+    if not needs or (filters is not None and BY_NAME[policy].takes(filters.vectors)):
         return
     if filters is None:
         raise QFilterError(
             f"{path} has no filters for the policy {policy}: make them with "
             f"`qfllama convert {path} -o OUT.gguf`, or use another policy (kvdiff needs none)"
+        )
+    if learned:
+        raise QFilterError(
+            f"{path} has no learned filters, which the policy {policy} needs: make them with "
+            f"`qfllama convert {path} -o OUT.gguf --filters learned --force`, or use another policy "
+            "(qblend)"
         )
     if "moments" in needs:
         raise QFilterError(
@@ -363,6 +389,8 @@ def pack(filters: Filters) -> list[bytes]:
         _pair("head_dim", (ARRAY, U32), np.asarray(filters.head_dim, "<u4")),
         _pair("filters", (ARRAY, F32), _joined(filters.vectors["filters"], "<f4")),
     ]
+    if filters.policy:
+        pairs.append(_pair("policy", STRING, filters.policy))
     if "queries" in filters.vectors:
         pairs.append(_pair("queries", (ARRAY, F32), _joined(filters.vectors["queries"], "<f4")))
     if moments:
@@ -371,6 +399,12 @@ def pack(filters: Filters) -> list[bytes]:
             _pair("head_count", (ARRAY, U32), np.asarray(n_head, "<u4")),
             _pair("rank", U32, filters.rank),
             _pair("moments", (ARRAY, U16), _joined(moments, "<f2")),
+        ]
+    if learned := filters.vectors.get("learned"):
+        widths = [rows.shape[1] for rows in learned.values()]
+        pairs += [
+            _pair("learned_width", (ARRAY, U32), np.asarray(widths, "<u4")),
+            _pair("learned", (ARRAY, U16), _joined(learned, "<f2")),
         ]
     for name, value in filters.calibration.items():
         pairs.append(_pair(f"calibration.{name}", STRING if isinstance(value, str) else I64, value))

@@ -14,10 +14,10 @@ N_HEAD = 4
 
 def rectangular(
     filters, layers=None, calibration=None, quality=None, *, queries=None, moments=None,
-    layout="norm",
+    learned=None, layout="norm",
 ):  # fmt: skip
     """`Filters` of arrays [n_layer, ...]: the same shape in all layers. layers: 0 and up."""
-    kinds = {"filters": filters, "queries": queries, "moments": moments}
+    kinds = {"filters": filters, "queries": queries, "moments": moments, "learned": learned}
     layers = range(len(filters)) if layers is None else layers
     vectors = {
         kind: dict(zip(layers, rows, strict=True))

@@ -34,7 +34,8 @@ class Choices:
         self.pairs: list[tuple[Recall, np.ndarray]] = []
 
     def append(self, ours: Recall, engine: np.ndarray) -> None:
-        """engine: the positions that it chose, ascending."""
+        """engine: the positions that it chose, ascending, as many as ours."""
+        assert ours.number_is_right()
         self.pairs.append((ours, engine))
 
     def report(self, what: str, near_tie: float) -> tuple[float, int]:
@@ -83,14 +84,14 @@ class Own:
         found = native_calibration.attn_of(tensor, ctypes.byref(attn)) and attn.il in self.layers
         if found and not ask and self.question:
             q = np.empty((attn.n_head, attn.n_tokens, attn.head_dim), np.float32)
-            native_calibration.attn_get(tensor, False, q.ctypes.data)
+            native_calibration.attn_get(tensor, 0, q.ctypes.data)
             kind = GGMLQuantizationType[ROUNDED[self.dtype]]
             q = torch.from_numpy(dequantize(quantize(q, kind), kind))
             index = self.layers.index(attn.il)
             self.question.queries.append(Queries(index, q, attn.kq_scale, self.softcap))
         return bool(found) or not ask
 
-    def choose(self, context, n_rows: int) -> Recall:
+    def choose(self, context, n_rows: int, n_chosen: int) -> Recall:
         """After the engine's recall, which put all rows into the archive."""
         question, self.question = self.question, None
         positions, config, keys = np.arange(question.start), context.config, []
@@ -100,7 +101,9 @@ class Own:
             k = dequantize(data, GGMLQuantizationType[self.dtype.upper()]).astype(np.float32)
             head_dim = next(q.q.shape[-1] for q in question.queries if q.index == index)
             keys.append(torch.from_numpy(k.reshape(len(rows), -1, head_dim)).transpose(0, 1))
-        return choose(question, keys, positions, n_rows, config.sinks, config.window_length)
+        return choose(
+            question, keys, positions, n_rows, config.sinks, config.window_length, n_chosen
+        )
 
 
 class Both:
@@ -159,14 +162,13 @@ class Both:
         kept = self.held()
         chosen = kept[0, 0]
         assert np.array_equal(kept, np.broadcast_to(chosen, kept.shape)), "heads differ"
-        assert len(chosen) == n_rows
         missing = [p for p in chosen if not (held == p).any(-1).all()]
         assert context.recalled().tolist() == missing
         self.came_back.append(len(missing))
 
-        self.choices.append(self.cache.choose(question, n_rows), chosen)
+        self.choices.append(self.cache.choose(question, n_rows, len(chosen)), chosen)
         if self.own:
-            self.own_choices.append(self.own.choose(context, n_rows), chosen)
+            self.own_choices.append(self.own.choose(context, n_rows, len(chosen)), chosen)
         self.cache.recall(question, chosen)
         self.tokens = before
         self.read(tokens, size)

@@ -95,6 +95,11 @@ class Family:
         self.moments = tiny_models.some_moments(len(self.layers), shape.n_head, shape.head_dim)
         self.moments = self.moments.astype(np.float16)  # as they are stored
         self.queries = rng.standard_normal(self.filters.shape).astype(np.float32)
+        size = (len(self.layers), self.n_head_kv, 2, self.n_head_kv, shape.head_dim)
+        learned = rng.standard_normal(size).astype(np.float16)  # K and V
+        self.learned = learned.reshape(*size[:2], -1).copy()
+        if name in INTERLEAVED:
+            learned[:, :, 0] = interleaved(learned[:, :, 0])
         cached = [
             interleaved(rows) if name in INTERLEAVED else rows
             for rows in (self.filters, self.moments, self.queries)
@@ -104,6 +109,7 @@ class Family:
             self.layers,
             moments=cached[1],
             queries=cached[2],
+            learned=learned.reshape(self.learned.shape),
             layout=native_model.rope_layout(plain),
         )
         gguf_copy.write(plain, self.path, written)
@@ -151,6 +157,7 @@ class Family:
             moments=self.moments,
             queries=self.queries,
             rope=self.model.rope,
+            learned=self.learned,
         )
         return run(self.model, tokens, split(len(tokens), SIZES), cache, kept)
 
@@ -167,7 +174,7 @@ def family(folder):
     return get
 
 
-def assert_alike(name, theirs, logits, kept):
+def assert_alike(name, theirs, logits, kept, near_tie=0.05):
     shares = [agreement(e.chosen, k) for e, k in zip(theirs.evictions, kept, strict=True)]
     found = [d for e, k in zip(theirs.evictions, kept, strict=True) for d in disagreements(e, k)]
     spread = theirs.logits.std()
@@ -180,9 +187,9 @@ def assert_alike(name, theirs, logits, kept):
     )
     assert len(kept) >= 10
     assert np.mean(shares) >= 0.995
-    assert worst < 0.05
+    assert worst < (0.2 if name.startswith(tuple(EXPERTS)) else near_tie)
     assert np.quantile(difference, 0.9) < 0.03
-    assert difference.max() < (0.4 if name in EXPERTS else 0.03)
+    assert difference.max() < (0.4 if name.startswith(tuple(EXPERTS)) else 0.03)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, WIDE_WINDOW])
@@ -190,6 +197,16 @@ def test_a_family_keeps_the_positions_of_the_reference_and_gives_its_logits(fami
     model = family(name)
     logits, kept = model.run(tokens, "qfilters")
     assert_alike(name, model.reference(tokens, "qfilters", kept), logits, kept)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, SCALED])
+def test_a_family_keeps_what_learned_filters_say(family, tokens, name):
+    """This fails unless RoPE is undone as the model does it, and for K or V of one head alone."""
+    model = family(name)
+    logits, kept = model.run(tokens, "learned", llama_cpp.GGML_TYPE_F32)
+    theirs = model.reference(tokens, "learned", kept, "float32")
+    # of a sum of two scores, each in units of its deviation
+    assert_alike(f"{name}, learned", theirs, logits, kept, near_tie=0.1)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, SCALED])

@@ -48,14 +48,22 @@ def engine_with(table):
     def kind(i, j):
         return needs[i][j] if j < len(needs[i]) else -1
 
-    return SimpleNamespace(llama_qfilter_policy_name=name, llama_qfilter_policy_needs=kind)
+    def learned(i):
+        return table[i].learned
+
+    return SimpleNamespace(
+        llama_qfilter_policy_name=name,
+        llama_qfilter_policy_needs=kind,
+        llama_qfilter_policy_learned=learned,
+    )
 
 
 def test_an_engine_with_other_policies_than_this_package_is_refused():
     native.check_policies(engine_with(TABLE))
     renamed = (*TABLE[:-1], TABLE[-1]._replace(name="qbehind"))
     other_needs = (TABLE[0]._replace(needs=("queries",)), *TABLE[1:])
-    for table in (TABLE[:-1], renamed, other_needs, (*TABLE, Policy("new", len(TABLE)))):
+    learned = (TABLE[0]._replace(learned=True), *TABLE[1:])
+    for table in (TABLE[:-1], renamed, other_needs, learned, (*TABLE, Policy("new", len(TABLE)))):
         with pytest.raises(native.EngineMismatch, match="policies.*--force-reinstall"):
             native.check_policies(engine_with(table))
 

@@ -110,4 +110,4 @@ def test_policies_are_numbered_as_in_the_c_header():
     assert {name.lower(): int(number) for name, number in numbers} == {
         policy.name: policy.number for policy in policies.TABLE
     }
-    assert set(policies.CALIBRATED) == {"qfilters", "qfilters2", "qblend", "qahead"}
+    assert set(policies.CALIBRATED) == {"qfilters", "qfilters2", "qblend", "qahead", "learned"}

@@ -173,9 +173,10 @@ def ask_alone(folder, name, type_k, flags, config, n_text, n_questions, n):
             context.question()
             own.ask(start)
             context.read(tokens[start : start + n])
-            assert context.recall(n_rows=config.n_keep - 10 * i) == n
+            n_rows = config.n_keep - 10 * i
+            assert context.recall(n_rows=n_rows) == n
             chosen = context.kept(LAYERS[name][0], 0)
-            choices.append(own.choose(context, len(chosen)), chosen)
+            choices.append(own.choose(context, n_rows, len(chosen)), chosen)
             context.read(tokens[start : start + n])
     return choices
 

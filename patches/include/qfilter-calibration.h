@@ -20,13 +20,16 @@ struct llama_qfilter_attn {
     int32_t n_head_kv;
     int32_t n_kv;      // cells, of which the last may be empty
     float   kq_scale;  // of <q, k> before the softmax
+    float   softcap;   // of the logits: c*tanh(x/c), 0: none
+    int32_t n_embd_v;  // head_dim of V
 };
 
 // false: not the attention of a single sequence over a KV cache
 LLAMA_API bool llama_qfilter_attn_of(const struct ggml_tensor * t, struct llama_qfilter_attn * attn);
 
-// once computed: the queries [n_head][n_tokens][head_dim], or the cached keys [n_head_kv][n_kv][head_dim]
-LLAMA_API void llama_qfilter_attn_get(const struct ggml_tensor * t, bool is_k, float * out);
+// once computed: i = 0: the queries [n_head][n_tokens][head_dim], 1: the cached keys [n_head_kv][n_kv][head_dim],
+// 2: the cached values [n_head_kv][n_kv][n_embd_v]
+LLAMA_API void llama_qfilter_attn_get(const struct ggml_tensor * t, int32_t i, float * out);
 
 // how RoPE turns the queries of a context's layers; to be made before the context decodes, and freed before it
 struct llama_qfilter_ropes;

@@ -42,6 +42,8 @@ enum llama_qfilter_policy {
     LLAMA_QFILTER_POLICY_QBLEND    = 6, // LLAMA_QFILTER_POLICY_KVDIFF with LLAMA_QFILTER_POLICY_QAHEAD, or with LLAMA_QFILTER_POLICY_QFILTERS
     LLAMA_QFILTER_POLICY_KVDIFF    = 7, // how much value and key differ from the others, averaged over neighbouring positions
     LLAMA_QFILTER_POLICY_QAHEAD    = 8, // projection of the key on the query that is expected at the next positions
+    LLAMA_QFILTER_POLICY_LEARNED   = 9, // the weight that a repetition of the text is expected to give the row, as a learned filter
+                                        // tells it from keys and values of all heads, and LLAMA_QFILTER_POLICY_QBLEND
 };
 
 // vectors that calibration finds for a layer
@@ -50,6 +52,8 @@ enum llama_qfilter_kind {
     LLAMA_QFILTER_KIND_QUERIES = 1, // [n_head_kv][head_dim] the mean query before RoPE
     LLAMA_QFILTER_KIND_MOMENTS = 2, // [n_head][1 + rank][head_dim] the rows r of each query head with
                                     // log E[exp(logit of k)] = <k, r[0]> + sum_j <k, r[j]>^2
+    LLAMA_QFILTER_KIND_LEARNED = 3, // [n_head_kv][n_head_kv*(head_dim of K + head_dim of V)], for what the cache holds at a
+                                    // position: the keys of all KV heads before RoPE, then their values
 };
 
 // the name of a policy, NULL: there is no such policy. policies are numbered from 0 without gaps
@@ -59,6 +63,9 @@ LLAMA_API const char * llama_qfilter_policy_name(int32_t policy);
 // the first kind that all layers have is used; a policy without any needs no vectors
 LLAMA_API int32_t llama_qfilter_policy_needs(int32_t policy, int32_t i);
 
+// does a policy need learned filters of all layers, besides?
+LLAMA_API bool llama_qfilter_policy_learned(int32_t policy);
+
 //
 // contexts
 //
@@ -67,7 +74,7 @@ struct llama_qfilter_vectors {
     int32_t       kind;   // enum llama_qfilter_kind
     int32_t       il;     // layer of the model
     uint32_t      n_rows; // rows in data: the product of all dimensions but the last
-    uint32_t      n_embd; // numbers in a row: head_dim of K
+    uint32_t      n_embd; // numbers in a row
     const float * data;   // [n_rows][n_embd], copied
 };
 
@@ -168,8 +175,9 @@ LLAMA_API size_t llama_qfilter_rows(
 LLAMA_API int32_t llama_qfilter_question(struct llama_context * ctx, llama_seq_id seq_id);
 
 // score all archived rows by the largest weight that any query of the question gives them, in any layer and head; cut the
-// sequence back to where the question began, and fill its cells with n_rows rows, the same positions in all layers: sinks,
-// the newest, and those with the highest scores, each with 4 tokens before it and 16 after it
+// sequence back to where the question began, and fill its cells with at most n_rows rows, the same positions in all layers:
+// sinks, the newest, and those with the highest scores, each with 8 tokens before it and 24 after it. scores below 0.7 count
+// only up to a quarter of n_rows: more of them distract from the others
 // n_rows 0: all cells but for the question, and for an answer half of what an eviction frees, at most an eighth of the cells
 // returns the number of tokens that are to be decoded again, those of the question; 0: nothing was evicted, the question
 // stays; < 0: error (nothing is changed; the sequence is cleared if rows may already have moved)

@@ -364,13 +364,20 @@ llama_memory_qfilter::filling llama_memory_qfilter::plan(
     return f;
 }
 
-llama_qfilter_result llama_memory_qfilter::fill(llama_seq_id seq_id, const filling & f, const std::vector<uint8_t> & recr_state) {
+llama_qfilter_result llama_memory_qfilter::fill(llama_seq_id seq_id, filling f, const std::vector<uint8_t> & recr_state) {
     auto & st = streams[seq_id];
 
     const auto     order = order_of(seq_id);
     const uint32_t r0    = st.table.rank_p0(order);
 
     archive_sync();
+
+    if (!learned.empty()) {
+        const auto res = learn(seq_id, f);
+        if (res != LLAMA_QFILTER_DONE) {
+            return res;
+        }
+    }
 
     // where a row is: its cell, or -1, the archive
     std::vector<int32_t> src(f.rows.size());

@@ -117,6 +117,14 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
 
     // score and select; only reads, so it may be aborted
 
+    if (!learned.empty()) {
+        const auto res = learn(seq_id, sel.order, n_window);
+        if (res != LLAMA_QFILTER_DONE) {
+            llama_qfilter_note_error("the learned filters could not be computed");
+            return res;
+        }
+    }
+
     int64_t t_select = 0;
 
     for (auto & w : workers) {
@@ -154,7 +162,7 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
     }
 
     auto cells = cells_after(seq_id, sel);
-    auto table = streams[seq_id].table.update(sel, n_head_all);
+    auto table = streams[seq_id].table.update(sel, n_head_all, scores_learned);
 
     for (auto & w : workers) {
         const auto res = w->move(seq_id, sel);
@@ -226,6 +234,27 @@ void llama_memory_qfilter::score_by_pos(const llama_qfilter_worker & w, size_t i
     }
 }
 
+// a score less its mean, times scale, has a deviation of 1
+struct llama_qfilter_norm_info {
+    float mean;
+    float scale;
+};
+
+static llama_qfilter_norm_info llama_qfilter_norm_of(const float * x, uint32_t n) {
+    double sum = 0.0;
+    for (uint32_t i = 0; i < n; ++i) {
+        sum += x[i];
+    }
+    const double mean = sum/n;
+
+    double square = 0.0;
+    for (uint32_t i = 0; i < n; ++i) {
+        square += (x[i] - mean)*(x[i] - mean);
+    }
+
+    return { (float) mean, square > 0.0 ? (float) (1.0/sqrt(square/n)) : 0.0f };
+}
+
 // from scores to sel.best. false: not all of it was done
 bool llama_memory_qfilter::select(const llama_qfilter_worker & w, size_t i0, llama_qfilter_selection & sel) {
     const uint32_t n      = sel.order.n();
@@ -256,6 +285,18 @@ bool llama_memory_qfilter::select(const llama_qfilter_worker & w, size_t i0, lla
 
         for (uint32_t r = 0; r < n_cand; ++r) {
             cands[r] = { std::isnan(s[r]) ? -INFINITY : s[r], sel.n_sink + r };
+        }
+        if (!scores_learned.empty()) {
+            const float * t = scores_learned.data() + (size_t) heads[i]*n + sel.n_sink;
+
+            const auto ns = llama_qfilter_norm_of(s, n_cand);
+            const auto nt = llama_qfilter_norm_of(t, n_cand);
+
+            for (uint32_t r = 0; r < n_cand; ++r) {
+                const float sum = (s[r] - ns.mean)*ns.scale + (t[r] - nt.mean)*nt.scale;
+
+                cands[r].score = std::isnan(sum) ? -INFINITY : sum;
+            }
         }
 
         // ties: the newest wins
@@ -382,7 +423,7 @@ void llama_memory_qfilter::get_stats(llama_qfilter_stats & res) const {
 
     res.n_bytes_kv_full = res.n_bytes_kv - n_bytes_cells + n_bytes_cells/kv.get_size()*n_ctx_seq;
 
-    res.n_bytes_scratch += scores.capacity()*sizeof(float);
+    res.n_bytes_scratch += (scores.capacity() + scores_learned.capacity())*sizeof(float) + learned.n_bytes();
     for (const auto & w : workers) {
         res.n_bytes_scratch += w->n_bytes();
     }

@@ -16,11 +16,14 @@
 #include <stdexcept>
 
 // tokens that a row which is looked at brings along: a question points at the start of what it wants
-static const uint32_t LLAMA_QFILTER_RECALL_BEFORE = 4;
-static const uint32_t LLAMA_QFILTER_RECALL_AFTER  = 16;
+static const uint32_t LLAMA_QFILTER_RECALL_BEFORE = 8;
+static const uint32_t LLAMA_QFILTER_RECALL_AFTER  = 24;
 
 // newest rows that stay in any case, at most
 static const uint32_t LLAMA_QFILTER_RECALL_NEWEST = 64;
+
+// rows with a smaller weight come back only up to a quarter of the rows that could: more of them distract from the others
+static const float LLAMA_QFILTER_RECALL_WEIGHT = 0.7f;
 
 //
 // states in memory
@@ -197,7 +200,7 @@ bool llama_memory_qfilter::eval(ggml_tensor * t, bool ask) {
         auto & queries = asked->layers[i];
 
         std::vector<float> data((size_t) attn.n_head*attn.n_tokens*attn.head_dim);
-        llama_qfilter_attn_get(t, false, data.data());
+        llama_qfilter_attn_get(t, 0, data.data());
 
         const size_t n = data.size()/attn.n_head_kv; // query heads of a KV head are neighbours
 
@@ -205,8 +208,8 @@ bool llama_memory_qfilter::eval(ggml_tensor * t, bool ask) {
             queries.heads[ih].insert(queries.heads[ih].end(), data.begin() + ih*n, data.begin() + (ih + 1)*n);
         }
 
-        queries.scale = attn.kq_scale;
-        memcpy(&queries.softcap, (const float *) t->op_params + 2, sizeof(float));
+        queries.scale   = attn.kq_scale;
+        queries.softcap = attn.softcap;
     }
 
     return asked->cb_asks ? asked->cb(t, false, asked->cb_data) : true;
@@ -216,7 +219,8 @@ bool llama_memory_qfilter::eval(ggml_tensor * t, bool ask) {
 // recall
 //
 
-llama_qfilter_result llama_memory_qfilter::choose(const llama_qfilter_asked & question, uint32_t n_rows, uint32_t n_window, std::vector<llama_pos> & rows) {
+llama_qfilter_result llama_memory_qfilter::choose(
+        const llama_qfilter_asked & question, uint32_t n_least, uint32_t n_rows, uint32_t n_window, std::vector<llama_pos> & rows) {
     const auto & archive = streams[question.seq_id].archive;
 
     const auto pos = archive.positions(0, question.p0);
@@ -274,7 +278,7 @@ llama_qfilter_result llama_memory_qfilter::choose(const llama_qfilter_asked & qu
         return spread[a] > spread[b] || (spread[a] == spread[b] && a > b);
     });
 
-    for (uint32_t i = 0; i < n_rows; ++i) {
+    for (uint32_t i = 0; i < n_rows && (i < n_least || spread[order[i]] >= LLAMA_QFILTER_RECALL_WEIGHT); ++i) {
         rows.push_back(pos[order[i]]);
     }
     std::sort(rows.begin(), rows.end());
@@ -347,19 +351,24 @@ int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
         return refuse(format("the sequence can't go on at position %d", question->p0));
     }
 
-    const uint32_t n_newest = std::min({ n_window, LLAMA_QFILTER_RECALL_NEWEST, (n_rows - n_sink)/8 });
+    const uint32_t n_newest = std::min({ n_window, LLAMA_QFILTER_RECALL_NEWEST, (n_rows - n_sink)/4 });
 
     // half of the cells is for rows that the archive does not have, if there are such
     const bool     is_whole = !st.incomplete && st.archive.pos_min == 0;
     const uint32_t n_choose = is_whole ? n_rows : std::max(n_sink + n_newest, n_rows/2);
+    const uint32_t n_least  = std::min(n_choose, n_sink + n_newest + n_rows/4);
 
     std::vector<llama_pos> rows;
 
-    const auto res = choose(*question, n_choose, n_newest, rows);
+    const auto res = choose(*question, n_least, n_choose, n_newest, rows);
     if (res != LLAMA_QFILTER_DONE) {
         llama_qfilter_note_error(format("nothing is recalled: %s",
                     res == LLAMA_QFILTER_ABORTED ? "aborted" : res == LLAMA_QFILTER_NO_MEM ? "out of memory" : "the graph failed"));
         return res == LLAMA_QFILTER_ABORTED ? -1 : res;
+    }
+
+    if (is_whole) {
+        n_rows = rows.size(); // what is in the cells can come back, too
     }
 
     // those that some head did not have
@@ -383,7 +392,8 @@ int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
 
     const auto filled = fill(seq_id, plan(seq_id, question->p0, n_rows, n_newest, rows), question->recr);
     if (filled != LLAMA_QFILTER_DONE) {
-        return filled == LLAMA_QFILTER_REFUSED ? refuse("a part of the memory can't be cut") : filled;
+        return filled == LLAMA_QFILTER_REFUSED ? refuse("a part of the memory can't be cut") :
+               filled == LLAMA_QFILTER_ABORTED ? refuse("aborted") : filled;
     }
 
     streams[seq_id].recalled = std::move(recalled);

@@ -31,7 +31,9 @@ void llama_memory_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_i
     const uint32_t ns  = is1 - is0;
 
     io.write(head, sizeof(head));
-    io.write(&vectors.hash, sizeof(vectors.hash));
+    const uint64_t hash = vectors.hash ^ learned.hash;
+
+    io.write(&hash, sizeof(hash));
     io.write(&ns, sizeof(ns));
 
     for (uint32_t is = is0; is < is1; ++is) {
@@ -95,7 +97,7 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
     std::vector<stream> read(ns);
 
     for (auto & st : read) {
-        st.table.read(io, st.swa, n_head_all, n_cells);
+        st.table.read(io, st.swa, n_head_all, n_cells, policy.learned);
 
         if (st.swa[0] > 0 && !kv_swa) {
             throw std::runtime_error("the state was saved by a model with windowed layers");
@@ -108,7 +110,7 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
         if (head[4] != n_sink) {
             throw std::runtime_error(format("the state was saved with n_sink = %u; this context has %u", head[4], n_sink));
         }
-        if (head[6] != (uint32_t) policy.policy || hash != vectors.hash) {
+        if (head[6] != (uint32_t) policy.policy || hash != (vectors.hash ^ learned.hash)) {
             throw std::runtime_error("the state was saved with another policy or other filters");
         }
     }

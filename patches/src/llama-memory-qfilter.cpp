@@ -180,6 +180,7 @@ llama_memory_qfilter::llama_memory_qfilter(
     }
 
     llama_qfilter_rotation rotation;
+    llama_qfilter_rotation rotation_v;
 
     if (kv.attn_rot_k) {
         rotation.n_rot = 64;
@@ -188,8 +189,16 @@ llama_memory_qfilter::llama_memory_qfilter(
         }
         rotation.matrix = &kv.attn_rot_hadamard.at(rotation.n_rot);
     }
+    if (kv.attn_rot_v) {
+        rotation_v.n_rot  = 64;
+        rotation_v.matrix = &kv.attn_rot_hadamard.at(rotation_v.n_rot);
+    }
 
     vectors.load(policy, params, layers, rotation);
+
+    if (policy.learned) {
+        learned.load(params, layers, rotation, rotation_v);
+    }
 }
 
 llama_memory_qfilter::~llama_memory_qfilter() = default;
@@ -252,6 +261,14 @@ void llama_memory_qfilter::init(llama_context * lctx) {
 
     for (auto & w : workers) {
         w->init(n_cells);
+    }
+
+    if (!learned.empty()) {
+        learned.init(lctx, layers);
+
+        for (auto & w : workers) {
+            learned.check(w->backend, learned_rows(*w, 0), n_cells);
+        }
     }
 
     init_scorers();

@@ -3,6 +3,7 @@
 #include "llama-kv-cells.h"
 #include "llama-memory.h"
 #include "llama-qfilter-archive.h"
+#include "llama-qfilter-learned.h"
 #include "llama-qfilter-recall.h"
 #include "llama-qfilter-worker.h"
 
@@ -201,6 +202,8 @@ private:
 
     llama_qfilter_vector_store vectors;
 
+    llama_qfilter_learned learned; // empty: the policy takes none
+
     uint32_t n_head_all = 0; // KV heads of all layers
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
@@ -222,6 +225,8 @@ private:
     std::vector<stream> streams;
 
     std::vector<float> scores; // of the layers that are scored at once
+
+    std::vector<float> scores_learned; // [n_head_all, n] of all rows of a sequence by rank, NaN where they are not needed
 
     llama_qfilter_stats stats = {};
 
@@ -262,6 +267,18 @@ private:
 
     // LLAMA_QFILTER_REFUSED: there is nothing to drop
     llama_qfilter_result evict(llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window);
+
+    // fills scores_learned
+    llama_qfilter_result learn(llama_seq_id seq_id, const llama_qfilter_order & order, uint32_t n_window);
+
+    // of rows that the table of a filling has; before any of them moves
+    llama_qfilter_result learn(llama_seq_id seq_id, filling & f);
+
+    std::vector<llama_qfilter_learned::rows> learned_rows(const llama_qfilter_worker & w, llama_seq_id seq_id) const;
+
+    // [n_head_all, n] of the rows of these positions, which lie in cells, or in the archive
+    llama_qfilter_result learn_cells  (llama_seq_id seq_id, const std::vector<uint32_t> & cells, const std::vector<llama_pos> & pos, std::vector<float> & out);
+    llama_qfilter_result learn_archive(llama_seq_id seq_id, const std::vector<llama_pos> & pos, std::vector<float> & out);
 
     void score_by_pos(const llama_qfilter_worker & w, size_t i0, llama_seq_id seq_id, const llama_qfilter_order & order);
     bool select      (const llama_qfilter_worker & w, size_t i0, llama_qfilter_selection & sel);
@@ -308,15 +325,16 @@ private:
     filling plan(llama_seq_id seq_id, llama_pos p0, uint32_t n, uint32_t n_window, const std::vector<llama_pos> & rows) const;
 
     // all of it or nothing. LLAMA_QFILTER_REFUSED: a part of the memory can't be cut at p0
-    llama_qfilter_result fill(llama_seq_id seq_id, const filling & f, const std::vector<uint8_t> & recr_state);
+    llama_qfilter_result fill(llama_seq_id seq_id, filling f, const std::vector<uint8_t> & recr_state);
 
     // cut all parts at p0, the bounded one as far as upstream can; recr_state: what the recurrent part was there, or empty
     bool cut_parts(llama_seq_id seq_id, llama_pos p0, const std::vector<uint8_t> & recr_state);
 
     bool rewind(llama_seq_id seq_id, llama_pos p0);
 
-    // the positions that a question's queries look at most
-    llama_qfilter_result choose(const llama_qfilter_asked & asked, uint32_t n_rows, uint32_t n_window, std::vector<llama_pos> & rows);
+    // the positions that a question's queries look at most: n_least of them, and up to n_rows that they look at closely
+    llama_qfilter_result choose(
+            const llama_qfilter_asked & asked, uint32_t n_least, uint32_t n_rows, uint32_t n_window, std::vector<llama_pos> & rows);
 
     void note_question(const llama_batch & batch);
 

@@ -99,6 +99,12 @@ int32_t llama_qfilter_policy_needs(int32_t policy, int32_t i) {
     return info && i >= 0 ? info->needs[i] : -1;
 }
 
+bool llama_qfilter_policy_learned(int32_t policy) {
+    const auto * info = llama_qfilter_policy_find(policy);
+
+    return info && info->learned;
+}
+
 //
 // C API: contexts
 //

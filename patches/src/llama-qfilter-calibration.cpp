@@ -51,13 +51,16 @@ bool llama_qfilter_attn_of(const ggml_tensor * t, llama_qfilter_attn * attn) {
     attn->n_head_kv = k->ne[2];
     attn->n_kv      = k->ne[1];
 
-    memcpy(&attn->kq_scale, t->op_params, sizeof(float));
+    attn->n_embd_v  = t->src[2]->ne[0];
+
+    memcpy(&attn->kq_scale, (const float *) t->op_params,     sizeof(float));
+    memcpy(&attn->softcap,  (const float *) t->op_params + 2, sizeof(float));
 
     return true;
 }
 
-void llama_qfilter_attn_get(const ggml_tensor * t, bool is_k, float * out) {
-    const ggml_tensor * src = t->src[is_k ? 1 : 0];
+void llama_qfilter_attn_get(const ggml_tensor * t, int32_t i, float * out) {
+    const ggml_tensor * src = t->src[i];
 
     std::vector<char> buf;
 

@@ -191,15 +191,16 @@ static float llama_qfilter_score_random(uint32_t seed, uint32_t il, uint32_t ih,
 
 // in the order of their numbers
 static const llama_qfilter_policy_info LLAMA_QFILTER_POLICIES[] = {
-    { LLAMA_QFILTER_POLICY_QFILTERS,  "qfilters",  { LLAMA_QFILTER_KIND_FILTERS, -1 },                             llama_qfilter_score_qfilters,  nullptr                       },
-    { LLAMA_QFILTER_POLICY_KNORM,     "knorm",     { -1 },                                                         llama_qfilter_score_knorm,     nullptr                       },
-    { LLAMA_QFILTER_POLICY_STREAMING, "streaming", { -1 },                                                         nullptr,                       llama_qfilter_score_streaming },
-    { LLAMA_QFILTER_POLICY_KEYDIFF,   "keydiff",   { -1 },                                                         llama_qfilter_score_keydiff,   nullptr                       },
-    { LLAMA_QFILTER_POLICY_RANDOM,    "random",    { -1 },                                                         nullptr,                       llama_qfilter_score_random    },
-    { LLAMA_QFILTER_POLICY_QFILTERS2, "qfilters2", { LLAMA_QFILTER_KIND_MOMENTS, -1 },                             llama_qfilter_score_qfilters2, nullptr                       },
-    { LLAMA_QFILTER_POLICY_QBLEND,    "qblend",    { LLAMA_QFILTER_KIND_QUERIES, LLAMA_QFILTER_KIND_FILTERS, -1 }, llama_qfilter_score_blend,     nullptr                       },
-    { LLAMA_QFILTER_POLICY_KVDIFF,    "kvdiff",    { -1 },                                                         llama_qfilter_score_blend,     nullptr                       },
-    { LLAMA_QFILTER_POLICY_QAHEAD,    "qahead",    { LLAMA_QFILTER_KIND_QUERIES, -1 },                             llama_qfilter_score_qfilters,  nullptr                       },
+    { LLAMA_QFILTER_POLICY_QFILTERS,  "qfilters",  { LLAMA_QFILTER_KIND_FILTERS, -1 },                             false, llama_qfilter_score_qfilters,  nullptr                       },
+    { LLAMA_QFILTER_POLICY_KNORM,     "knorm",     { -1 },                                                         false, llama_qfilter_score_knorm,     nullptr                       },
+    { LLAMA_QFILTER_POLICY_STREAMING, "streaming", { -1 },                                                         false, nullptr,                       llama_qfilter_score_streaming },
+    { LLAMA_QFILTER_POLICY_KEYDIFF,   "keydiff",   { -1 },                                                         false, llama_qfilter_score_keydiff,   nullptr                       },
+    { LLAMA_QFILTER_POLICY_RANDOM,    "random",    { -1 },                                                         false, nullptr,                       llama_qfilter_score_random    },
+    { LLAMA_QFILTER_POLICY_QFILTERS2, "qfilters2", { LLAMA_QFILTER_KIND_MOMENTS, -1 },                             false, llama_qfilter_score_qfilters2, nullptr                       },
+    { LLAMA_QFILTER_POLICY_QBLEND,    "qblend",    { LLAMA_QFILTER_KIND_QUERIES, LLAMA_QFILTER_KIND_FILTERS, -1 }, false, llama_qfilter_score_blend,     nullptr                       },
+    { LLAMA_QFILTER_POLICY_KVDIFF,    "kvdiff",    { -1 },                                                         false, llama_qfilter_score_blend,     nullptr                       },
+    { LLAMA_QFILTER_POLICY_QAHEAD,    "qahead",    { LLAMA_QFILTER_KIND_QUERIES, -1 },                             false, llama_qfilter_score_qfilters,  nullptr                       },
+    { LLAMA_QFILTER_POLICY_LEARNED,   "learned",   { LLAMA_QFILTER_KIND_QUERIES, LLAMA_QFILTER_KIND_FILTERS, -1 }, true,  llama_qfilter_score_blend,     nullptr                       },
 };
 
 const llama_qfilter_policy_info * llama_qfilter_policy_find(int32_t policy) {

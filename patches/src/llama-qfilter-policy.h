@@ -10,6 +10,9 @@ struct llama_qfilter_policy_info {
     const char *         name;
     int32_t              needs[3]; // enum llama_qfilter_kind, best first, -1 after the last: see llama_qfilter_policy_needs()
 
+    // is what learned filters say of a row added, both less their mean over the candidates and divided by their deviation?
+    bool learned;
+
     // from the keys, on their device
     //   k: cached keys   [n_embd_head_k, n_head, n_rows] F32, in the order of their positions
     //   v: cached values [n_embd_head_v, n_head, n_rows] F32, computed if the function uses them
@@ -19,8 +22,7 @@ struct llama_qfilter_policy_info {
     ggml_tensor * (*score)(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f);
 
     // from where the key is, on the host
-    float (*score_pos)(uint32_t seed, uint32_t il, uint32_t ih, llama_pos pos);
-};
+    float (*score_pos)(uint32_t seed, uint32_t il, uint32_t ih, llama_pos pos);};
 
 // nullptr if there is no such policy
 const llama_qfilter_policy_info * llama_qfilter_policy_find(int32_t policy);

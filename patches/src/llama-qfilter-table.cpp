@@ -20,7 +20,7 @@ uint32_t llama_qfilter_table::rank_p0(const llama_qfilter_order & order) const {
     return std::lower_bound(order.pos.begin(), order.pos.end(), p0) - order.pos.begin();
 }
 
-llama_qfilter_table llama_qfilter_table::update(const llama_qfilter_selection & sel, uint32_t n_head_all) const {
+llama_qfilter_table llama_qfilter_table::update(const llama_qfilter_selection & sel, uint32_t n_head_all, const std::vector<float> & learned) const {
     const auto & order = sel.order;
 
     const uint32_t r0 = rank_p0(order);
@@ -37,10 +37,16 @@ llama_qfilter_table llama_qfilter_table::update(const llama_qfilter_selection & 
     res.p1 = std::max(p1, order.pos[order.n() - sel.n_window - 1] + 1);
     res.n  = n_tab;
     res.pos.resize((size_t) n_head_all*n_tab);
+    res.learned.resize(learned.empty() ? 0 : res.pos.size());
 
     for (uint32_t ih = 0; ih < n_head_all; ++ih) {
         for (uint32_t i = 0; i < n_tab; ++i) {
-            res.pos[(size_t) ih*n_tab + i] = get(order, r0, ih, sel.rank(ih, sel.n_sink + i));
+            const uint32_t rank = sel.rank(ih, sel.n_sink + i);
+
+            res.pos[(size_t) ih*n_tab + i] = get(order, r0, ih, rank);
+            if (!learned.empty()) {
+                res.learned[(size_t) ih*n_tab + i] = learned[(size_t) ih*order.n() + rank];
+            }
         }
     }
 
@@ -57,9 +63,12 @@ void llama_qfilter_table::write(llama_io_write_i & io, const uint32_t extra[2]) 
     if (!pos.empty()) {
         io.write(pos.data(), pos.size()*sizeof(llama_pos));
     }
+    if (!learned.empty()) {
+        io.write(learned.data(), learned.size()*sizeof(float));
+    }
 }
 
-void llama_qfilter_table::read(llama_io_read_i & io, uint32_t extra[2], uint32_t n_head_all, uint32_t n_cells) {
+void llama_qfilter_table::read(llama_io_read_i & io, uint32_t extra[2], uint32_t n_head_all, uint32_t n_cells, bool has_learned) {
     io.read(&p0, sizeof(p0));
     io.read(&p1, sizeof(p1));
     io.read(&n,  sizeof(n));
@@ -84,6 +93,11 @@ void llama_qfilter_table::read(llama_io_read_i & io, uint32_t extra[2], uint32_t
         if (pos[i] <= prev || pos[i] >= p1) {
             throw std::runtime_error(format("the state is damaged: a row of position %d after %d, before %d", pos[i], prev, p1));
         }
+    }
+
+    if (has_learned && !pos.empty()) {
+        learned.resize(pos.size());
+        io.read(learned.data(), learned.size()*sizeof(float));
     }
 }
 

@@ -56,6 +56,8 @@ struct llama_qfilter_table {
 
     std::vector<llama_pos> pos; // [n_head_all, n] by rank
 
+    std::vector<float> learned; // what learned filters say of them, or empty
+
     // does a cell of this position hold rows of others?
     bool covers(llama_pos pos_cell) const { return pos_cell >= p0 && pos_cell < p1; }
 
@@ -67,14 +69,14 @@ struct llama_qfilter_table {
     // the first rank whose cell is not before p0
     uint32_t rank_p0(const llama_qfilter_order & order) const;
 
-    // the table after an eviction
-    llama_qfilter_table update(const llama_qfilter_selection & sel, uint32_t n_head_all) const;
+    // the table after an eviction; learned: [n_head_all, n] of all rows that stay, but for sinks and those in no table, or empty
+    llama_qfilter_table update(const llama_qfilter_selection & sel, uint32_t n_head_all, const std::vector<float> & learned) const;
 
     // extra: two numbers of the caller's in between
     void write(llama_io_write_i & io, const uint32_t extra[2]) const;
 
     // throws std::runtime_error if what is read makes no sense for n_head_all heads and at most n_cells cells
-    void read(llama_io_read_i & io, uint32_t extra[2], uint32_t n_head_all, uint32_t n_cells);
+    void read(llama_io_read_i & io, uint32_t extra[2], uint32_t n_head_all, uint32_t n_cells, bool has_learned);
 
     // throws std::runtime_error if these are not the cells that the table is about
     void check(const llama_qfilter_order & order, uint32_t n_sink) const;

@@ -102,7 +102,7 @@ bool llama_qfilter_rope::init(llama_context * lctx, int32_t il) {
                 is_last = false;
                 break;
             case GGML_OP_MUL_MAT:
-                // what turns the rows of a quantized cache turns the filters, too: see llama_qfilter_vector_store::rotate()
+                // what turns the rows of a quantized cache turns the filters, too: see llama_qfilter_rotation::apply()
                 if (t->op_params[1] == GGML_HINT_SRC0_IS_HADAMARD) {
                     t = t->src[1];
                     continue;
@@ -140,17 +140,7 @@ bool llama_qfilter_rope::turn(bool back, const llama_pos * pos, int64_t n_pos, i
         return true; // no RoPE
     }
 
-    const int  mode     = op_params[2];
-    const bool is_multi = mode & GGML_ROPE_TYPE_MROPE;
-
-    // text has the same position three times, see llm_graph_input_pos::set_input()
-    std::vector<int32_t> pos_all(pos, pos + n_pos);
-    for (int i = 1; is_multi && i < 4; ++i) {
-        pos_all.resize(pos_all.size() + n_pos, 0);
-        if (i < 3) {
-            std::copy(pos, pos + n_pos, pos_all.end() - n_pos);
-        }
-    }
+    auto pos_all = positions(back, pos, n_pos);
 
     std::vector<uint8_t> mem(8*ggml_tensor_overhead() + ggml_graph_overhead_custom(4, false));
 
@@ -160,27 +150,7 @@ bool llama_qfilter_rope::turn(bool back, const llama_pos * pos, int64_t n_pos, i
     ggml_tensor * b = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, pos_all.size());
     ggml_tensor * c = factors.empty() ? nullptr : ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, factors.size());
 
-    int sections[GGML_MROPE_SECTIONS];
-    memcpy(sections, op_params + 11, sizeof(sections));
-
-    ggml_tensor * res = ggml_rope_multi(ctx.get(), a, b, c, op_params[1], sections, mode, 0, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f);
-
-    memcpy(res->op_params, op_params, sizeof(op_params));
-
-    if (back) {
-        res->op = GGML_OP_ROPE_BACK;
-
-        // that op is the transposed one: what RoPE scales is to be divided, and YaRN scales by itself
-        float freq_scale, ext_factor, attn_factor;
-        memcpy(&freq_scale,  op_params + 6, sizeof(float));
-        memcpy(&ext_factor,  op_params + 7, sizeof(float));
-        memcpy(&attn_factor, op_params + 8, sizeof(float));
-
-        const float yarn = ext_factor != 0.0f ? 1.0f + 0.1f*logf(1.0f/freq_scale) : 1.0f;
-
-        attn_factor = 1.0f/(attn_factor*yarn*yarn);
-        memcpy(res->op_params + 8, &attn_factor, sizeof(float));
-    }
+    ggml_tensor * res = build(ctx.get(), a, b, c, back);
 
     std::vector<float> out(ggml_nelements(a));
 
@@ -205,6 +175,43 @@ bool llama_qfilter_rope::turn(bool back, const llama_pos * pos, int64_t n_pos, i
     return true;
 }
 
+ggml_tensor * llama_qfilter_rope::build(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, ggml_tensor * c, bool back) const {
+    int sections[GGML_MROPE_SECTIONS];
+    memcpy(sections, op_params + 11, sizeof(sections));
+
+    ggml_tensor * res = ggml_rope_multi(ctx, a, b, c, op_params[1], sections, op_params[2], 0, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f);
+
+    memcpy(res->op_params, op_params, sizeof(op_params));
+
+    if (back) {
+        // what RoPE scales is to be divided, and YaRN scales by itself
+        float freq_scale, ext_factor, attn_factor;
+        memcpy(&freq_scale,  op_params + 6, sizeof(float));
+        memcpy(&ext_factor,  op_params + 7, sizeof(float));
+        memcpy(&attn_factor, op_params + 8, sizeof(float));
+
+        const float yarn = ext_factor != 0.0f ? 1.0f + 0.1f*logf(1.0f/freq_scale) : 1.0f;
+
+        attn_factor = 1.0f/(attn_factor*yarn*yarn);
+        memcpy(res->op_params + 8, &attn_factor, sizeof(float));
+    }
+
+    return res;
+}
+
+std::vector<int32_t> llama_qfilter_rope::positions(bool back, const llama_pos * pos, int64_t n_pos) const {
+    // text has the same position three times, see llm_graph_input_pos::set_input()
+    const bool is_multi = op_params[2] & GGML_ROPE_TYPE_MROPE;
+
+    std::vector<int32_t> res((is_multi ? 4 : 1)*n_pos, 0);
+
+    for (int64_t i = 0; i < (is_multi ? 3 : 1)*n_pos; ++i) {
+        res[i] = back ? -pos[i % n_pos] : pos[i % n_pos]; // all devices have the op, few the one that turns back
+    }
+
+    return res;
+}
+
 bool llama_qfilter_rope::operator==(const llama_qfilter_rope & other) const {
     return n_embd_head == other.n_embd_head && factors == other.factors &&
         (n_embd_head == 0 || memcmp(op_params, other.op_params, sizeof(op_params)) == 0);
@@ -220,15 +227,14 @@ static const uint32_t LLAMA_QFILTER_AHEAD_STEP = 16;
 
 static const char * const LLAMA_QFILTER_KIND_NAMES[] = { "filters", "queries", "moments" };
 
-// FNV-1a
-static uint64_t llama_qfilter_hash(uint64_t hash, const void * data, size_t size) {
+uint64_t llama_qfilter_hash(uint64_t hash, const void * data, size_t size) {
     for (size_t i = 0; i < size; ++i) {
         hash = (hash ^ ((const uint8_t *) data)[i])*0x100000001b3ull;
     }
     return hash;
 }
 
-static const llama_qfilter_vectors * llama_qfilter_find(const llama_qfilter_params & params, int32_t kind, int32_t il) {
+const llama_qfilter_vectors * llama_qfilter_find(const llama_qfilter_params & params, int32_t kind, int32_t il) {
     for (uint32_t i = 0; i < params.n_vectors; ++i) {
         if (params.vectors[i].kind == kind && params.vectors[i].il == il) {
             return &params.vectors[i];
@@ -330,7 +336,7 @@ void llama_qfilter_vector_store::load(
         }
 
         if (!turns()) {
-            rotate(dst.data(), n);
+            rotation.apply(dst.data(), n);
         }
     }
 }
@@ -363,8 +369,7 @@ void llama_qfilter_vector_store::shape(const llama_qfilter_layer & layer, int64_
     ne[3] = layer.n_head;
 }
 
-void llama_qfilter_vector_store::rotate(float * x, size_t n) const {
-    const size_t n_rot = rotation.n_rot;
+void llama_qfilter_rotation::apply(float * x, size_t n) const {
     if (n_rot == 0) {
         return;
     }
@@ -376,7 +381,7 @@ void llama_qfilter_vector_store::rotate(float * x, size_t n) const {
 
         float cur = 0.0f;
         for (size_t j = 0; j < n_rot; ++j) {
-            cur += (*rotation.matrix)[(i - i0)*n_rot + j]*plain[i0 + j];
+            cur += (*matrix)[(i - i0)*n_rot + j]*plain[i0 + j];
         }
         x[i] = cur;
     }
@@ -418,7 +423,7 @@ bool llama_qfilter_vector_store::set(const std::vector<llama_qfilter_layer> & la
 
         float * x = mean.data();
         for (const size_t i : is) {
-            rotate(x, data[i].size());
+            rotation.apply(x, data[i].size());
             ggml_backend_tensor_set(layers[i].vectors, x, 0, ggml_nbytes(layers[i].vectors));
 
             x += data[i].size();

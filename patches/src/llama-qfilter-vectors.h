@@ -10,6 +10,14 @@
 #include <functional>
 #include <vector>
 
+// FNV-1a
+constexpr uint64_t LLAMA_QFILTER_HASH_INIT = 0xcbf29ce484222325ull;
+
+uint64_t llama_qfilter_hash(uint64_t hash, const void * data, size_t size);
+
+// the vectors of a kind and layer, or nullptr
+const llama_qfilter_vectors * llama_qfilter_find(const llama_qfilter_params & params, int32_t kind, int32_t il);
+
 // the layer whose rows of K in the cache a tensor holds, or -1
 int32_t llama_qfilter_layer_of(const ggml_tensor * k);
 
@@ -42,6 +50,12 @@ struct llama_qfilter_rope {
     // x: [n_embd_head, n_rows, n_pos]; back: from what it is after RoPE to what it was before
     bool turn(bool back, const llama_pos * pos, int64_t n_pos, int64_t n_rows, float * x) const;
 
+    // a: [n_embd_head, n_rows, n_pos], b: see positions(), c: the factors, or nullptr
+    ggml_tensor * build(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, ggml_tensor * c, bool back) const;
+
+    // as RoPE takes them
+    std::vector<int32_t> positions(bool back, const llama_pos * pos, int64_t n_pos) const;
+
     bool operator==(const llama_qfilter_rope & other) const;
 
     ggml_backend_t backend_cpu = nullptr;
@@ -56,11 +70,14 @@ struct llama_qfilter_rope {
 // llama_qfilter_vector_store
 //
 
-// how llama.cpp rotates the keys of a quantized cache: blocks of n_rot numbers, see llama_kv_cache::build_input_k_rot()
+// how llama.cpp rotates the rows of a quantized cache: blocks of n_rot numbers, see llama_kv_cache::build_input_k_rot() and
+// build_input_v_rot(). the matrix is its own inverse
 struct llama_qfilter_rotation {
     uint32_t n_rot = 0; // 0: not at all
 
     const std::vector<float> * matrix = nullptr; // [n_rot, n_rot]
+
+    void apply(float * x, size_t n) const;
 };
 
 // the vectors that a policy scores with, of all layers
@@ -87,11 +104,9 @@ public:
     // are they others at every position?
     bool turns() const { return kind == LLAMA_QFILTER_KIND_QUERIES; }
 
-    uint64_t hash = 0xcbf29ce484222325ull; // of the vectors as given, or of what else the scores depend on
+    uint64_t hash = LLAMA_QFILTER_HASH_INIT; // of the vectors as given, or of what else the scores depend on
 
 private:
-    void rotate(float * x, size_t n) const;
-
     int32_t  kind = -1; // enum llama_qfilter_kind, -1: none
     uint32_t rank = 0;  // of moments
 

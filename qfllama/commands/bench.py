@@ -63,7 +63,7 @@ def check_outputs(model: Path, json_file: Path | None, image: Path | None) -> No
     type=CommaList(none=True),
     help="Types of llama.cpp's caches; f16 always takes part.  [default: f16,q8_0,q4_0]",
 )
-@option("policy", default=QFilterConfig.policy)
+@option("policy")
 @option(
     "n-ctx",
     type=click.IntRange(1, MAX_LENGTH),
@@ -102,9 +102,11 @@ def command(model, json_file, image, **options):
         from qfllama.bench.report import draw, tables
         from qfllama.figures import figure_class, save_figure
         from qfllama.files import plain, write_json
+        from qfllama.schema import read
         from qfllama.shape import model_shape
 
         n_ctx_train = model_shape(model).n_ctx_train
+        options["policy"] = options["policy"] or QFilterConfig().for_file(read(model)).policy
         plan, notes = make_plan(n_ctx_train, **options)
         check_outputs(model, json_file, image)
     for line in notes:

@@ -34,7 +34,12 @@ def document_tokens(model: Path, system: str | None, document: str) -> list[int]
 
 
 def cache_config(
-    n_tokens: int, ratio: float | None, max_length: int | None, window: int, sinks: int, policy: str
+    n_tokens: int,
+    ratio: float | None,
+    max_length: int | None,
+    window: int,
+    sinks: int,
+    policy: str | None,
 ) -> tuple[QFilterConfig, int]:
     """A cache that holds `n_tokens` at full size, and the cells that shall be left of them.
 
@@ -51,7 +56,8 @@ def cache_config(
         )
     interval = 512  # nothing is evicted while the document is read: the size of a batch
     length = max(n_tokens, sinks + max(1, window) + interval)
-    return QFilterConfig(length, window, sinks, interval, policy), wanted
+    chosen = {"policy": policy} if policy else {}
+    return QFilterConfig(length, window, sinks, interval, **chosen), wanted
 
 
 def read(llm: Llama, tokens: list[int]) -> float:
@@ -90,7 +96,7 @@ def read(llm: Llama, tokens: list[int]) -> float:
     help="Last positions of the document that are always kept.",
 )
 @option("sinks", default=QFilterConfig.sinks)
-@option("policy", default=QFilterConfig.policy)
+@option("policy")
 @option("system")
 @option("n-ctx")
 @option("n-gpu-layers")

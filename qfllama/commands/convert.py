@@ -26,9 +26,10 @@ from .options import option
 )
 @click.option(
     "--filters",
-    metavar="REPO_OR_PATH",
-    help="Take published filters (folder, .safetensors file or hub id, such as "
-    "nthngdy/Llama-3.1-8B_qfilt) instead of calibrating.",
+    metavar="learned|REPO_OR_PATH",
+    help="learned: calibrate learned filters, too, and make them the file's policy if they are "
+    "better in a test; takes about as long again. Else published filters (folder, .safetensors "
+    "file or hub id, such as nthngdy/Llama-3.1-8B_qfilt) instead of calibrating.",
 )
 @click.option(
     "--backend",
@@ -120,7 +121,7 @@ def command(src, output, filters, quantize, outtype, force, **calibration):
     hub (user/name). It is never changed. Every llama.cpp can run OUT.gguf."""
     if calibration["text_files"] and calibration["dataset"]:
         raise click.UsageError("--text and --dataset exclude each other; give one of them")
-    if filters is not None:
+    if filters not in (None, "learned"):
         _refuse_calibration(calibration)
     bars = sys.stderr.isatty()
     if not bars:

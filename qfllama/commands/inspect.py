@@ -71,6 +71,11 @@ def _lines(files, shape, filters, heads):
         yield "mean queries before RoPE: qblend and qahead turn them to the positions to come"
     else:
         yield "no mean queries before RoPE: qblend uses the filters, qahead can't be used"
+    if learned := filters.vectors.get("learned"):
+        size = sum(rows.nbytes for rows in learned.values()) / 2**20
+        yield f"learned filters: {size:.1f} MiB"
+    if filters.policy:
+        yield f"policy that was best in a test: {filters.policy}"
     if filters.layout:
         yield f"layout of the rotary pairs: {filters.layout}"
         yield f"a reader must know: {', '.join(filters.requires) or 'nothing more'}"
@@ -125,6 +130,8 @@ def _facts(files, shape, filters):
             "of_these_tensors": _of_these_tensors(files, filters),
             "rank": filters.rank,
             "queries": "queries" in filters.vectors,
+            "learned": "learned" in filters.vectors,
+            "policy": filters.policy,
             "layers": filters.layers,
             "head_count_kv": filters.n_head_kv,
             "head_dim": filters.head_dim,

@@ -107,7 +107,8 @@ SHARED = {
         ("--policy",),
         {
             "type": click.Choice(POLICIES),
-            "help": f"What decides which cells are kept.  [default: {QFilterConfig.policy}]",
+            "help": "What decides which cells are kept.  [default: what convert found to be best, "
+            f"else {QFilterConfig.policy}]",
         },
     ),
     "max-length": (

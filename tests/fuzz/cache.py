@@ -249,7 +249,7 @@ class Cache:
         settings, sequence = self.settings, self.sequences[seq]
         sequence.to_archive()
         cells, n = sequence.cells, len(sequence.cells)
-        scores = Scores(self, settings, sequence.last + 1)
+        scores = Scores(self, settings, sequence)
         for (layer, head), rows in sequence.heads.items():
             inner = range(settings.n_sink, n - settings.n_window)
             score, error = scores(layer, head, rows)
@@ -280,15 +280,18 @@ class Cache:
 class Scores:
     """Scores of rows in float64, and by how much those of the engine may differ from them.
 
-    Called with layer, head and rows; returns two float64 arrays [len(rows)]. next_position: the one
-    that is decoded next.
+    Called with layer, head and rows; returns two float64 arrays [len(rows)].
     """
 
-    def __init__(self, cache: Cache, settings: Settings, next_position: int):
-        self.cache, self.settings, self.next_position = cache, settings, next_position
+    def __init__(self, cache: Cache, settings: Settings, sequence: Sequence):
+        self.cache, self.settings = cache, settings
+        self.archive, self.whole = sequence.archive, sequence.whole()
+        self.heads = dict(sequence.heads)  # as they are now
+        self.next_position = sequence.last + 1
         self.method = getattr(self, settings.policy)
 
     def __call__(self, layer, head, rows):
+        self.rows = rows
         positions = np.array([row.position for row in rows])
         keys = decode([row.k for row in rows], self.settings.type_k)
         self.values = decode([row.v for row in rows], self.settings.type_v)
@@ -377,12 +380,66 @@ class Scores:
         ]
         return np.array(pooled[0]), np.array(pooled[1]) + 2**-20
 
+    def learned(self, layer, head, positions, keys):
+        """With what the learned filters said of a row while all heads had those of its position."""
+        score, error = self.qblend(layer, head, positions, keys)
+        inner = slice(self.settings.n_sink, len(score) - self.settings.n_window)
+        found = [self._learned_of(layer, head, row) for row in self.rows[inner]]
+        total = wrong = 0
+        for x, e in ((score[inner], error[inner]), np.array(found).T):
+            deviation, n = x.std() + 1e-30, len(x)
+            z = (x - x.mean()) / deviation
+            e = (e + e.mean() + n * 2**-23 * np.abs(x).mean()) / deviation
+            total, wrong = total + z, wrong + e + np.abs(z) * (e.mean() + n * 2**-23)
+        score[inner], error[inner] = total, wrong + 2**-20
+        return score, error
+
+    def _learned_of(self, layer, head, row):
+        """A number, and by how much the engine's may differ."""
+        key = (self.settings.filters, self.settings.type_k, self.settings.type_v, layer, head, row)
+        if key not in LEARNED:
+            n_head_kv = self.cache.weight.shape[1]
+            if row.position in self.whole:
+                i = self.whole[row.position]
+                rows = [self.heads[layer, h][i] for h in range(n_head_kv)]
+            else:
+                rows = [self.archive[row.position][layer, h] for h in range(n_head_kv)]
+            keys = decode([r.k for r in rows], self.settings.type_k)
+            values = decode([r.v for r in rows], self.settings.type_v)
+            if self._rotated(self.settings.type_k, keys):
+                keys = np.apply_along_axis(rotate, -1, keys)
+            if self._rotated(self.settings.type_v, values):
+                values = np.apply_along_axis(rotate, -1, values)
+            keys = np.array([rope(k, -row.position) for k in keys])
+            x = np.concatenate([keys.ravel(), values.ravel()])
+            weight = learned(self.cache.weight)[layer, head].astype(np.float64)
+            size = np.abs(x) @ np.abs(weight)
+            turned = row.position * 2**-22 * np.abs(keys).sum() * np.abs(weight).max()
+            LEARNED[key] = x @ weight, len(x) * 2**-22 * size + turned
+        return LEARNED[key]
+
+    @staticmethod
+    def _rotated(kind, rows):
+        """Does llama.cpp rotate them before it stores them?"""
+        return kind not in ("f32", "f16", "bf16") and rows.shape[1] % 64 == 0
+
     def streaming(self, layer, head, positions, keys):
         return np.zeros(len(positions)), np.zeros(len(positions))
 
     def random(self, layer, head, positions, keys):
         scores = [splitmix(self.settings.seed, layer, head, int(p)) for p in positions]
         return np.array(scores), np.zeros(len(positions))
+
+
+LEARNED: dict = {}
+"""What `Scores.learned` knows of rows."""
+
+
+def learned(weight: np.ndarray) -> np.ndarray:
+    """Learned filters out of others [n_layer, n_head_kv, head_dim]: float32 [n_layer, n_head_kv,
+    n_head_kv * 2 * head_dim], all parts different."""
+    parts = [np.roll(weight, 5 * i + 1, axis=-1) for i in range(2 * weight.shape[1])]
+    return np.ascontiguousarray(np.concatenate(parts, axis=-1))
 
 
 def moments(weight: np.ndarray) -> np.ndarray:

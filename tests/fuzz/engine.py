@@ -10,7 +10,7 @@ import llama_cpp._internals as internals
 import numpy as np
 from llama_cpp._logger import set_verbose
 
-from fuzz.cache import N_REP, Row, Settings, moments
+from fuzz.cache import N_REP, Row, Settings, learned, moments
 from qfllama import native
 from qfllama.config import POLICIES
 from qfllama.context import cache_type
@@ -226,7 +226,7 @@ def init(model: internals.LlamaModel, settings: Settings, weight: np.ndarray):
         setattr(params, name, getattr(settings, name))
     params.policy = POLICIES.index(settings.policy)
     params.n_bytes_archive = 1 << 30 if settings.archive else 0
-    arrays = {"filters": weight, "moments": moments(weight)}
+    arrays = {"filters": weight, "moments": moments(weight), "learned": learned(weight)}
     if settings.policy == "qahead":  # qblend would take them, too
         arrays["queries"] = np.ascontiguousarray(weight[..., ::-1])
     vectors = [

@@ -277,7 +277,12 @@ class World:
         chosen = sorted(set.intersection(*claimed))
         if not sequence.lossy:
             need(chosen == sorted(set.union(*claimed)), "not the same positions in all heads")
-        newest = min(settings.n_window, 64, (n_rows - settings.n_sink) // 8)
+        newest = min(settings.n_window, 64, (n_rows - settings.n_sink) // 4)
+        if not sequence.lossy:
+            most = min(n_rows, sum(p < start for p in sequence.archive))
+            least = min(most, settings.n_sink + newest + n_rows // 4)
+            need(least <= len(chosen) <= most, f"{len(chosen)} rows, not {least} to {most}")
+            n_rows = len(chosen)
         sequence.fill(start, n_rows, newest, chosen)
         self.compare()
         need(engine.decode(tokens) == 0, "the question was not read again")

@@ -118,6 +118,7 @@ POLICIES = {
     "qblend": score_qblend,
     "kvdiff": score_kvdiff,
     "qahead": score_qfilters,
+    "learned": score_qblend,  # and what `BoundedCache.learn` says
 }
 
 AHEAD = range(0, 256, 16)
@@ -229,6 +230,7 @@ class BoundedCache:
     queries: the same before RoPE, for qahead, and for qblend instead of filters.
     rope: (layer, rows [n, head_dim], positions [n]) -> the rows after RoPE.
     moments: [n_layer, n_head, 1 + rank, head_dim], for qfilters2.
+    learned: per layer [n_head_kv, n_head_kv*(head_dim + head_dim of V)], for learned.
     seed: for random. layers: ids of the layers in the model, if they are not 0, 1, 2, ...
     dtype: a name of STORE, how K and V rows are rounded when they are stored.
     """
@@ -247,17 +249,21 @@ class BoundedCache:
         moments: np.ndarray | None = None,
         queries: np.ndarray | None = None,
         rope: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        learned: Sequence[np.ndarray] | None = None,
     ):
         if max_length is not None:
             n_keep = max_length - default_interval(max_length) if n_keep is None else n_keep
             window_length = max_length // 4 if window_length is None else window_length
             if not sinks + window_length <= n_keep < max_length:
                 raise ValueError(f"{sinks} + {window_length} <= {n_keep} < {max_length} is false")
-        self.looks_ahead = policy == "qahead" or (policy == "qblend" and queries is not None)
+        self.looks_ahead = policy == "qahead" or (
+            policy in ("qblend", "learned") and queries is not None
+        )
         if (
             (policy in ("qfilters", "qblend") and filters is None and not self.looks_ahead)
             or (policy == "qfilters2" and moments is None)
             or (policy == "qahead" and queries is None)
+            or (policy == "learned" and learned is None)
         ):
             raise ValueError(f"the policy {policy} needs filters")
         self.max_length, self.n_keep = max_length, n_keep
@@ -265,6 +271,8 @@ class BoundedCache:
         self.score, self.store, self.dtype = POLICIES[policy], STORE[dtype], dtype
         self.filters, self.moments, self.seed, self.layers = filters, moments, seed, layers
         self.queries, self.rope = queries, rope
+        self.filters_learned = learned if policy == "learned" else None
+        self.learned: list[torch.Tensor] = []
         self.k: list[torch.Tensor] = []
         self.v: list[torch.Tensor] = []
         self.positions: list[torch.Tensor] = []
@@ -279,7 +287,10 @@ class BoundedCache:
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> None:
         """Store a chunk's rows: k, v [n_head_kv, n, head_dim], positions [n], newer than all."""
-        k, v, positions = self.store(k), self.store(v), positions.expand(len(k), -1)
+        k, v = self.store(k), self.store(v)
+        if self.filters_learned is not None:
+            self.learn(layer, k, v, positions)
+        positions = positions.expand(len(k), -1)
         if layer == len(self.k):
             self.k.append(k)
             self.v.append(v)
@@ -288,6 +299,22 @@ class BoundedCache:
             self.k[layer] = torch.cat([self.k[layer], k], dim=1)
             self.v[layer] = torch.cat([self.v[layer], v], dim=1)
             self.positions[layer] = torch.cat([self.positions[layer], positions], dim=1)
+
+    def learn(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor) -> None:
+        """What the learned filters say of new rows: of all heads' keys before RoPE and values."""
+        n, head_dim = len(positions), k.shape[-1]
+        # row i of a turn: what RoPE makes of the i-th unit vector
+        basis = torch.eye(head_dim).repeat(n, 1)
+        turns = self.rope(layer, basis, positions.repeat_interleave(head_dim))
+        turns = turns.view(n, head_dim, head_dim)
+        plain = torch.linalg.solve(turns.double(), k.double().transpose(0, 1), left=False)
+        inputs = torch.cat([plain.flatten(1), v.double().transpose(0, 1).flatten(1)], dim=1)
+        weights = torch.from_numpy(self.filters_learned[layer].astype(np.float64))
+        found = weights @ inputs.T
+        if layer == len(self.learned):
+            self.learned.append(found)
+        else:
+            self.learned[layer] = torch.cat([self.learned[layer], found], dim=1)
 
     def rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """K and V [n_head_kv, rows, head_dim] as stored, positions [n_head_kv, rows]."""
@@ -329,6 +356,12 @@ class BoundedCache:
                     moments,
                 )
             )
+            if self.filters_learned is not None:
+                inner = slice(self.sinks, scores.shape[-1] - self.window_length)
+                learned = self.learned[layer][head].numpy()[inner]
+                scores[layer, head, inner] = standard(scores[layer, head, inner]) + standard(
+                    learned
+                )
         return scores
 
     def evict(self, n_seen: int, forced: np.ndarray | None = None) -> Eviction:
@@ -378,6 +411,8 @@ class BoundedCache:
         at = rows[:, :, None].expand(-1, -1, k.shape[2])
         self.k[layer], self.v[layer] = k.gather(1, at), v.gather(1, at)
         self.positions[layer] = torch.from_numpy(kept)
+        if self.filters_learned is not None:
+            self.learned[layer] = self.learned[layer].gather(1, rows)
 
 
 def default_interval(max_length: int) -> int:

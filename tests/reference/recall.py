@@ -14,10 +14,12 @@ import torch
 from reference.cache import BoundedCache
 from reference.families import FamilyCache
 
-BEFORE, AFTER = 4, 16
+BEFORE, AFTER = 8, 24
 """How many positions before and after it a position brings along that is looked at."""
-NEWEST, NEWEST_SHARE = 64, 8
-"""How many of the last positions always stay, at most, and at most which part of the rows: 1 / 8."""
+NEWEST, NEWEST_SHARE = 64, 4
+"""How many of the last positions always stay, at most, and at most which part of the rows: 1 / 4."""
+WEIGHT, LEAST_SHARE = 0.7, 4
+"""Positions come back whose score is not smaller, and 1 / 4 of the rows whatever they score."""
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Recall:
     chosen: [n_rows] positions, ascending
     always: those of them that are sinks or among the newest
     last_chosen, first_left: lowest score of the others that were chosen, highest of the rest
+    n_least, n_rows: how many are chosen at least, and at most
     """
 
     positions: np.ndarray
@@ -60,6 +63,16 @@ class Recall:
     always: np.ndarray
     last_chosen: float
     first_left: float
+    n_least: int
+    n_rows: int
+
+    def number_is_right(self, near: float = 0.01) -> bool:
+        """Is it right to stop after those that were chosen, up to rounding?"""
+        n = len(self.chosen)
+        if not self.n_least <= n <= self.n_rows:
+            return False
+        enough = n == self.n_rows or self.first_left < WEIGHT * (1 + near)
+        return enough and (n == self.n_least or self.last_chosen >= WEIGHT * (1 - near))
 
     def gap(self, position: int) -> float:
         """By how much the score of a position would have to change for the other choice: 0.01 is
@@ -98,8 +111,9 @@ def choose(
     n_rows: int,
     sinks: int,
     window_length: int,
+    n_chosen: int,
 ) -> Recall:
-    """What the question wants to have in n_rows cells.
+    """Which n_chosen rows the question wants to have, of at most n_rows.
 
     keys: for each layer [n_head_kv, n, head_dim], of all rows before the question; positions: [n].
     """
@@ -111,7 +125,8 @@ def choose(
     by_age = np.arange(len(scores))
     always = (by_age < sinks) | (by_age >= len(scores) - newest)
     best_first = np.lexsort((-by_age, -scores, ~always))  # on a tie the newest
-    chosen = np.isin(by_age, best_first[:n_rows])
+    chosen = np.isin(by_age, best_first[:n_chosen])
+    n_rows = min(n_rows, len(scores))
     return Recall(
         positions,
         weights,
@@ -120,6 +135,8 @@ def choose(
         positions[always],
         scores[chosen & ~always].min(initial=np.inf),
         scores[~chosen].max(initial=0),
+        min(n_rows, sinks + newest + n_rows // LEAST_SHARE),
+        n_rows,
     )
 
 
@@ -149,11 +166,11 @@ class Archived(BoundedCache):
             n = int((positions < start).sum())
             self.archive[layer] = k[:, :n], v[:, :n], positions[:n]
 
-    def choose(self, question: Question, n_rows: int) -> Recall:
+    def choose(self, question: Question, n_rows: int, n_chosen: int) -> Recall:
         """See `choose`. The question's own rows leave the archive."""
         self.cut(question.start)
         keys, positions = [k for k, *_ in self.archive], self.archive[0][2].numpy()
-        return choose(question, keys, positions, n_rows, self.sinks, self.window_length)
+        return choose(question, keys, positions, n_rows, self.sinks, self.window_length, n_chosen)
 
     def recall(self, question: Question, positions: np.ndarray) -> None:
         """Go on where the question began, with the rows of these positions in all heads."""

@@ -1,0 +1,244 @@
+"""Learned filters: which rows of a text a repetition of it will look at, told from the rows alone.
+
+A text is read, and read again behind a request to repeat it. A row of the first reading is worth
+the largest weight that the second one gives it, times the length of what its value adds to the
+output: the score of KVzip+ (arXiv 2505.23416; 2601.07891, section 3). A linear map from what the
+cache holds at a position, the keys before RoPE and the values of all KV heads of the layer, is
+fitted to the logarithm of that score: one filter per layer and KV head, as those of Q-Filters, with
+a better target. The least squares take sums over rows only, so memory does not grow with the text.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import engine_log
+from ..config import QFilterError
+from ..machine import n_threads
+from ..offload import Cache
+from . import text
+from .capture_llama import LlamaModel
+
+REQUEST = "\n\nRepeat the previous context exactly.\n\n"
+LENGTH = 800
+"""Tokens of a text that is read twice, at most."""
+SINKS = 8
+"""First rows of a text, which everything looks at: they are left out."""
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""What is added to the diagonal, in parts of each input's variance; the held-out texts choose."""
+TEST_LENGTH, TEST_DOCUMENTS, RATIO, WINDOW = 1024, 4, 4, 32
+"""Of the test that decides: tokens of a document, documents, how far they are compressed once."""
+TINY = 1e-12
+AT_ONCE = 64 << 20
+"""Bytes of the weights of attention that are computed at once."""
+
+
+class ValueNorms:
+    """The length of what the value of a row adds to the output, for every query head."""
+
+    def __init__(self, output_weights):
+        """output_weights: layer -> the weight [n_embd, n_head*head_dim] behind attention."""
+        self._weights = output_weights
+        self._squares: dict[int, np.ndarray] = {}
+
+    def of(self, layer: int, values: np.ndarray, n_head: int) -> np.ndarray:
+        """[n_head, n] of the values [n_head_kv, n, head_dim]."""
+        n_head_kv, _, dim = values.shape
+        if layer not in self._squares:
+            weights = self._weights(layer).reshape(-1, n_head, dim).transpose(1, 0, 2)
+            self._squares[layer] = weights.transpose(0, 2, 1) @ weights
+        values = np.repeat(values, n_head // n_head_kv, axis=0)
+        squares = np.einsum("hnd,hnd->hn", values @ self._squares[layer], values)
+        return np.sqrt(np.maximum(squares, 0))
+
+
+class Repetition:
+    """Watches a text being read twice: what its rows are, and what they are worth.
+
+    rows: layer -> float32 [n, n_head_kv*(head_dim + head_dim of V)], keys before RoPE, then values
+    worth: layer -> float32 [n, n_head_kv], logarithms
+    """
+
+    def __init__(self, model, norms: ValueNorms, layers, n: int, start: int, total: int):
+        """n: tokens of the text; its repetition is at [start, total)."""
+        self._model, self._norms, self._layers = model, norms, set(layers)
+        self._n, self._start, self._total = n, start, total
+        self._largest: dict[int, np.ndarray] = {}
+        self.rows: dict[int, np.ndarray] = {}
+        self.worth: dict[int, np.ndarray] = {}
+
+    def add(self, call) -> None:
+        """The next attention call (capture_llama.Attention)."""
+        end = call.start + call.n_tokens
+        if call.layer not in self._layers or end <= self._start:
+            return
+        queries = call.queries(np.arange(max(self._start - call.start, 0), call.n_tokens))
+        keys = call.keys()
+        largest = np.concatenate(
+            [
+                _largest_weights(group, key, end - queries.shape[1], call.scale, call.softcap)
+                for group, key in zip(np.split(queries, len(keys)), keys, strict=True)
+            ]
+        )[:, : self._n]
+        before = self._largest.get(call.layer)
+        self._largest[call.layer] = largest if before is None else np.maximum(before, largest)
+        if end == self._total:
+            self._end(call.layer, keys[:, : self._n], call.values()[:, : self._n])
+
+    def _end(self, layer, keys, values):
+        largest = self._largest.pop(layer)
+        worth = largest * self._norms.of(layer, values, len(largest))
+        worth = worth.reshape(len(keys), -1, self._n).max(1)
+        self.worth[layer] = np.log(np.maximum(worth, TINY)).T
+        keys = self._model.before_rope(layer, np.arange(self._n), keys)
+        if keys is None:
+            raise QFilterError(
+                f"llama.cpp's graph does not show how RoPE turns the keys of layer {layer}"
+            )
+        parts = [x.transpose(1, 0, 2).reshape(self._n, -1) for x in (keys, values)]
+        self.rows[layer] = np.concatenate(parts, axis=1)
+
+
+def _largest_weights(queries, keys, start, scale, softcap):
+    """[n_head, n_keys]: the largest weight that a query [n_head, n, head_dim], the first one at
+    position `start`, gives to a key [n_keys, head_dim]."""
+    n_head, n, _ = queries.shape
+    step = max(1, AT_ONCE // (4 * n_head * len(keys)))
+    result = np.zeros((n_head, len(keys)), np.float32)
+    for i in range(0, n, step):
+        part = queries[:, i : i + step]
+        logits = (part * scale) @ keys.T
+        if softcap:
+            logits = softcap * np.tanh(logits / softcap)
+        positions = start + i + np.arange(part.shape[1])
+        logits[:, np.arange(len(keys)) > positions[:, None]] = -np.inf
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        np.maximum(result, weights.max(1), out=result)
+    return result
+
+
+class Sums:
+    """What least squares need of all rows of a layer."""
+
+    def __init__(self):
+        self._sums: dict[int, list[np.ndarray]] = {}
+
+    def add(self, rows: dict[int, np.ndarray], worth: dict[int, np.ndarray]) -> None:
+        """The rows of a text; see `Repetition`."""
+        for layer, x in rows.items():
+            x = np.concatenate([x, np.ones((len(x), 1))], axis=1)[SINKS:].astype(np.float64)
+            y = worth[layer][SINKS:].astype(np.float64)
+            new = [x.T @ x, x.T @ y, np.stack([y.sum(0), (y * y).sum(0)])]
+            old = self._sums.get(layer, [0, 0, 0])
+            self._sums[layer] = [a + b for a, b in zip(old, new, strict=True)]
+
+    def solve(self, layer: int, ridge: float) -> np.ndarray:
+        """[1 + n_in, n_head_kv], the constant last."""
+        square, product, _ = self._sums[layer]
+        mean = square[-1] / square[-1, -1]
+        penalty = ridge * (square.diagonal() - square[-1, -1] * mean**2)  # 0 for the constant
+        return np.linalg.solve(square + np.diag(penalty), product)
+
+    def explained(self, layer: int, weights: np.ndarray) -> np.ndarray:
+        """R^2 of weights on the rows that were added, for every KV head."""
+        square, product, (first, second) = self._sums[layer]
+        n = square[-1, -1]
+        error = second - 2 * (weights * product).sum(0) + (weights * (square @ weights)).sum(0)
+        spread = second - first**2 / n
+        return 1 - error / np.maximum(spread, TINY)
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted(self._sums)
+
+
+def solve(fitted: Sums, held_out: Sums) -> tuple[dict[int, np.ndarray], np.ndarray]:
+    """Layer -> filters float32 [n_head_kv, n_in], the largest number of each 1; and the held-out R^2
+    of every KV head of all layers in turn."""
+    filters, quality = {}, []
+    for layer in fitted.layers:
+        tried = [fitted.solve(layer, ridge) for ridge in RIDGES]
+        explained = [held_out.explained(layer, weights) for weights in tried]
+        best = int(np.argmax([found.mean() for found in explained]))
+        weights = tried[best][:-1].T
+        filters[layer] = (weights / np.abs(weights).max(1, keepdims=True)).astype(np.float32)
+        quality.append(explained[best])
+    return filters, np.concatenate(quality)
+
+
+def texts(gguf, sequences: list[list[int]], n: int, seed: int) -> list[list[int]]:
+    """n texts that are read twice: three fifths of the calibration's own, the others code, numbers
+    and tables, which a repetition looks at in other ways."""
+    n_code, n_tables = n // 4, n // 7
+    own = [tokens[:LENGTH] for tokens in sequences[: n - n_code - n_tables]]
+    length = max(map(len, own))
+    found = [own]
+    for source, count in ((text.code(), n_code), (text.tables(seed), n_tables)):
+        found.append(text.sequences(gguf, [source], count, length) if count else [])
+    # in turns, so that each kind is among those held out
+    order = [(i / len(part), tokens) for part in found for i, tokens in enumerate(part)]
+    return [tokens for _, tokens in sorted(order, key=lambda pair: pair[0])]
+
+
+def n_read(tokens: list[int]) -> int:
+    """Tokens that are read for a text, about."""
+    return 2 * len(tokens) + 16
+
+
+def opened(gguf, texts, n_gpu_layers) -> LlamaModel:
+    """The model, ready to read the longest of the texts twice."""
+    return LlamaModel(gguf, max(map(n_read, texts)) + 256, n_gpu_layers)
+
+
+def compare(gguf, filters, n_gpu_layers, seed: int) -> dict[str, float]:
+    """Policy -> loss per digit of needles in text that filters were not calibrated on, compressed
+    once to 1/RATIO; filters: of the file, which need not be in it yet."""
+    from ..engine import Model
+    from ..evaluation import needle, run, tasks
+    from ..evaluation.results import Results
+
+    variants = tuple(run.variants(["qblend", "learned"], [RATIO], None))
+    plan = run.Plan("prefill", variants, window_length=WINDOW, context={"n_threads": n_threads()})
+    with Model(gguf, n_gpu_layers=n_gpu_layers, caches=[Cache(2 * TEST_LENGTH)]) as model:
+        model.filters = filters
+        haystack = tasks.Haystack(tasks.read_text(None), lambda part: len(model.tokens(part)))
+        documents = needle.documents(haystack, [TEST_LENGTH], TEST_DOCUMENTS, 5, seed)
+        results = Results(None, {}, run.KEY)
+        with engine_log.errors():
+            run.run(model, documents, plan, results)
+    losses = {}
+    for variant in variants:
+        answers = run.answers(documents, variant, results)
+        losses[variant.policy] = sum(answer["nll"] for answer in answers) / len(answers)
+    return losses
+
+
+def calibrate(model, output_weights, layers, sequences, n_held_out: int, progress):
+    """Learned filters of a model.
+
+    Args:
+        model: a capture_llama.LlamaModel that can read each of the sequences twice.
+        output_weights: layer -> the weight [n_embd, n_head*head_dim] behind attention.
+        layers: whose rows are evicted.
+        sequences: tokens of the texts; the last n_held_out choose the ridge.
+        progress: called with numbers of tokens that were read.
+
+    Returns:
+        layer -> filters float32 [n_head_kv, n_in], and R^2 on the texts held out, of every KV head
+        of all layers in turn.
+
+    Raises:
+        QFilterError: llama.cpp's graph does not show what is needed, or a weight is missing.
+    """
+    request, norms = model.tokens(REQUEST), ValueNorms(output_weights)
+    n_first = len(sequences) - n_held_out
+    fitted, held_out = Sums(), Sums()
+    for i, tokens in enumerate(sequences):
+        start = len(tokens) + len(request)
+        total = start + len(tokens)
+        seen = Repetition(model, norms, layers, len(tokens), start, total)
+        model.read(tokens + request + tokens, seen.add)
+        (fitted if i < n_first else held_out).add(seen.rows, seen.worth)
+        progress(total)
+    return solve(fitted, held_out)
