@@ -133,11 +133,13 @@ def add_filters(plain: Path, path: Path, n_layer: int, n_head: int, rank: int) -
     weight = rng.standard_normal((n_layer, N_HEAD_KV, HEAD_DIM))
     weight /= np.linalg.norm(weight, axis=-1, keepdims=True)
     moments = rng.standard_normal((n_layer, n_head, 1 + rank, HEAD_DIM)) / HEAD_DIM
+    learned = rng.standard_normal((n_layer, N_HEAD_KV, 2 * N_HEAD_KV * HEAD_DIM))
     rows = dict(enumerate(weight.astype(np.float32)))
     vectors = {
         "filters": rows,
         "queries": rows,
         "moments": dict(enumerate(moments.astype(np.float16))),
+        "learned": dict(enumerate(learned.astype(np.float16))),
     }
     gguf_copy.write(plain, path, Filters(vectors, layout="norm"))
 

@@ -28,6 +28,7 @@ class Bounded(Context):
         weight=None,
         moments=None,
         queries=None,
+        learned=None,
         flags=0,
         bound=None,
         **params,
@@ -35,7 +36,9 @@ class Bounded(Context):
         """bound: fields of llama_qfilter_params; params: of llama_context_params."""
         params = context_params(n_ctx=n_ctx, n_batch=config.interval, **params)
         self.why_not = self.refusal(model, params)
-        vectors = {"filters": weight, "moments": moments, "queries": queries}
+        vectors = {
+            "filters": weight, "moments": moments, "queries": queries, "learned": learned
+        }  # fmt: skip
         super().__init__(
             model, params, config, {k: v for k, v in vectors.items() if v}, flags=flags,
             **(bound or {}),

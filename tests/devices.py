@@ -29,13 +29,14 @@ VECTORS = {
     "qfilters2": "moments",
     "qahead": "queries",
     "qblend": "queries",
+    "learned": "queries",
     "knorm": None,
     "keydiff": None,
     "kvdiff": None,
     "streaming": None,
     "random": None,
 }
-"""Policy -> what the tests give it."""
+"""Policy -> what the tests give it; learned ones besides."""
 BATCHES = np.random.default_rng(1).integers(3, tiny_models.VOCAB, (20, 8)).tolist()
 """Enough for 14 evictions with the sizes of `bounded.config`."""
 
@@ -177,7 +178,12 @@ class Shape:
             rows = rng.normal(size=(n_layer, self.n_head_kv, self.head_dim)).astype(np.float32)
             rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
             rows *= 10 if kind == "queries" else 1
-        return {kind: dict(zip(self.layers, rows, strict=True))}
+        vectors = {kind: dict(zip(self.layers, rows, strict=True))}
+        if policy == "learned":
+            size = (n_layer, self.n_head_kv, 2 * self.n_head_kv * self.head_dim)
+            rows = np.random.default_rng(3).normal(size=size).astype(np.float32)
+            vectors["learned"] = dict(zip(self.layers, rows, strict=True))
+        return vectors
 
     def context(self, model, policy, types=("f16", "f16"), sizes=None, **kwargs) -> bounded.Bounded:
         """A bounded context: of 48 rows, of which 8 go at a time, unless `sizes` says otherwise."""

@@ -176,8 +176,8 @@ LLAMA_API int32_t llama_qfilter_question(struct llama_context * ctx, llama_seq_i
 
 // score all archived rows by the largest weight that any query of the question gives them, in any layer and head; cut the
 // sequence back to where the question began, and fill its cells with at most n_rows rows, the same positions in all layers:
-// sinks, the newest, and those with the highest scores, each with 8 tokens before it and 24 after it. scores below 0.7 count
-// only up to a quarter of n_rows: more of them distract from the others
+// sinks, the newest, and those with the highest scores, each with up to 8 tokens before it and 24 after it. scores below 0.7
+// count only up to a quarter of n_rows, or 64: more of them distract from the others
 // n_rows 0: all cells but for the question, and for an answer half of what an eviction frees, at most an eighth of the cells
 // returns the number of tokens that are to be decoded again, those of the question; 0: nothing was evicted, the question
 // stays; < 0: error (nothing is changed; the sequence is cleared if rows may already have moved)

@@ -15,15 +15,17 @@
 #include <cstring>
 #include <stdexcept>
 
-// tokens that a row which is looked at brings along: a question points at the start of what it wants
-static const uint32_t LLAMA_QFILTER_RECALL_BEFORE = 8;
-static const uint32_t LLAMA_QFILTER_RECALL_AFTER  = 24;
+// tokens after it that a row which is looked at brings along, fewer where there is little room, and a third of that before it:
+// a question points at the start of what it wants
+static const uint32_t LLAMA_QFILTER_RECALL_AFTER_MIN = 16;
+static const uint32_t LLAMA_QFILTER_RECALL_AFTER_MAX = 24;
 
 // newest rows that stay in any case, at most
 static const uint32_t LLAMA_QFILTER_RECALL_NEWEST = 64;
 
-// rows with a smaller weight come back only up to a quarter of the rows that could: more of them distract from the others
-static const float LLAMA_QFILTER_RECALL_WEIGHT = 0.7f;
+// rows with a smaller weight come back only up to a quarter of the rows that could, or a few: more of them distract from the others
+static const float    LLAMA_QFILTER_RECALL_WEIGHT = 0.7f;
+static const uint32_t LLAMA_QFILTER_RECALL_LEAST  = 64;
 
 //
 // states in memory
@@ -253,11 +255,14 @@ llama_qfilter_result llama_memory_qfilter::choose(
     }
 
     // a row that is looked at brings its neighbours along
+    const size_t n_after  = std::min(std::max(n_rows/8, LLAMA_QFILTER_RECALL_AFTER_MIN), LLAMA_QFILTER_RECALL_AFTER_MAX);
+    const size_t n_before = n_after/3;
+
     std::vector<float> spread(n);
 
     for (size_t i = 0; i < n; ++i) {
-        const size_t i0 = i - std::min<size_t>(i, LLAMA_QFILTER_RECALL_AFTER);
-        const size_t i1 = std::min<size_t>(n, i + LLAMA_QFILTER_RECALL_BEFORE + 1);
+        const size_t i0 = i - std::min(i, n_after);
+        const size_t i1 = std::min(n, i + n_before + 1);
 
         spread[i] = *std::max_element(weights.begin() + i0, weights.begin() + i1);
 
@@ -356,7 +361,7 @@ int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
     // half of the cells is for rows that the archive does not have, if there are such
     const bool     is_whole = !st.incomplete && st.archive.pos_min == 0;
     const uint32_t n_choose = is_whole ? n_rows : std::max(n_sink + n_newest, n_rows/2);
-    const uint32_t n_least  = std::min(n_choose, n_sink + n_newest + n_rows/4);
+    const uint32_t n_least  = std::min(n_choose, n_sink + n_newest + std::max(n_rows/4, LLAMA_QFILTER_RECALL_LEAST));
 
     std::vector<llama_pos> rows;
 

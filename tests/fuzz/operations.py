@@ -280,7 +280,7 @@ class World:
         newest = min(settings.n_window, 64, (n_rows - settings.n_sink) // 4)
         if not sequence.lossy:
             most = min(n_rows, sum(p < start for p in sequence.archive))
-            least = min(most, settings.n_sink + newest + n_rows // 4)
+            least = min(most, settings.n_sink + newest + max(64, n_rows // 4))
             need(least <= len(chosen) <= most, f"{len(chosen)} rows, not {least} to {most}")
             n_rows = len(chosen)
         sequence.fill(start, n_rows, newest, chosen)

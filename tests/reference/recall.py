@@ -14,12 +14,13 @@ import torch
 from reference.cache import BoundedCache
 from reference.families import FamilyCache
 
-BEFORE, AFTER = 8, 24
-"""How many positions before and after it a position brings along that is looked at."""
+AFTER = 16, 24
+"""How many positions after it a position brings along that is looked at: an eighth of the rows, at
+least and at most these; and a third of that before it."""
 NEWEST, NEWEST_SHARE = 64, 4
 """How many of the last positions always stay, at most, and at most which part of the rows: 1 / 4."""
-WEIGHT, LEAST_SHARE = 0.7, 4
-"""Positions come back whose score is not smaller, and 1 / 4 of the rows whatever they score."""
+WEIGHT, LEAST, LEAST_SHARE = 0.7, 64, 4
+"""Positions come back whose score is not smaller; and 64 or 1 / 4 of the rows whatever they score."""
 
 
 @dataclass
@@ -97,10 +98,12 @@ def look(queries: Queries, keys: torch.Tensor) -> np.ndarray:
     return logits.softmax(-1).amax((0, 1)).numpy()
 
 
-def spread(weights: np.ndarray) -> np.ndarray:
+def spread(weights: np.ndarray, n_rows: int) -> np.ndarray:
     """The score of each row: the largest weight of those that bring it along."""
+    after = int(np.clip(n_rows // 8, *AFTER))
+    before = after // 3
     return np.array(
-        [weights[max(0, i - AFTER) : i + BEFORE + 1].max() for i in range(len(weights))]
+        [weights[max(0, i - after) : i + before + 1].max() for i in range(len(weights))]
     )
 
 
@@ -120,7 +123,7 @@ def choose(
     weights = np.zeros(len(positions))
     for queries in question.queries:
         weights = np.maximum(weights, look(queries, keys[queries.index]))
-    scores = spread(weights)
+    scores = spread(weights, n_rows)
     newest = min(window_length, NEWEST, (n_rows - sinks) // NEWEST_SHARE)
     by_age = np.arange(len(scores))
     always = (by_age < sinks) | (by_age >= len(scores) - newest)
@@ -135,7 +138,7 @@ def choose(
         positions[always],
         scores[chosen & ~always].min(initial=np.inf),
         scores[~chosen].max(initial=0),
-        min(n_rows, sinks + newest + n_rows // LEAST_SHARE),
+        min(n_rows, sinks + newest + max(LEAST, n_rows // LEAST_SHARE)),
         n_rows,
     )
 
