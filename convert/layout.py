@@ -131,7 +131,10 @@ class Weights:
         """The weight behind attention, expanded to float32 [n_embd, n_head*head_dim of V]."""
         name = f"blk.{layer}.attn_output.weight"
         if name not in self.tensors:
-            raise QFilterError(f"{self.path} has no tensor {name}")
+            raise QFilterError(
+                f"{self.path} has no tensor {name}, which learned filters need; leave out "
+                "--filters learned"
+            )
         return self._read(name)
 
     def _read(self, name):

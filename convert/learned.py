@@ -10,6 +10,10 @@ a better target. The least squares take sums over rows only, so memory does not 
 
 from __future__ import annotations
 
+import random
+import sysconfig
+from pathlib import Path
+
 import numpy as np
 
 from .. import engine_log
@@ -93,7 +97,8 @@ class Repetition:
         keys = self._model.before_rope(layer, np.arange(self._n), keys)
         if keys is None:
             raise QFilterError(
-                f"llama.cpp's graph does not show how RoPE turns the keys of layer {layer}"
+                f"llama.cpp's graph does not show how RoPE turns the keys of layer {layer}, which "
+                "learned filters need; leave out --filters learned"
             )
         parts = [x.transpose(1, 0, 2).reshape(self._n, -1) for x in (keys, values)]
         self.rows[layer] = np.concatenate(parts, axis=1)
@@ -167,6 +172,53 @@ def solve(fitted: Sums, held_out: Sums) -> tuple[dict[int, np.ndarray], np.ndarr
     return filters, np.concatenate(quality)
 
 
+def code() -> text.Source:
+    """Source code that comes with every Python: its standard library."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(path for path in folder.glob("*.py") if path.stat().st_size > 4000)
+    pieces = (path.read_text("utf-8", "replace")[:8000] + "\n\n" for path in paths[::3])
+    return text.Source("standard library", pieces)
+
+
+def tables(seed: int = 0) -> text.Source:
+    """Numbers as they stand in tables, lists, sentences and JSON, by chance."""
+    return text.Source("tables", _lines(random.Random(seed)))
+
+
+def _lines(rng):
+    words = [
+        "order",
+        "price",
+        "total",
+        "weight",
+        "room",
+        "phone",
+        "code",
+        "north",
+        "south",
+        "east",
+        "west",
+        "alpha",
+        "beta",
+        "gamma",
+    ]
+    while True:
+        word, other, n = (
+            rng.choice(words),
+            rng.choice(words),
+            rng.randrange(10 ** rng.randint(1, 7)),
+        )
+        row = " | ".join(str(rng.randrange(10 ** rng.randint(1, 6))) for _ in range(5))
+        yield rng.choice(
+            [
+                f"{row}\n",
+                f"{word}: {n}\n",
+                f"The {word} of the {other} is {n / 100:.2f}, its number is {n}.\n",
+                f'{{"{word}": {n}, "{other}": "{rng.choice(words)}"}}\n',
+            ]
+        )
+
+
 def texts(gguf, sequences: list[list[int]], n: int, seed: int) -> list[list[int]]:
     """n texts that are read twice: three fifths of the calibration's own, the others code, numbers
     and tables, which a repetition looks at in other ways."""
@@ -174,7 +226,7 @@ def texts(gguf, sequences: list[list[int]], n: int, seed: int) -> list[list[int]
     own = [tokens[:LENGTH] for tokens in sequences[: n - n_code - n_tables]]
     length = max(map(len, own))
     found = [own]
-    for source, count in ((text.code(), n_code), (text.tables(seed), n_tables)):
+    for source, count in ((code(), n_code), (tables(seed), n_tables)):
         found.append(text.sequences(gguf, [source], count, length) if count else [])
     # in turns, so that each kind is among those held out
     order = [(i / len(part), tokens) for part in found for i, tokens in enumerate(part)]

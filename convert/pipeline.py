@@ -100,6 +100,8 @@ def convert(
     started = time.monotonic()
     out, note = Path(out), note or (lambda line: None)
     learn = filters == LEARNED
+    if learn and calibration.num_sequences < HELD_OUT:
+        raise QFilterError(f"--filters learned needs --num-sequences {HELD_OUT} or more")
     filters = None if learn else filters
     path, backend, texts = _check(src, out, calibration, filters, quantize, outtype, force)
     progress = _Bars(bars)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import random
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -63,55 +62,6 @@ def _is_prose(paragraph):
     return (
         len(paragraph.split()) >= 8 and letters >= 0.85 * len(paragraph) and "::=" not in paragraph
     )
-
-
-def code() -> Source:
-    """Source code that comes with every Python: its standard library."""
-    import sysconfig
-
-    folder = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(path for path in folder.glob("*.py") if path.stat().st_size > 4000)
-    pieces = (path.read_text("utf-8", "replace")[:8000] + "\n\n" for path in paths[::3])
-    return Source("standard library", pieces)
-
-
-def tables(seed: int = 0) -> Source:
-    """Numbers as they stand in tables, lists, sentences and JSON, by chance."""
-    return Source("tables", _lines(random.Random(seed)))
-
-
-def _lines(rng):
-    words = [
-        "order",
-        "price",
-        "total",
-        "weight",
-        "room",
-        "phone",
-        "code",
-        "north",
-        "south",
-        "east",
-        "west",
-        "alpha",
-        "beta",
-        "gamma",
-    ]
-    while True:
-        word, other, n = (
-            rng.choice(words),
-            rng.choice(words),
-            rng.randrange(10 ** rng.randint(1, 7)),
-        )
-        row = " | ".join(str(rng.randrange(10 ** rng.randint(1, 6))) for _ in range(5))
-        yield rng.choice(
-            [
-                f"{row}\n",
-                f"{word}: {n}\n",
-                f"The {word} of the {other} is {n / 100:.2f}, its number is {n}.\n",
-                f'{{"{word}": {n}, "{other}": "{rng.choice(words)}"}}\n',
-            ]
-        )
 
 
 def sources(text_files=(), dataset=None, split=None, column=None) -> list[Source]:

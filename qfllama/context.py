@@ -128,7 +128,7 @@ class Context(Archived):
         """
         Args:
             params: llama_context_params, see `context_params`.
-            vectors: what the policy needs, see `schema.for_policy`.
+            vectors: what the policy needs, see `needs.for_policy`.
             bound: fields of llama_qfilter_params that shall be others than those of `config`.
 
         Raises:

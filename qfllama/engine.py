@@ -12,7 +12,7 @@ import llama_cpp
 import llama_cpp._internals as internals
 from llama_cpp._logger import set_verbose
 
-from qfllama import engine_log, native, offload, schema
+from qfllama import engine_log, native, needs, offload, schema
 from qfllama.config import QFilterConfig, QFilterError
 from qfllama.context import (
     Context,
@@ -138,9 +138,9 @@ class Model(internals.LlamaModel):
         if config is not None:
             config = config.for_file(self.filters)
             params = {"n_batch": config.interval} | params
-            schema.check_policy(self.path, self.filters, config.policy)
+            needs.check_policy(self.path, self.filters, config.policy)
             rope_type = llama_cpp.llama_model_rope_type(self.model)
-            vectors = schema.for_policy(self.filters, config.policy, self.shape, rope_type)
+            vectors = needs.for_policy(self.filters, config.policy, self.shape, rope_type)
         return Context(
             self, context_params(n_ctx=n_ctx, **params), config, vectors, verbose=self.verbose
         )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import llama_cpp
 import numpy as np
 
-from qfllama import engine_log, native, offload, schema, state
+from qfllama import engine_log, native, needs, offload, schema, state
 from qfllama.config import (
     CALIBRATED,
     MAX_LENGTH,
@@ -141,7 +141,7 @@ class Llama(Recalling, SavedStates):
             )
         self._filters = schema.read(model_path) if config.policy in CALIBRATED else None
         self.qfilter_config = config = config.for_file(self._filters)
-        schema.check_policy(model_path, self._filters, config.policy)
+        needs.check_policy(model_path, self._filters, config.policy)
 
     def _open(self, model_path: str, kwargs: dict) -> None:
         """Upstream's constructor; again with fewer layers on the GPU where "auto" were too many."""
@@ -181,7 +181,7 @@ class Llama(Recalling, SavedStates):
         if self.qfilter_config is not None:
             policy, shape = self.qfilter_config.policy, model_shape(self.model_path)
             rope_type = llama_cpp.llama_model_rope_type(model.model)
-            vectors = schema.for_policy(self._filters, policy, shape, rope_type)
+            vectors = needs.for_policy(self._filters, policy, shape, rope_type)
         return Context(model, params, self.qfilter_config, vectors, verbose=verbose)
 
     def _need_bound(self) -> None:

@@ -300,7 +300,7 @@ def check_fits(filters: Filters, shape: ModelShape) -> None:
             )
 
 
-def _check_layout(filters, rope_type):
+def check_layout(filters, rope_type):
     """QFilterError if filters are in another basis than the K rows of the running llama.cpp."""
     here = LAYOUTS.get(rope_type, f"rope type {rope_type}")
     if filters.layout not in (None, here):
@@ -315,61 +315,6 @@ def check_source(src, *, force=False) -> None:
     _, header = gguf_header.scan_first(src)
     if not force and any(key.startswith(PREFIX) for key in header.fields):
         raise QFilterError(f"{src} already has filters; replace them with --force")
-
-
-# -- what a policy takes
-
-
-def for_policy(
-    filters: Filters | None, policy: str, shape: ModelShape, rope_type: int
-) -> dict[str, dict]:
-    """What a policy that `check_policy` let pass takes: the kind of vectors -> model layer ->
-    array; {} if it needs none.
-
-    rope_type: `llama_model_rope_type` of the loaded model
-
-    Raises:
-        QFilterError: the filters don't belong to a model of this shape, or are in another layout.
-    """
-    if not BY_NAME[policy].needs:
-        return {}
-    check_fits(filters, shape)
-    _check_layout(filters, rope_type)
-    return {
-        kind: {
-            il: np.ascontiguousarray(rows, dtype=np.float32)
-            for il, rows in filters.vectors[kind].items()
-        }
-        for kind in BY_NAME[policy].takes(filters.vectors)
-    }
-
-
-def check_policy(path, filters: Filters | None, policy: str) -> None:
-    """Raises QFilterError if the file at `path`, with these filters, lacks what a policy needs."""
-    needs, learned = BY_NAME[policy].needs, BY_NAME[policy].learned
-    if not needs or (filters is not None and BY_NAME[policy].takes(filters.vectors)):
-        return
-    if filters is None:
-        raise QFilterError(
-            f"{path} has no filters for the policy {policy}: make them with "
-            f"`qfllama convert {path} -o OUT.gguf`, or use another policy (kvdiff needs none)"
-        )
-    if learned:
-        raise QFilterError(
-            f"{path} has no learned filters, which the policy {policy} needs: make them with "
-            f"`qfllama convert {path} -o OUT.gguf --filters learned --force`, or use another policy "
-            "(qblend)"
-        )
-    if "moments" in needs:
-        raise QFilterError(
-            f"{path} has no second moments, which the policy {policy} needs: make them with "
-            f"`qfllama convert {path} -o OUT.gguf --rank 16 --force`, or use another policy (qblend)"
-        )
-    raise QFilterError(
-        f"{path} has no mean queries, which the policy {policy} needs: use another policy "
-        f"(qblend), or calibrate with `qfllama convert {path} -o OUT.gguf --force`, which says "
-        "so if this model can have none"
-    )
 
 
 # -- writing

@@ -13,7 +13,7 @@ from qfllama.convert.capture_llama import LlamaModel
 from reference.families import interleaved
 from transformers import AutoModelForCausalLM
 
-from qfllama import QFilterConfig, schema
+from qfllama import QFilterConfig, needs, schema
 from qfllama.cli import main
 from qfllama.config import QFilterError
 from qfllama.engine import Model
@@ -162,9 +162,16 @@ def test_convert_writes_them_and_the_policy_that_is_better(tiny, tmp_path, monke
                 assert context.config.policy == policy
 
 
+def test_too_few_texts_to_hold_one_out_are_refused(tiny, tmp_path):
+    command = ["convert", str(tiny[1]), "-o", str(tmp_path / "out.gguf"), "--filters", "learned"]
+    done = CliRunner().invoke(main, [*command, "--num-sequences", "4"])
+    assert done.exit_code == 2 and "--num-sequences 5" in done.output
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_without_them_is_refused_with_what_to_do():
     with pytest.raises(QFilterError, match="no learned filters.*--filters learned"):
-        schema.check_policy("m.gguf", some_filters(), "learned")
+        needs.check_policy("m.gguf", some_filters(), "learned")
 
 
 def test_the_policy_of_a_file_goes_before_the_default_only():

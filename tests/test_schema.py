@@ -25,7 +25,7 @@ from gguf_files import (
 )
 from test_split import split
 
-from qfllama import gguf_copy, gguf_header, schema
+from qfllama import gguf_copy, gguf_header, needs, schema
 from qfllama.config import QFilterError
 from qfllama.filters import Filters
 from qfllama.fingerprint import fingerprint
@@ -254,7 +254,7 @@ def test_files_of_versions_1_and_2_are_read(tmp_path, queries, rank):
         np.testing.assert_array_equal(stacked(filters, "moments"), moments_like())
     assert [len(values) for values in filters.figures("spearman")] == [N_HEAD_KV] * N_LAYER
     shape = model_shape(path)
-    ((kind, arrays),) = schema.for_policy(filters, "qblend", shape, NEOX).items()
+    ((kind, arrays),) = needs.for_policy(filters, "qblend", shape, NEOX).items()
     assert kind == ("queries" if queries else "filters")
     np.testing.assert_array_equal(arrays[1], np.full((2, 8), 2.0 if queries else 1.0))
 
@@ -403,34 +403,34 @@ def test_unusable_moments_and_queries_are_not_written(model, tmp_path, kind, row
 def test_a_policy_takes_from_the_file_what_it_needs_or_says_what_is_missing(model):
     shape, filters = model_shape(model), some_filters()
     for policy in ("qfilters", "qblend"):
-        assert list(schema.for_policy(filters, policy, shape, NORM)) == ["filters"]
+        assert list(needs.for_policy(filters, policy, shape, NORM)) == ["filters"]
     with pytest.raises(QFilterError, match="mean queries.*qahead"):
-        schema.check_policy(model, filters, "qahead")
+        needs.check_policy(model, filters, "qahead")
     with pytest.raises(QFilterError, match="moments.*qfilters2.*--rank"):
-        schema.check_policy(model, filters, "qfilters2")
+        needs.check_policy(model, filters, "qfilters2")
     with pytest.raises(QFilterError, match="no filters.*qblend.*qfllama convert"):
-        schema.check_policy(model, None, "qblend")
+        needs.check_policy(model, None, "qblend")
     rows = stacked(filters)
     filters = rectangular(rows, queries=2 * rows, moments=moments_like())
     for policy, kind in [("qahead", "queries"), ("qblend", "queries"), ("qfilters2", "moments")]:
-        schema.check_policy(model, filters, policy)
-        ((found, arrays),) = schema.for_policy(filters, policy, shape, NORM).items()
+        needs.check_policy(model, filters, policy)
+        ((found, arrays),) = needs.for_policy(filters, policy, shape, NORM).items()
         assert found == kind
         for layer in filters.layers:
             assert arrays[layer].dtype == np.float32
             np.testing.assert_array_equal(arrays[layer], filters.vectors[kind][layer])
-    assert list(schema.for_policy(filters, "qfilters", shape, NORM)) == ["filters"]
+    assert list(needs.for_policy(filters, "qfilters", shape, NORM)) == ["filters"]
     for found in (filters, None):
-        schema.check_policy(model, found, "kvdiff")
-        assert schema.for_policy(found, "kvdiff", shape, NORM) == {}
+        needs.check_policy(model, found, "kvdiff")
+        assert needs.for_policy(found, "kvdiff", shape, NORM) == {}
 
 
 def test_filters_in_another_layout_than_llama_cpps_are_refused(model):
     shape = model_shape(model)
     with pytest.raises(QFilterError, match="norm.*neox.*qfllama convert"):
-        schema.for_policy(some_filters(), "qblend", shape, NEOX)
+        needs.for_policy(some_filters(), "qblend", shape, NEOX)
     with pytest.raises(QFilterError, match="norm.*77"):
-        schema.for_policy(some_filters(), "qblend", shape, 77)
+        needs.for_policy(some_filters(), "qblend", shape, 77)
 
 
 # -- provenance and figures

@@ -24,7 +24,8 @@ from qfllama.bench.plan import BASELINE, DECODED, QUESTION, Kind, Plan
 from qfllama.config import QFilterConfig, QFilterError
 from qfllama.engine import Context, Model
 from qfllama.machine import available_bytes, provenance
-from qfllama.schema import check_policy, read
+from qfllama.needs import check_policy
+from qfllama.schema import read
 
 SLICES = 8
 """Turns in which the tokens before a position are decoded; the median is taken over them."""

@@ -105,7 +105,7 @@ class Session:
 
     def _check(self) -> None:
         """Raises QFilterError or UsageError for what can be told before the model is loaded."""
-        from qfllama import schema
+        from qfllama import needs, schema
         from qfllama.evaluation import plots
 
         chosen = self._chosen
@@ -116,7 +116,7 @@ class Session:
         for name in ("json_file", "image", "results"):
             check_folder(chosen[name])
         for policy in set(chosen["policy"] or ()) & set(CALIBRATED):
-            schema.check_policy(chosen["path"], schema.read(chosen["path"]), policy)
+            needs.check_policy(chosen["path"], schema.read(chosen["path"]), policy)
 
     def _load(self) -> Model:
         from qfllama.engine import Model, cache_type
@@ -215,12 +215,12 @@ def check_folder(path: Path | None) -> None:
 
 def usable(model: Model) -> list[str]:
     """The full cache and every policy that the model's file has what it takes for."""
-    from qfllama import schema
+    from qfllama import needs
 
     names = [FULL]
     for policy in POLICIES:
         try:
-            schema.check_policy(model.path, model.filters, policy)
+            needs.check_policy(model.path, model.filters, policy)
         except QFilterError:
             continue
         names.append(policy)
