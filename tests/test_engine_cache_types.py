@@ -93,7 +93,8 @@ def stored_keys(rows: np.ndarray, type_name: str) -> np.ndarray:
     return keys.astype(np.float64)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+# what learned filters say was computed when a row was new: the fuzz tests and those of families know
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "learned"])
 @pytest.mark.parametrize("type_k", CACHE_TYPES)
 def test_what_stays_is_what_float64_scores_of_the_stored_rows_choose(model, tokens, type_k, policy):
     rng = np.random.default_rng(2)
