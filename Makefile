@@ -110,7 +110,6 @@ quality: $(INSTALLED) $(FILTERED)  ## needles, tasks and perplexity of every pol
 	$(call NEEDLE) --ratio 2,32 --json docs/needle_x32.json
 	$(call NEEDLE,1024$(COMMA)) --ratio 2,4,8 --policy full,qblend,qfilters,keydiff,streaming --plot docs/needle.png
 	$(call RECALL,recall_stream) --setting stream --ratio 4,8,16 --json docs/recall_stream.json --plot docs/recall.png
-	$(call RECALL,recall) --window-length 32 --ratio 8,16,32 --json docs/recall.json
 	$(call EVAL,needle,needle_stream) --recall off --setting stream --lengths 2048 --ratio 2,4,8 --documents 6 \
 		--policy full,qblend,kvdiff,qahead,qfilters,keydiff,streaming --json docs/needle_stream.json
 	$(call EVAL,ruler,ruler) --recall off --window-length 32 --lengths 2048 --ratio 4 --documents 6 \

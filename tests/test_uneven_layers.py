@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from qfllama.convert import export, text
 from qfllama.convert.capture_llama import LlamaModel
 
-from qfllama import Llama, QFilterConfig, schema
+from qfllama import Llama, QFilterConfig, gguf_copy, schema
 from qfllama.cli import main
 from qfllama.config import QFilterError
 from qfllama.policies import CALIBRATED
@@ -134,9 +134,23 @@ def test_the_engine_keeps_what_the_filters_of_each_layer_say(uneven):
     llm.close()
 
 
+@pytest.fixture(scope="module")
+def with_learned(uneven, tmp_path_factory):
+    """With learned filters, too: of random numbers."""
+    path, filters = tmp_path_factory.mktemp("learned") / "model.gguf", schema.read(uneven)
+    rng = np.random.default_rng(3)
+    filters.vectors["learned"] = {
+        layer: rng.standard_normal((n, 2 * n * HEAD_DIM)).astype(np.float16)
+        for layer, n in zip(filters.layers, filters.n_head_kv, strict=True)
+    }
+    gguf_copy.write(uneven, path, filters, force=True)
+    return path
+
+
 @pytest.mark.parametrize("policy", CALIBRATED)
-def test_every_policy_runs_on_layers_that_differ(uneven, policy):
+def test_every_policy_runs_on_layers_that_differ(uneven, with_learned, policy):
     tokens = text.sequences(uneven, [text.builtin()], 1, 256)[0]
+    uneven = with_learned if policy == "learned" else uneven
     config = QFilterConfig(max_length=128, interval=32, policy=policy)
     llm = Llama(str(uneven), n_ctx=512, qfilters=config, n_threads=1, verbose=False)
     llm.eval(tokens)

@@ -282,7 +282,7 @@ llama_memory_qfilter::filling llama_memory_qfilter::plan(
         }));
     }
 
-    const bool complete = n_min == shared.size() && n_min <= n && !st.incomplete && st.archive.pos_min == 0;
+    bool complete = n_min == shared.size() && n_min <= n && !st.incomplete && st.archive.pos_min == 0;
 
     filling f;
 
@@ -312,6 +312,8 @@ llama_memory_qfilter::filling llama_memory_qfilter::plan(
     for (uint32_t i = 0; i < n; ++i) {
         f.cells.push_back(i < n_first ? order.pos[i] : last(n - i));
     }
+
+    complete = complete && f.cells == shared; // not if positions in between were removed
 
     f.rows.resize((size_t) n_head_all*n);
 

@@ -158,6 +158,7 @@ class Sequence:
             ]
         n_rest = n - len(sinks)
         self.cells = [*sinks, *range(p0 - n_rest, p0)]
+        complete = complete and self.cells == shared  # no positions in between were removed
         self.compacted = 0 if complete or not n_rest else p0 - n_last
         self.archive = {p: row for p, row in self.archive.items() if p < p0}
 
