@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import sysconfig
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from .. import engine_log
 from ..config import QFilterError
 from ..machine import n_threads
 from ..offload import Cache
-from . import text
+from . import layout, text
 from .capture_llama import LlamaModel
 
 REQUEST = "\n\nRepeat the previous context exactly.\n\n"
@@ -63,10 +64,10 @@ class Repetition:
     worth: layer -> float32 [n, n_head_kv], logarithms
     """
 
-    def __init__(self, model, norms: ValueNorms, layers, n: int, start: int, total: int):
-        """n: tokens of the text; its repetition is at [start, total)."""
+    def __init__(self, model, norms: ValueNorms, layers, n: int, start: int):
+        """n: tokens of the text; its repetition is at [start, start + n)."""
         self._model, self._norms, self._layers = model, norms, set(layers)
-        self._n, self._start, self._total = n, start, total
+        self._n, self._start = n, start
         self._largest: dict[int, np.ndarray] = {}
         self.rows: dict[int, np.ndarray] = {}
         self.worth: dict[int, np.ndarray] = {}
@@ -86,7 +87,7 @@ class Repetition:
         )[:, : self._n]
         before = self._largest.get(call.layer)
         self._largest[call.layer] = largest if before is None else np.maximum(before, largest)
-        if end == self._total:
+        if end == self._start + self._n:
             self._end(call.layer, keys[:, : self._n], call.values()[:, : self._n])
 
     def _end(self, layer, keys, values):
@@ -238,9 +239,16 @@ def n_read(tokens: list[int]) -> int:
     return 2 * len(tokens) + 16
 
 
-def opened(gguf, texts, n_gpu_layers) -> LlamaModel:
-    """The model, ready to read the longest of the texts twice."""
-    return LlamaModel(gguf, max(map(n_read, texts)) + 256, n_gpu_layers)
+def add(filters, gguf, texts, n_held_out: int, n_gpu_layers, progress) -> float:
+    """Give the filters of a GGUF file learned ones, too; see `calibrate`. Returns the mean R^2."""
+    longest = max(map(n_read, texts))
+    with closing(LlamaModel(gguf, longest + 256, n_gpu_layers)) as model:
+        found, explained = calibrate(
+            model, layout.Weights(gguf).output, filters.layers, texts, n_held_out, progress
+        )
+    filters.vectors["learned"] = {il: rows.astype(np.float16) for il, rows in found.items()}
+    filters.quality["learned"] = explained.astype(np.float32)
+    return explained.mean()
 
 
 def compare(gguf, filters, n_gpu_layers, seed: int) -> dict[str, float]:
@@ -288,9 +296,8 @@ def calibrate(model, output_weights, layers, sequences, n_held_out: int, progres
     fitted, held_out = Sums(), Sums()
     for i, tokens in enumerate(sequences):
         start = len(tokens) + len(request)
-        total = start + len(tokens)
-        seen = Repetition(model, norms, layers, len(tokens), start, total)
+        seen = Repetition(model, norms, layers, len(tokens), start)
         model.read(tokens + request + tokens, seen.add)
         (fitted if i < n_first else held_out).add(seen.rows, seen.worth)
-        progress(total)
+        progress(start + len(tokens))
     return solve(fitted, held_out)

@@ -29,14 +29,11 @@ from . import (
     source,
     text,
 )
-from . import layout as layouts
 
 BACKENDS = ("torch", "llama")
 HELD_OUT = 5
 """One of so many sequences is held out to measure the fit on."""
-DTYPES = {
-    "filters": np.float32, "queries": np.float32, "moments": np.float16, "learned": np.float16
-}  # fmt: skip
+DTYPES = {"filters": np.float32, "queries": np.float32, "moments": np.float16}
 LEARNED = "learned"
 """For `filters`: calibrate learned filters, too, and find out whether they are better."""
 
@@ -253,26 +250,15 @@ def _learn(model, calibration, sequences, filters, note, progress):
     """Add learned filters, and the policy that is best in a test."""
     texts = learned.texts(model.gguf, sequences, calibration.num_sequences, calibration.seed)
     n_tokens = sum(map(learned.n_read, texts))
-    with (
-        progress("reading texts twice", n_tokens, " tokens") as bar,
-        closing(learned.opened(model.gguf, texts, calibration.n_gpu_layers)) as running,
-    ):
-        weights = layouts.Weights(model.gguf)
-        found, explained = learned.calibrate(
-            running,
-            weights.output,
-            filters.layers,
-            texts,
-            max(len(texts) // HELD_OUT, 1),
-            bar.update,
+    with progress("reading texts twice", n_tokens, " tokens") as bar:
+        explained = learned.add(
+            filters, model.gguf, texts, held_out(len(texts)), calibration.n_gpu_layers, bar.update
         )
-    filters.vectors["learned"] = {il: rows.astype(DTYPES["learned"]) for il, rows in found.items()}
-    filters.quality["learned"] = explained.astype(np.float32)
     losses = learned.compare(model.gguf, filters, calibration.n_gpu_layers, calibration.seed)
     filters.policy = min(losses, key=losses.get)
     shown = ", ".join(f"{policy} {loss:.2f}" for policy, loss in losses.items())
     note(
-        f"learned filters explain {explained.mean():.0%} of what a repetition looks at; loss of "
+        f"learned filters explain {explained:.0%} of what a repetition looks at; loss of "
         f"needles at x{learned.RATIO}: {shown}: {filters.policy} is the policy of this file"
     )
 

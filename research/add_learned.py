@@ -8,10 +8,8 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import closing
 
-import numpy as np
-from qfllama.convert import layout, learned, native_model, text
+from qfllama.convert import learned, pipeline, text
 
 from qfllama import gguf_copy, schema
 
@@ -26,16 +24,10 @@ def main() -> None:
     filters = schema.read(args.model)
     sequences = text.sequences(args.model, text.sources(tuple(args.text)), args.texts, 2048)
     texts = learned.texts(args.model, sequences, args.texts, seed=0)
-    layers = native_model.evicting_layers(args.model)
-    with closing(learned.opened(args.model, texts, "auto")) as model:
-        weights = layout.Weights(args.model)
-        found, explained = learned.calibrate(
-            model, weights.output, layers, texts, max(1, len(texts) // 5), lambda n: None
-        )
-    filters.vectors["learned"] = {il: rows.astype(np.float16) for il, rows in found.items()}
-    filters.quality["learned"] = explained.astype(np.float32)
+    n_held_out = pipeline.held_out(len(texts))
+    explained = learned.add(filters, args.model, texts, n_held_out, "auto", lambda n: None)
     gguf_copy.write(args.model, args.output, filters, force=True)
-    print(f"{args.output}: R^2 {explained.mean():.2f} on texts held out")
+    print(f"{args.output}: R^2 {explained:.2f} on texts held out")
 
 
 if __name__ == "__main__":

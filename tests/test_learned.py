@@ -77,7 +77,7 @@ def expected(tiny, tokens):
 def test_rows_and_their_worth_are_those_of_transformers(tiny, tokens, expected):
     norms = learned.ValueNorms(layout.Weights(tiny[1]).output)
     with closing(LlamaModel(tiny[1], 256)) as model:
-        seen = learned.Repetition(model, norms, [0, 1, 2], N, N + N_REQUEST, len(tokens))
+        seen = learned.Repetition(model, norms, [0, 1, 2], N, N + N_REQUEST)
         model.read(tokens, seen.add)
     for layer, (keys, values, score) in enumerate(expected):
         rows, worth = seen.rows[layer], seen.worth[layer]
@@ -92,7 +92,7 @@ def test_a_call_that_begins_before_the_repetition_counts_from_there(tiny, tokens
     for n_batch in (256, 20):
         monkeypatch.setattr("qfllama.convert.capture_llama.N_BATCH", n_batch)
         with closing(LlamaModel(tiny[1], 256)) as model:
-            seen = learned.Repetition(model, norms, [1], N, N + N_REQUEST, len(tokens))
+            seen = learned.Repetition(model, norms, [1], N, N + N_REQUEST)
             model.read(tokens, seen.add)
         found.append(seen.worth[1])
     np.testing.assert_allclose(found[0], found[1], atol=0.02)

@@ -264,7 +264,7 @@ void llama_memory_qfilter::init(llama_context * lctx) {
     }
 
     if (!learned.empty()) {
-        learned.init(lctx, layers);
+        learned.init(lctx);
 
         for (auto & w : workers) {
             learned.check(w->backend, learned_rows(*w, 0), n_cells);

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <stdexcept>
 
 // graph nodes and leaves per layer, at most
@@ -50,7 +49,7 @@ void llama_qfilter_learned::load(
     }
 }
 
-void llama_qfilter_learned::init(llama_context * lctx, const std::vector<llama_qfilter_layer> & layers) {
+void llama_qfilter_learned::init(llama_context * lctx) {
     for (size_t i = 0; i < layers.size(); ++i) {
         const auto & layer = layers[i];
 
@@ -96,6 +95,7 @@ void llama_qfilter_learned::build(bool on_host, const std::vector<rows> & src, c
 
     ggml_tensor * idx = input(GGML_TYPE_I32, n, 1, nullptr);
     ggml_tensor * pos = input(GGML_TYPE_I32, pos_graph.size(), 1, pos_graph.data());
+    ggml_tensor * rot = rotation.n_rot > 0 ? input(GGML_TYPE_F32, rotation.n_rot, rotation.n_rot, rotation.matrix->data()) : nullptr;
 
     for (const auto & s : src) {
         const auto & layer = layers[s.i];
@@ -113,10 +113,8 @@ void llama_qfilter_learned::build(bool on_host, const std::vector<rows> & src, c
         ggml_tensor * k = ggml_get_rows(ctx, s.k, idx); // F32
         ggml_tensor * v = ggml_get_rows(ctx, s.v, idx);
 
-        if (rotation.n_rot > 0) {
+        if (rot) {
             // its own inverse
-            ggml_tensor * rot = input(GGML_TYPE_F32, rotation.n_rot, rotation.n_rot, rotation.matrix->data());
-
             k = ggml_mul_mat(ctx, rot, ggml_reshape_2d(ctx, k, rotation.n_rot, n_k*n/rotation.n_rot));
             ggml_prec_set_acc(k, GGML_PREC_F32);
         }
@@ -183,22 +181,7 @@ llama_qfilter_result llama_qfilter_learned::score(
         }
     }
 
-    const auto status = ggml_backend_graph_compute(backend, graph.gf);
-    if (status == GGML_STATUS_ABORTED) {
-        return LLAMA_QFILTER_ABORTED;
-    }
-    if (status != GGML_STATUS_SUCCESS) {
-        LLAMA_LOG_ERROR("%s: failed to compute the scores: %d\n", __func__, status);
-        return LLAMA_QFILTER_FAILED;
-    }
-
-    out.clear();
-    for (auto * t : graph.outputs) {
-        out.resize(out.size() + ggml_nelements(t));
-        ggml_backend_tensor_get(t, out.data() + out.size() - ggml_nelements(t), 0, ggml_nbytes(t));
-    }
-
-    return LLAMA_QFILTER_DONE;
+    return graph.scores(backend, out);
 }
 
 ggml_gallocr_t llama_qfilter_learned::galloc(ggml_backend_t backend) {

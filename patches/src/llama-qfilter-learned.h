@@ -30,7 +30,7 @@ public:
                   llama_qfilter_rotation             rotation_v);
 
     // throws std::runtime_error if the context's graph does not show how RoPE turns the keys, or there is no memory
-    void init(llama_context * lctx, const std::vector<llama_qfilter_layer> & layers);
+    void init(llama_context * lctx);
 
     bool empty() const { return weights.empty(); }
 

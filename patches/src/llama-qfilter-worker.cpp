@@ -98,6 +98,25 @@ bool llama_qfilter_graph::alloc(ggml_gallocr_t galloc) {
     return ggml_gallocr_reserve(galloc, gf) && ggml_gallocr_alloc_graph(galloc, gf);
 }
 
+llama_qfilter_result llama_qfilter_graph::scores(ggml_backend_t backend, std::vector<float> & out) {
+    const auto status = ggml_backend_graph_compute(backend, gf);
+    if (status == GGML_STATUS_ABORTED) {
+        return LLAMA_QFILTER_ABORTED;
+    }
+    if (status != GGML_STATUS_SUCCESS) {
+        LLAMA_LOG_ERROR("%s: failed to compute the scores: %d\n", __func__, status);
+        return LLAMA_QFILTER_FAILED;
+    }
+
+    out.clear();
+    for (auto * t : outputs) {
+        out.resize(out.size() + ggml_nelements(t));
+        ggml_backend_tensor_get(t, out.data() + out.size() - ggml_nelements(t), 0, ggml_nbytes(t));
+    }
+
+    return LLAMA_QFILTER_DONE;
+}
+
 //
 // llama_qfilter_worker
 //
@@ -196,22 +215,7 @@ llama_qfilter_result llama_qfilter_worker::score(
 
     ggml_backend_tensor_set(graph.inputs[0], order.cells.data(), 0, ggml_nbytes(graph.inputs[0]));
 
-    const auto status = ggml_backend_graph_compute(backend, graph.gf);
-    if (status == GGML_STATUS_ABORTED) {
-        return LLAMA_QFILTER_ABORTED;
-    }
-    if (status != GGML_STATUS_SUCCESS) {
-        LLAMA_LOG_ERROR("%s: failed to compute the scores: %d\n", __func__, status);
-        return LLAMA_QFILTER_FAILED;
-    }
-
-    scores.clear();
-    for (auto * out : graph.outputs) {
-        scores.resize(scores.size() + ggml_nelements(out));
-        ggml_backend_tensor_get(out, scores.data() + scores.size() - ggml_nelements(out), 0, ggml_nbytes(out));
-    }
-
-    return LLAMA_QFILTER_DONE;
+    return graph.scores(backend, scores);
 }
 
 //

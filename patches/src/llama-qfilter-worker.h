@@ -42,6 +42,9 @@ struct llama_qfilter_graph {
     // which nodes share memory depends on their order, and that on the number of rows
     bool alloc(ggml_gallocr_t galloc);
 
+    // computes it and reads all outputs, F32, one after the other
+    llama_qfilter_result scores(ggml_backend_t backend, std::vector<float> & out);
+
     size_t n_bytes() const { return mem.capacity(); }
 
     ggml_cgraph * gf = nullptr;
