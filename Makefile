@@ -19,7 +19,10 @@ help:  ## this list
 demo: $(INSTALLED) $(FILTERED)  ## install, convert the test model, show what it gains
 	$(BIN)/python benchmarks/demo.py $(FILTERED)
 
-PYTEST = $(BIN)/python -m pytest
+# two processes of one thread each: most tests are of small models, and threads that wait for each other lose
+# ten times the time where other programs run beside them
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+JOBS  ?= 2
 
 test: $(INSTALLED) $(FILTERED)  ## the tests, but the slow ones
 	$(PYTEST) -m "not slow"

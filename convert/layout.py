@@ -132,8 +132,8 @@ class Weights:
         name = f"blk.{layer}.attn_output.weight"
         if name not in self.tensors:
             raise QFilterError(
-                f"{self.path} has no tensor {name}, which learned filters need; leave out "
-                "--filters learned"
+                f"{self.path} has no tensor {name}, which would tell what a value adds to the "
+                "output; leave out --filters learned, or --score replay"
             )
         return self._read(name)
 

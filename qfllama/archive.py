@@ -41,10 +41,11 @@ class Archived(internals.LlamaContext):
     """The part of `context.Context` that is about the archive; it needs the rest."""
 
     def question(self, seq: int = 0) -> None:
-        """The tokens of a sequence that are read from here on are a question, until `recall`.
+        """The tokens of a sequence that are read from here on are a question, until `recall`; -1:
+        not any more.
 
         Raises:
-            EngineError: no archive.
+            EngineError: no such sequence.
         """
         if native.question(self.ctx, seq) < 0:
             raise EngineError(native.last_error().decode())
@@ -58,6 +59,20 @@ class Archived(internals.LlamaContext):
         except BaseException:
             native.question(self.ctx, -1)
             raise
+
+    def weights(self, layer: int, n_cells: int, seq: int = 0) -> np.ndarray:
+        """How the question looks at the n_cells that were used before it, see
+        llama_qfilter_weights: the largest weight that each query head of a layer gives to each of
+        their rows, float32 [n_head, n_cells].
+
+        Raises:
+            EngineError: there is no question, it was more than one batch, or llama.cpp failed.
+        """
+        size = max(0, native.weights(self.ctx, seq, layer, None, 0))
+        out = np.empty(size, np.float32)
+        if native.weights(self.ctx, seq, layer, out.ctypes.data_as(native.FLOATS), size) < 0:
+            raise EngineError(native.last_error().decode())
+        return out.reshape(-1, n_cells)
 
     def recall(self, seq: int = 0, n_rows: int = 0) -> int:
         """Cut the question off again and fill the cells with the rows that it looks at.

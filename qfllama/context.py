@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import re
 import warnings
@@ -258,6 +259,10 @@ class Context(Archived):
             result.append(out.reshape(n_cells, size // max(1, n_cells)))
         return result[0], result[1]
 
+    def n_head_kv(self, layer: int, seq: int = 0) -> int:
+        """KV heads of a layer that evicts."""
+        return next(ih for ih in itertools.count() if self._n_kept(layer, ih, seq) < 0)
+
     def rewind_limit(self, seq: int = 0) -> int:
         """The first position to which a sequence can be cut back."""
         return native.rewind_limit(self.ctx, seq)
@@ -326,11 +331,19 @@ class Context(Archived):
 
     # -- compressing, saving, restoring
 
-    def compress(self, n_cells: int, window: int | None = None, seq: int = 0) -> bool:
+    def compress(
+        self,
+        n_cells: int,
+        window: int | None = None,
+        seq: int = 0,
+        scores: np.ndarray | None = None,
+    ) -> bool:
         """Compact a sequence to n_cells now; was there anything to do?
 
         Args:
             window: last positions that stay; by default `QFilterConfig.window_of(n_cells)`.
+            scores: in place of the policy's: float32 [heads, cells used], the KV heads of all
+                layers that evict, the cells in the order of `kept`.
 
         Raises:
             EngineError: llama.cpp failed; what the sequence has left is in `n_past`.
@@ -338,7 +351,13 @@ class Context(Archived):
         window = self.config.window_of(n_cells) if window is None else window
         if n_cells >= self.used(seq):
             return False
-        if (code := native.compress(self.ctx, seq, n_cells, window)) < 0:
+        if scores is None:
+            code = native.compress(self.ctx, seq, n_cells, window)
+        else:
+            scores = np.ascontiguousarray(scores, np.float32)
+            data = scores.ctypes.data_as(native.FLOATS)
+            code = native.compress_scored(self.ctx, seq, n_cells, window, data, scores.size)
+        if code < 0:
             raise EngineError(f"llama_qfilter_compress failed: {native.last_error().decode()}")
         return code == 0
 

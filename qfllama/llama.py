@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
 import os
 import warnings
-from typing import NamedTuple
 
 import llama_cpp
 import numpy as np
 
-from qfllama import engine_log, native, needs, offload, schema, state
+from qfllama import engine_log, native, needs, offload, schema
+from qfllama.compressing import Compressing
 from qfllama.config import (
     CALIBRATED,
     MAX_LENGTH,
-    EngineError,
     QFilterConfig,
     QFilterError,
     QFilterWarning,
@@ -26,13 +23,6 @@ from qfllama.recalling import Recalling
 from qfllama.saving import SavedStates
 from qfllama.shape import model_shape
 from qfllama.turns import Turns, in_turn, stream_in_turn
-
-
-class Compressed(NamedTuple):
-    """Cells used before and after `Llama.compress`."""
-
-    before: int
-    after: int
 
 
 def cache_figures(stats: native.Stats) -> dict[str, int]:
@@ -60,7 +50,7 @@ def cache_figures(stats: native.Stats) -> dict[str, int]:
     }
 
 
-class Llama(Recalling, SavedStates):
+class Llama(Compressing, Recalling, SavedStates):
     """A drop-in `llama_cpp.Llama` whose KV cache can be bounded.
 
     Takes every parameter of `llama_cpp.Llama`, and:
@@ -303,56 +293,6 @@ class Llama(Recalling, SavedStates):
         """
         self._need_bound()
         return self._ctx.rewind_limit() if self.n_tokens > 0 else 0
-
-    @in_turn
-    def compress(self, *, ratio: float | None = None, max_length: int | None = None) -> Compressed:
-        """Compact the cache now, to `1 / ratio` of its cells or to `max_length` cells.
-
-        The setting of the paper: the whole prompt is read at full size, then compressed once. For
-        that the cache has to hold the prompt, and the window should be small (without a
-        `window_length` in the config it is a quarter of what is left):
-
-            config = QFilterConfig(max_length=32768, window_length=64)
-            llm = Llama("model-qf.gguf", n_ctx=32768, qfilters=config)
-            llm.eval(llm.tokenize(text))
-            llm.compress(ratio=8)
-
-        Positions go on as if nothing had happened: `n_tokens` and `input_ids` stay, a prompt that
-        begins with the same tokens is not read again, and the logits of the last position are
-        still there. Only `rewind_limit` rises. The allocated memory stays what it is:
-        `save_prompt` gives what is left to a smaller cache.
-
-        Returns:
-            cells before and after; the same number if there was nothing to do.
-
-        Raises:
-            QFilterError: no bounded cache, not exactly one of the two arguments, or fewer cells
-                than sinks and window take.
-            RuntimeError: the engine failed; what it lost doesn't count as read any more.
-        """
-        self._need_bound()
-        before = self._ctx.used()
-        wanted = state.cells_wanted(before, ratio, max_length)
-        if wanted >= before:
-            return Compressed(before, before)
-        config = self.qfilter_config
-        least = next(n for n in itertools.count(1) if n >= self._always_kept(n))
-        if wanted < least:
-            raise QFilterError(
-                f"{wanted} cells can't hold {config.sinks} sinks and a window of "
-                f"{config.window_of(wanted)}: use a max_length >= {least} (of {before} cells a ratio "
-                f"<= {math.floor(10 * before / least) / 10:g}), or a smaller window_length"
-            )
-        try:
-            self._ctx.compress(wanted)
-        except EngineError:
-            self._recount_after_failure()
-            raise
-        return Compressed(before, self._ctx.used())
-
-    def _always_kept(self, n_cells: int) -> int:
-        """Sinks and window where the cache is compressed to n_cells."""
-        return self.qfilter_config.sinks + max(1, self.qfilter_config.window_of(n_cells))
 
     @in_turn
     def reset(self):

@@ -198,7 +198,18 @@ init_from_model = declare(
     POINTER(Params),
 )
 
+FLOATS = POINTER(ctypes.c_float)
 compress = declare("llama_qfilter_compress", c_int32, _context_p, c_int32, c_uint32, c_uint32)
+compress_scored = declare(
+    "llama_qfilter_compress_scored",
+    c_int32,
+    _context_p,
+    c_int32,
+    c_uint32,
+    c_uint32,
+    FLOATS,
+    c_size_t,
+)
 room = declare("llama_qfilter_room", c_int32, _context_p, c_int32)
 rewind_limit = declare("llama_qfilter_rewind_limit", c_int32, _context_p, c_int32)
 kept = declare(
@@ -215,6 +226,7 @@ rows = declare(
     "llama_qfilter_rows", c_size_t, _context_p, c_int32, c_int32, c_bool, c_void_p, c_size_t
 )
 question = declare("llama_qfilter_question", c_int32, _context_p, c_int32)
+weights = declare("llama_qfilter_weights", c_int32, _context_p, c_int32, c_int32, FLOATS, c_size_t)
 recall = declare("llama_qfilter_recall", c_int32, _context_p, c_int32, c_uint32)
 recalled = declare(
     "llama_qfilter_recalled", c_int32, _context_p, c_int32, POINTER(c_int32), c_size_t

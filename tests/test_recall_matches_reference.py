@@ -176,7 +176,7 @@ def ask_alone(folder, name, type_k, flags, config, n_text, n_questions, n):
             n_rows = config.n_keep - 10 * i
             assert context.recall(n_rows=n_rows) == n
             chosen = context.kept(LAYERS[name][0], 0)
-            choices.append(own.choose(context, n_rows, len(chosen)), chosen)
+            choices.append(own.choose(context, n_rows), chosen)
             context.read(tokens[start : start + n])
     return choices
 
@@ -203,5 +203,17 @@ def test_of_the_newest_no_more_than_64_stay_in_any_case(folder):
     config = QFilterConfig(max_length=768, window_length=100, sinks=4, interval=128, policy="knorm")
     choices = ask_alone(folder, "llama", "f16", 0, config, 1500, 1, 64)
     ours, engine = choices.pairs[0]
-    assert len(ours.always) == 4 + 64
-    assert np.array_equal(ours.chosen, engine)
+    assert ours.always.sum() == 4 + 64
+    assert np.array_equal(ours.positions[ours.choose()], engine)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_beyond_a_quarter_rows_come_back_that_a_query_gives_its_attention(folder, how):
+    config = QFilterConfig(max_length=768, window_length=40, sinks=4, interval=128, policy="knorm")
+    choices = ask_alone(folder, "llama", "f16", HOW[how], config, 1500, 3, 3)
+    for ours, engine in choices.pairs:
+        assert ours.n_least < len(engine) < ours.n_rows
+        assert ours.choose(share=0.9).sum() < len(engine) < ours.choose(share=0.4).sum()
+    share, ties = choices.report(how, 1e-4)
+    assert share >= 0.995
+    assert ties == 0

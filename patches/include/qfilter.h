@@ -135,6 +135,16 @@ LLAMA_API struct llama_context * llama_qfilter_init_from_model(
 // returns 0: done, 1: nothing to do, < 0: error (the sequence is cleared if rows may already have moved)
 LLAMA_API int32_t llama_qfilter_compress(struct llama_context * ctx, llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window);
 
+// the same by scores of the caller's: [heads][cells], all KV heads of all layers that evict, by layer, and for each the cells
+// of the sequence in the order of llama_qfilter_kept(); n_scores: their number
+LLAMA_API int32_t llama_qfilter_compress_scored(
+        struct llama_context * ctx,
+                llama_seq_id   seq_id,
+                    uint32_t   n_keep,
+                    uint32_t   n_window,
+                 const float * scores,
+                      size_t   n_scores);
+
 // tokens that still fit into the cells of a sequence, 0: they are full; < 0: no such sequence or no bounded cache
 LLAMA_API int32_t llama_qfilter_room(const struct llama_context * ctx, llama_seq_id seq_id);
 
@@ -171,17 +181,24 @@ LLAMA_API size_t llama_qfilter_rows(
 // as it returned, once more. they now see the rows that they look at, whenever these were evicted
 
 // the tokens of a sequence that are decoded from here on are the question, until llama_qfilter_recall(). batches with
-// tokens of other sequences spoil it. seq_id -1: there is no question. returns < 0: no archive, no such sequence
+// tokens of other sequences spoil it. seq_id -1: there is no question. returns < 0: no such sequence
 LLAMA_API int32_t llama_qfilter_question(struct llama_context * ctx, llama_seq_id seq_id);
 
 // score all archived rows by the largest weight that any query of the question gives them, in any layer and head; cut the
 // sequence back to where the question began, and fill its cells with at most n_rows rows, the same positions in all layers:
-// sinks, the newest, and those with the highest scores, each with up to 8 tokens before it and 24 after it. scores below 0.7
-// count only up to a quarter of n_rows, or 64: more of them distract from the others
+// sinks, the newest, and those with the highest scores, each with up to 8 tokens before it and 24 after it. a quarter of
+// n_rows, or 64, come back in any case; more of them only if they are among the few rows, with a weight above 0.1 each, that
+// get 0.7 of a query's attention together: others distract
 // n_rows 0: all cells but for the question, and for an answer half of what an eviction frees, at most an eighth of the cells
 // returns the number of tokens that are to be decoded again, those of the question; 0: nothing was evicted, the question
 // stays; < 0: error (nothing is changed; the sequence is cleared if rows may already have moved)
 LLAMA_API int32_t llama_qfilter_recall(struct llama_context * ctx, llama_seq_id seq_id, uint32_t n_rows);
+
+// how the queries of a question look at what the cells held before it, at layer il: the largest weight that each query head
+// gives to the row of each cell, in a softmax over all rows that it sees, into out (at most capacity numbers): [n_head][n],
+// n: cells before the question, in the order of llama_qfilter_kept(). the question, which goes on, has to be one batch of at
+// most n_ubatch tokens; it needs no archive. returns n_head*n (which may exceed capacity), < 0: error
+LLAMA_API int32_t llama_qfilter_weights(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, float * out, size_t capacity);
 
 // the positions that the last recall of a sequence brought back, those that some head did not have, ascending, into out (at
 // most capacity). returns their number (which may exceed capacity), < 0: no such sequence or no bounded cache

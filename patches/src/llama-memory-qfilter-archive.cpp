@@ -49,7 +49,7 @@ void llama_memory_qfilter::init_archive(const llama_qfilter_params & params) {
 void llama_memory_qfilter::init_scorers() {
     const size_t n_bytes_part = flags & LLAMA_QFILTER_FLAG_SMALL_PARTS ? 32*1024 : 64*1024*1024;
 
-    for (size_t i = 0; store && i < workers.size(); ++i) {
+    for (size_t i = 0; i < workers.size(); ++i) {
         const bool on_host = is_on_host(workers[i]->layers[0]);
 
         auto scorer = std::make_unique<llama_qfilter_scorer>(workers[i]->backend, on_host, threads, n_bytes_part);

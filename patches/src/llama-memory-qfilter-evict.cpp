@@ -70,7 +70,7 @@ int32_t llama_memory_qfilter::decode_error() const {
     return error;
 }
 
-int32_t llama_memory_qfilter::compress(llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window) {
+int32_t llama_memory_qfilter::compress(llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window, const float * given, size_t n_given) {
     if (!has(seq_id)) {
         return -1;
     }
@@ -79,16 +79,24 @@ int32_t llama_memory_qfilter::compress(llama_seq_id seq_id, uint32_t n_keep, uin
         return -1;
     }
 
+
+    const size_t n_scores = (size_t) n_head_all*kv.v_cells[seq_id].get_used();
+
+    if (given && n_given != n_scores) {
+        llama_qfilter_note_error(format("%zu scores were given, the rows of all heads are %zu", n_given, n_scores));
+        return -1;
+    }
+
     lctx->memory_update(false); // pending copies
 
-    switch (const auto res = evict(seq_id, n_keep, n_window)) {
+    switch (const auto res = evict(seq_id, n_keep, n_window, given)) {
         case LLAMA_QFILTER_REFUSED: return  1;
         case LLAMA_QFILTER_ABORTED: return -1;
         default:                    return res;
     }
 }
 
-llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window) {
+llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window, const float * given) {
     llama_qfilter_selection sel;
 
     sel.order    = order_of(seq_id);
@@ -129,7 +137,15 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
 
     for (auto & w : workers) {
         for (size_t i0 = 0; i0 < w->layers.size(); i0 += w->n_layers_at_once()) {
-            if (policy.score) {
+            if (given) {
+                scores.clear();
+                for (size_t i = i0; i < std::min(i0 + w->n_layers_at_once(), w->layers.size()); ++i) {
+                    const auto & layer = w->layers[i];
+
+                    const float * s = given + (size_t) layer.head0*sel.order.n();
+                    scores.insert(scores.end(), s, s + (size_t) layer.n_head*sel.order.n());
+                }
+            } else if (policy.score) {
                 const auto res = w->score(i0, seq_id, sel.order, scores);
                 if (res != LLAMA_QFILTER_DONE) {
                     llama_qfilter_note_error(format("no scores from %s: %s", ggml_backend_name(w->backend),
@@ -141,7 +157,7 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
             }
 
             const int64_t t0 = ggml_time_us();
-            if (!select(*w, i0, sel)) {
+            if (!select(*w, i0, !given && !scores_learned.empty(), sel)) {
                 llama_qfilter_note_error("failed to select rows");
                 return LLAMA_QFILTER_FAILED;
             }
@@ -256,7 +272,7 @@ static llama_qfilter_norm_info llama_qfilter_norm_of(const float * x, uint32_t n
 }
 
 // from scores to sel.best. false: not all of it was done
-bool llama_memory_qfilter::select(const llama_qfilter_worker & w, size_t i0, llama_qfilter_selection & sel) {
+bool llama_memory_qfilter::select(const llama_qfilter_worker & w, size_t i0, bool with_learned, llama_qfilter_selection & sel) {
     const uint32_t n      = sel.order.n();
     const uint32_t n_cand = n - sel.n_sink - sel.n_window; // ranks [n_sink, n - n_window)
 
@@ -286,7 +302,7 @@ bool llama_memory_qfilter::select(const llama_qfilter_worker & w, size_t i0, lla
         for (uint32_t r = 0; r < n_cand; ++r) {
             cands[r] = { std::isnan(s[r]) ? -INFINITY : s[r], sel.n_sink + r };
         }
-        if (!scores_learned.empty()) {
+        if (with_learned) {
             const float * t = scores_learned.data() + (size_t) heads[i]*n + sel.n_sink;
 
             const auto ns = llama_qfilter_norm_of(s, n_cand);

@@ -23,9 +23,10 @@ static const uint32_t LLAMA_QFILTER_RECALL_AFTER_MAX = 24;
 // newest rows that stay in any case, at most
 static const uint32_t LLAMA_QFILTER_RECALL_NEWEST = 64;
 
-// rows with a smaller weight come back only up to a quarter of the rows that could, or a few: more of them distract from the others
-static const float    LLAMA_QFILTER_RECALL_WEIGHT = 0.7f;
-static const uint32_t LLAMA_QFILTER_RECALL_LEAST  = 64;
+// rows come back if a query gives this share of its attention to them and a few others; the rest only up to a quarter of the
+// rows that could, or a few: more of them distract from the others
+static const float    LLAMA_QFILTER_RECALL_SHARE = 0.7f;
+static const uint32_t LLAMA_QFILTER_RECALL_LEAST = 64;
 
 //
 // states in memory
@@ -123,10 +124,6 @@ int32_t llama_memory_qfilter::question(llama_seq_id seq_id) {
     if (!has(seq_id)) {
         return -1;
     }
-    if (!store) {
-        llama_qfilter_note_error("there is no archive to recall from");
-        return -1;
-    }
 
     auto res = std::make_unique<llama_qfilter_asked>();
 
@@ -168,6 +165,9 @@ std::unique_ptr<llama_qfilter_asked> llama_memory_qfilter::end_question() {
 }
 
 void llama_memory_qfilter::note_question(const llama_batch & batch) {
+    if (asked) {
+        asked->n_batches++;
+    }
     for (int32_t i = 0; asked && i < batch.n_tokens; ++i) {
         if (batch.n_seq_id[i] != 1 || batch.seq_id[i][0] != asked->seq_id) {
             asked->why_not = "it was read together with other sequences";
@@ -181,6 +181,28 @@ void llama_memory_qfilter::note_question(const llama_batch & batch) {
         }
         asked->n++;
     }
+}
+
+std::string llama_memory_qfilter::why_no_question(const llama_qfilter_asked * question, llama_seq_id seq_id) const {
+    if (!question || question->seq_id != seq_id || question->n == 0) {
+        return "no question was read";
+    }
+    if (!question->why_not.empty()) {
+        return "the question can't be used, " + question->why_not;
+    }
+    if (kv.seq_pos_max(seq_id) != question->p0 + (llama_pos) question->n - 1) {
+        return "the sequence does not end with the question";
+    }
+    for (size_t i = 0; i < layers.size(); ++i) {
+        for (uint32_t ih = 0; ih < layers[i].n_head; ++ih) {
+            const size_t n = question->layers[i].n(layers[i], ih);
+
+            if (n == 0 || n % question->n != 0) {
+                return format("the queries of layer %d are not to be had", layers[i].il);
+            }
+        }
+    }
+    return "";
 }
 
 bool llama_memory_qfilter::eval(ggml_tensor * t, bool ask) {
@@ -231,7 +253,7 @@ llama_qfilter_result llama_memory_qfilter::choose(
 
     archive_sync();
 
-    std::vector<float> weights(n, 0.0f);
+    std::vector<llama_qfilter_looks> looks; // of KV heads; the same index in all layers
 
     for (size_t i = 0; i < layers.size(); ++i) {
         const auto & l = store_layers[i];
@@ -248,7 +270,9 @@ llama_qfilter_result llama_memory_qfilter::choose(
             }
         }
 
-        const auto res = scorers[worker_of(layers[i])]->score(layers[i], question.layers[i], runs, weights);
+        looks.resize(std::max<size_t>(looks.size(), layers[i].n_head), llama_qfilter_looks(n));
+
+        const auto res = scorers[worker_of(layers[i])]->score(layers[i], question.layers[i], runs, n_sink, {}, looks);
         if (res != LLAMA_QFILTER_DONE) {
             return res;
         }
@@ -258,17 +282,21 @@ llama_qfilter_result llama_memory_qfilter::choose(
     const size_t n_after  = std::min(std::max(n_rows/8, LLAMA_QFILTER_RECALL_AFTER_MIN), LLAMA_QFILTER_RECALL_AFTER_MAX);
     const size_t n_before = n_after/3;
 
-    std::vector<float> spread(n);
+    std::vector<float> score(n, 0.0f);
+    std::vector<float> share(n, 0.0f);
 
     for (size_t i = 0; i < n; ++i) {
         const size_t i0 = i - std::min(i, n_after);
         const size_t i1 = std::min(n, i + n_before + 1);
 
-        spread[i] = *std::max_element(weights.begin() + i0, weights.begin() + i1);
+        for (const auto & l : looks) {
+            score[i] = std::max(score[i], *std::max_element(l.weights.begin() + i0, l.weights.begin() + i1));
+            share[i] = std::max(share[i], *std::max_element(l.shares .begin() + i0, l.shares .begin() + i1));
+        }
 
         // sinks and the newest
         if (i < n_sink || i + n_window >= n) {
-            spread[i] = INFINITY;
+            score[i] = INFINITY;
         }
     }
 
@@ -277,14 +305,14 @@ llama_qfilter_result llama_memory_qfilter::choose(
         order[i] = i;
     }
 
-    n_rows = std::min<size_t>(n_rows, n);
-
-    std::partial_sort(order.begin(), order.begin() + n_rows, order.end(), [&](uint32_t a, uint32_t b) {
-        return spread[a] > spread[b] || (spread[a] == spread[b] && a > b);
+    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
+        return score[a] > score[b] || (score[a] == score[b] && a > b);
     });
 
-    for (uint32_t i = 0; i < n_rows && (i < n_least || spread[order[i]] >= LLAMA_QFILTER_RECALL_WEIGHT); ++i) {
-        rows.push_back(pos[order[i]]);
+    for (size_t i = 0; i < n && rows.size() < n_rows; ++i) {
+        if (i < n_least || share[order[i]] >= LLAMA_QFILTER_RECALL_SHARE) {
+            rows.push_back(pos[order[i]]);
+        }
     }
     std::sort(rows.begin(), rows.end());
 
@@ -307,23 +335,11 @@ int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
         return -1;
     };
 
-    if (!question || question->seq_id != seq_id || question->n == 0) {
-        return refuse("no question was read");
+    if (const auto why = why_no_question(question.get(), seq_id); !why.empty()) {
+        return refuse(why);
     }
-    if (!question->why_not.empty()) {
-        return refuse("the question can't be used, " + question->why_not);
-    }
-    if (kv.seq_pos_max(seq_id) != question->p0 + (llama_pos) question->n - 1) {
-        return refuse("the sequence does not end with the question");
-    }
-    for (size_t i = 0; i < layers.size(); ++i) {
-        for (uint32_t ih = 0; ih < layers[i].n_head; ++ih) {
-            const size_t n = question->layers[i].n(layers[i], ih);
-
-            if (n == 0 || n % question->n != 0) {
-                return refuse(format("the queries of layer %d are not to be had", layers[i].il));
-            }
-        }
+    if (!store) {
+        return refuse("there is no archive");
     }
     if (st.table.p1 == 0) {
         return 0; // all rows are there

@@ -24,6 +24,8 @@ struct llama_qfilter_asked {
     llama_pos p0 = -1;
     uint32_t  n  = 0; // tokens
 
+    uint32_t n_batches = 0;
+
     std::string why_not; // can't be one
 
     std::vector<llama_qfilter_queries> layers;
@@ -104,7 +106,8 @@ public:
     // what llama_decode() shall return after init_batch() has returned nullptr
     int32_t decode_error() const;
 
-    int32_t compress(llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window);
+    // given: scores of all rows in place of the policy's, see llama_qfilter_compress_scored(), or nullptr
+    int32_t compress(llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window, const float * given, size_t n_given);
 
     int32_t   room        (llama_seq_id seq_id) const;
     llama_pos rewind_limit(llama_seq_id seq_id) const;
@@ -122,6 +125,9 @@ public:
     // cut the question back and fill the cells with n_rows rows, those that it looks at; n_rows 0: as
     // many as leave the answer room. returns the tokens of the question
     int32_t recall(llama_seq_id seq_id, uint32_t n_rows);
+
+    // how the question's queries look at the cells before it, see llama_qfilter_weights()
+    int32_t weights(llama_seq_id seq_id, int32_t il, float * out, size_t capacity);
 
     // called by the context's scheduler
     bool eval(ggml_tensor * t, bool ask);
@@ -266,7 +272,8 @@ private:
     int32_t make_room(const llama_batch & batch);
 
     // LLAMA_QFILTER_REFUSED: there is nothing to drop
-    llama_qfilter_result evict(llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window);
+    // given: [n_head_all, n] scores in place of the policy's, or nullptr
+    llama_qfilter_result evict(llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window, const float * given = nullptr);
 
     // fills scores_learned
     llama_qfilter_result learn(llama_seq_id seq_id, const llama_qfilter_order & order, uint32_t n_window);
@@ -281,7 +288,7 @@ private:
     llama_qfilter_result learn_archive(llama_seq_id seq_id, const std::vector<llama_pos> & pos, std::vector<float> & out);
 
     void score_by_pos(const llama_qfilter_worker & w, size_t i0, llama_seq_id seq_id, const llama_qfilter_order & order);
-    bool select      (const llama_qfilter_worker & w, size_t i0, llama_qfilter_selection & sel);
+    bool select      (const llama_qfilter_worker & w, size_t i0, bool with_learned, llama_qfilter_selection & sel);
 
     llama_kv_cells cells_after(llama_seq_id seq_id, const llama_qfilter_selection & sel) const;
 
@@ -339,6 +346,13 @@ private:
     void note_question(const llama_batch & batch);
 
     std::unique_ptr<llama_qfilter_asked> end_question();
+
+    // "": the sequence ends with this question
+    std::string why_no_question(const llama_qfilter_asked * question, llama_seq_id seq_id) const;
+
+    // for each query of each KV head the logarithm of what the question's own rows, up to its token, add to its softmax
+    std::vector<std::vector<float>> own_sums(
+            const llama_qfilter_layer & layer, const llama_qfilter_queries & queries, const std::vector<uint8_t> & k, uint32_t n) const;
 };
 
 // the bounded memory behind a context's, or nullptr

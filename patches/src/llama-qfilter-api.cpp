@@ -320,10 +320,15 @@ llama_context * llama_qfilter_init_from_model(llama_model * model, llama_context
 //
 
 int32_t llama_qfilter_compress(llama_context * ctx, llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window) {
+    return llama_qfilter_compress_scored(ctx, seq_id, n_keep, n_window, nullptr, 0);
+}
+
+int32_t llama_qfilter_compress_scored(
+        llama_context * ctx, llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window, const float * scores, size_t n_scores) {
     auto * qf = llama_qfilter_memory(ctx);
 
     try {
-        return qf ? qf->compress(seq_id, n_keep, n_window) : -1;
+        return qf ? qf->compress(seq_id, n_keep, n_window, scores, n_scores) : -1;
     } catch (const std::exception & err) {
         llama_qfilter_note_error(err.what()); // before any row has moved
         return -2;
@@ -359,6 +364,17 @@ int32_t llama_qfilter_question(llama_context * ctx, llama_seq_id seq_id) {
 
     try {
         return qf ? qf->question(seq_id) : -1;
+    } catch (const std::exception & err) {
+        llama_qfilter_note_error(err.what());
+        return -2;
+    }
+}
+
+int32_t llama_qfilter_weights(llama_context * ctx, llama_seq_id seq_id, int32_t il, float * out, size_t capacity) {
+    auto * qf = llama_qfilter_memory(ctx);
+
+    try {
+        return qf ? qf->weights(seq_id, il, out, capacity) : -1;
     } catch (const std::exception & err) {
         llama_qfilter_note_error(err.what());
         return -2;

@@ -7,7 +7,7 @@
 #include <cstring>
 
 // graph nodes and leaves per head, at most
-static const size_t LLAMA_QFILTER_SCORER_TENSORS = 24;
+static const size_t LLAMA_QFILTER_SCORER_TENSORS = 40;
 
 llama_qfilter_scorer::llama_qfilter_scorer(ggml_backend_t backend, bool on_host, const llama_qfilter_threads & threads, size_t n_bytes_part) :
     backend(backend), on_host(on_host), n_bytes_part(n_bytes_part), threads(threads), galloc(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend))) {
@@ -23,8 +23,8 @@ bool llama_qfilter_scorer::supports(const llama_qfilter_layer & layer) {
     queries.heads.assign(layer.n_head, std::vector<float>((size_t) layer.n_rep*layer.n_embd_k));
     queries.softcap = 1.0f;
 
-    for (const auto type : { BUILD_ALL, BUILD_SUMS, BUILD_WEIGHTS }) {
-        build(type, layer, queries, 256);
+    for (const auto type : { BUILD_ALL, BUILD_BESIDE, BUILD_SUMS, BUILD_SHARES, BUILD_LOOKS }) {
+        build(type, layer, queries, 256, 4);
 
         if (const auto * bad = graph.unsupported(backend)) {
             LLAMA_LOG_WARN("%s: %s can't score archived rows of %s (%s): the CPU does\n", __func__,
@@ -63,59 +63,99 @@ ggml_tensor * llama_qfilter_scorer::sums(ggml_context * ctx, ggml_tensor * kq, g
     return ggml_add(ctx, c, ggml_log(ctx, ggml_sum_rows(ctx, ggml_exp(ctx, ggml_sub(ctx, x, c)))));
 }
 
-// p: [n_rows, n], factors: [1, n] or nullptr -> [n_rows]
-ggml_tensor * llama_qfilter_scorer::largest(ggml_context * ctx, ggml_tensor * p, ggml_tensor * factors) {
-    if (on_host) {
-        ggml_tensor * args[] = { p, factors };
+// 1 where a query looks at a row, else 0
+static ggml_tensor * llama_qfilter_looks_at(ggml_context * ctx, ggml_tensor * p) {
+    return ggml_step(ctx, ggml_scale_bias(ctx, p, 1.0f, -llama_qfilter_looks::min_weight));
+}
 
-        return ggml_custom_4d(ctx, GGML_TYPE_F32, p->ne[0], 1, 1, 1, args, factors ? 2 : 1, [](ggml_tensor * dst, int ith, int nth, void *) {
+// p: [n_rows, n] -> [1, n]
+ggml_tensor * llama_qfilter_scorer::shares(ggml_context * ctx, ggml_tensor * p) {
+    if (on_host) {
+        return ggml_custom_4d(ctx, GGML_TYPE_F32, 1, p->ne[1], 1, 1, &p, 1, [](ggml_tensor * dst, int ith, int nth, void * data) {
             const ggml_tensor * p = dst->src[0];
-            const ggml_tensor * f = dst->src[1];
+
+            for (int64_t i = ith; i < p->ne[1]; i += nth) {
+                const float * x = (const float *) p->data + i*p->ne[0];
+
+                float sum = 0.0f;
+                for (int64_t r = *(const uint32_t *) data; r < p->ne[0]; ++r) {
+                    sum += x[r] > llama_qfilter_looks::min_weight ? x[r] : 0.0f;
+                }
+                ((float *) dst->data)[i] = sum;
+            }
+        }, GGML_N_TASKS_MAX, &n_sink);
+    }
+
+    ggml_tensor * x = ggml_mul(ctx, p, llama_qfilter_looks_at(ctx, p));
+
+    if (n_sink >= p->ne[0]) {
+        return ggml_scale(ctx, ggml_sum_rows(ctx, x), 0.0f);
+    }
+
+    return ggml_sum_rows(ctx, ggml_cont(ctx, ggml_view_2d(ctx, x, p->ne[0] - n_sink, p->ne[1], x->nb[1], n_sink*sizeof(float))));
+}
+
+// p: [n_rows, n], shares: [1, n] -> [n_rows, 2]
+ggml_tensor * llama_qfilter_scorer::looks(ggml_context * ctx, ggml_tensor * p, ggml_tensor * shares) {
+    if (on_host) {
+        ggml_tensor * args[] = { p, shares };
+
+        return ggml_custom_4d(ctx, GGML_TYPE_F32, p->ne[0], 2, 1, 1, args, 2, [](ggml_tensor * dst, int ith, int nth, void *) {
+            const ggml_tensor * p = dst->src[0];
 
             const int64_t r0 = p->ne[0]*ith/nth;
             const int64_t r1 = p->ne[0]*(ith + 1)/nth;
 
-            float * out = (float *) dst->data;
+            float * weights = (float *) dst->data;
+            float * shares  = (float *) dst->data + p->ne[0];
 
-            std::fill(out + r0, out + r1, 0.0f);
+            std::fill(weights + r0, weights + r1, 0.0f);
+            std::fill(shares  + r0, shares  + r1, 0.0f);
 
             for (int64_t i = 0; i < p->ne[1]; ++i) {
                 const float * x = (const float *) p->data + i*p->ne[0];
-                const float   m = f ? ((const float *) f->data)[i] : 1.0f;
+                const float   s = ((const float *) dst->src[1]->data)[i];
 
                 for (int64_t r = r0; r < r1; ++r) {
-                    const float y = m*x[r];
+                    const float y = x[r] > llama_qfilter_looks::min_weight ? s : 0.0f;
 
-                    out[r] = out[r] > y ? out[r] : y;
+                    weights[r] = weights[r] > x[r] ? weights[r] : x[r];
+                    shares [r] = shares [r] > y    ? shares [r] : y;
                 }
             }
         }, GGML_N_TASKS_MAX, nullptr);
     }
 
-    if (factors) {
-        p = ggml_mul(ctx, p, factors);
-    }
+    const auto largest = [&](ggml_tensor * x) { return ggml_pool_2d(ctx, x, GGML_OP_POOL_MAX, 1, x->ne[1], 1, x->ne[1], 0, 0); };
 
-    return ggml_pool_2d(ctx, p, GGML_OP_POOL_MAX, 1, p->ne[1], 1, p->ne[1], 0, 0);
+    return ggml_concat(ctx, largest(p), largest(ggml_mul(ctx, llama_qfilter_looks_at(ctx, p), shares)), 1);
 }
 
-void llama_qfilter_scorer::build(build_type type, const llama_qfilter_layer & layer, const llama_qfilter_queries & queries, uint32_t n_rows) {
+void llama_qfilter_scorer::build(
+        build_type type, const llama_qfilter_layer & layer, const llama_qfilter_queries & queries, uint32_t n_rows, uint32_t n_sink) {
     auto * ctx = graph.start(layer.n_head*LLAMA_QFILTER_SCORER_TENSORS + 1);
 
     const ggml_tensor * kc = layer.k[0];
 
-    ggml_tensor * k = ggml_new_tensor_2d(ctx, kc->type, kc->ne[0], n_rows);
-    ggml_set_input(k);
+    const auto input = [&](ggml_type type, int64_t ne0, int64_t ne1) {
+        ggml_tensor * t = ggml_new_tensor_2d(ctx, type, ne0, ne1);
+        ggml_set_input(t);
+        return t;
+    };
 
-    graph.inputs.push_back(k);
+    ggml_tensor * k = input(kc->type, kc->ne[0], n_rows);
 
     scale = queries.softcap != 0.0f ? queries.softcap : queries.scale;
 
+    this->n_sink = n_sink;
+
     std::vector<ggml_tensor *> factors;
+    std::vector<ggml_tensor *> given;
+
+    graph.inputs.push_back(k);
 
     for (uint32_t ih = 0; ih < layer.n_head; ++ih) {
-        ggml_tensor * q = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, layer.n_embd_k, queries.n(layer, ih));
-        ggml_set_input(q);
+        ggml_tensor * q = input(GGML_TYPE_F32, layer.n_embd_k, queries.n(layer, ih));
 
         graph.inputs.push_back(q);
 
@@ -129,18 +169,26 @@ void llama_qfilter_scorer::build(build_type type, const llama_qfilter_layer & la
 
         ggml_tensor * cur = ggml_soft_max_ext(ctx, kq, nullptr, scale, 0.0f);
 
-        if (type == BUILD_SUMS) {
-            cur = sums(ctx, kq, cur);
-        } else {
-            ggml_tensor * f = nullptr;
+        if (type == BUILD_BESIDE || type == BUILD_SHARES || type == BUILD_LOOKS) {
+            ggml_tensor * f = input(GGML_TYPE_F32, 1, q->ne[1]);
 
-            if (type == BUILD_WEIGHTS) {
-                f = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, q->ne[1]);
-                ggml_set_input(f);
+            factors.push_back(f);
 
-                factors.push_back(f);
+            if (type == BUILD_BESIDE) {
+                f = ggml_sigmoid(ctx, ggml_sub(ctx, sums(ctx, kq, cur), f));
             }
-            cur = largest(ctx, cur, f);
+            cur = ggml_mul(ctx, cur, f);
+        }
+
+        switch (type) {
+            case BUILD_BESIDE:
+            case BUILD_ALL:    cur = looks(ctx, cur, shares(ctx, cur)); break;
+            case BUILD_SUMS:   cur = sums(ctx, kq, cur);                break;
+            case BUILD_SHARES: cur = shares(ctx, cur);                  break;
+            case BUILD_LOOKS:
+                given.push_back(input(GGML_TYPE_F32, 1, q->ne[1]));
+                cur = looks(ctx, cur, given.back());
+                break;
         }
 
         ggml_set_output(cur);
@@ -150,6 +198,7 @@ void llama_qfilter_scorer::build(build_type type, const llama_qfilter_layer & la
     }
 
     graph.inputs.insert(graph.inputs.end(), factors.begin(), factors.end());
+    graph.inputs.insert(graph.inputs.end(), given.begin(),   given.end());
 }
 
 // rows [i0, i0 + n_rows), with the graph that was built for them
@@ -196,46 +245,25 @@ llama_qfilter_result llama_qfilter_scorer::compute(
 }
 
 llama_qfilter_result llama_qfilter_scorer::score(
-        const llama_qfilter_layer            & layer,
-        const llama_qfilter_queries          & queries,
-        const std::vector<llama_qfilter_run> & k,
-              std::vector<float>             & weights) {
-    const uint32_t n_rows = weights.size();
+        const llama_qfilter_layer             & layer,
+        const llama_qfilter_queries           & queries,
+        const std::vector<llama_qfilter_run>  & k,
+              uint32_t                          n_sink,
+        const std::vector<std::vector<float>> & others,
+              std::vector<llama_qfilter_looks> & looks) {
+    const uint32_t n_rows = looks[0].weights.size();
 
     size_t n_queries = 1;
     for (uint32_t ih = 0; ih < layer.n_head; ++ih) {
         n_queries = std::max(n_queries, queries.n(layer, ih));
     }
 
-    // a head's product and its softmax are there at once
-    const size_t   n_bytes_row = layer.k[0]->nb[1] + 2*n_queries*sizeof(float);
+    // a head's product, its softmax and two results of it are there at once
+    const size_t   n_bytes_row = layer.k[0]->nb[1] + 4*n_queries*sizeof(float);
     const uint32_t n_chunk     = std::max<size_t>(1, n_bytes_part/n_bytes_row);
 
-    // for each head: of the softmax in each part, and in all of them
-    std::vector<std::vector<float>> parts;
-    std::vector<std::vector<float>> all(layer.n_head);
-
-    const auto run = [&](build_type type, const std::function<void(uint32_t i0, uint32_t n)> & before, const std::function<void(uint32_t i0, uint32_t n)> & after) {
-        for (uint32_t i0 = 0; i0 < n_rows; i0 += n_chunk) {
-            const uint32_t n = std::min(n_chunk, n_rows - i0);
-
-            build(type, layer, queries, n);
-
-            if (!graph.alloc(galloc.get())) {
-                return LLAMA_QFILTER_NO_MEM;
-            }
-            before(i0, n);
-
-            const auto res = compute(layer, queries, k, i0, n);
-            if (res != LLAMA_QFILTER_DONE) {
-                return res;
-            }
-            after(i0, n);
-        }
-        return LLAMA_QFILTER_DONE;
-    };
-
-    const auto nothing = [](uint32_t, uint32_t) {};
+    // numbers for each query, of all heads
+    using per_query = std::vector<std::vector<float>>;
 
     const auto get = [](const ggml_tensor * t) {
         std::vector<float> res(ggml_nelements(t));
@@ -243,54 +271,109 @@ llama_qfilter_result llama_qfilter_scorer::score(
         return res;
     };
 
-    const auto take_weights = [&](uint32_t i0, uint32_t n) {
+    const auto set = [&](size_t i, const per_query & x) {
         for (uint32_t ih = 0; ih < layer.n_head; ++ih) {
-            const auto w = get(graph.outputs[ih]);
+            ggml_backend_tensor_set(graph.inputs[i + ih], x[ih].data(), 0, ggml_nbytes(graph.inputs[i + ih]));
+        }
+    };
 
-            for (uint32_t i = 0; i < n; ++i) {
-                weights[i0 + i] = std::max(weights[i0 + i], w[i]);
+    // for each part of the rows
+    const auto run = [&](build_type type, const std::function<void(size_t part)> & before, const std::function<void(size_t part)> & after) {
+        for (size_t part = 0; part*n_chunk < n_rows; ++part) {
+            const uint32_t i0 = part*n_chunk;
+            const uint32_t n  = std::min(n_chunk, n_rows - i0);
+
+            build(type, layer, queries, n, n_sink - std::min(n_sink, i0));
+
+            if (!graph.alloc(galloc.get())) {
+                return LLAMA_QFILTER_NO_MEM;
+            }
+            before(part);
+
+            const auto res = compute(layer, queries, k, i0, n);
+            if (res != LLAMA_QFILTER_DONE) {
+                return res;
+            }
+            after(part);
+        }
+        return LLAMA_QFILTER_DONE;
+    };
+
+    const auto nothing = [](size_t) {};
+
+    const auto take_looks = [&](size_t part) {
+        for (uint32_t ih = 0; ih < layer.n_head; ++ih) {
+            const auto found = get(graph.outputs[ih]);
+
+            const size_t n = found.size()/2;
+
+            for (size_t i = 0; i < n; ++i) {
+                float & w = looks[ih].weights[part*n_chunk + i];
+                float & s = looks[ih].shares [part*n_chunk + i];
+
+                w = std::max(w, found[i]);
+                s = std::max(s, found[n + i]);
             }
         }
     };
 
     if (n_rows <= n_chunk) {
-        return run(BUILD_ALL, nothing, take_weights);
+        return others.empty() ? run(BUILD_ALL, nothing, take_looks) : run(BUILD_BESIDE, [&](size_t) { set(1 + layer.n_head, others); }, take_looks);
     }
 
-    const auto res = run(BUILD_SUMS, nothing, [&](uint32_t, uint32_t) {
-        for (uint32_t ih = 0; ih < layer.n_head; ++ih) {
-            parts.push_back(get(graph.outputs[ih]));
+    // the factors of each part: its part of a softmax over all rows; before that the logarithms of its sums
+    std::vector<per_query> factors;
+
+    auto res = run(BUILD_SUMS, nothing, [&](size_t) {
+        factors.emplace_back();
+        for (const auto * t : graph.outputs) {
+            factors.back().push_back(get(t));
         }
     });
     if (res != LLAMA_QFILTER_DONE) {
         return res;
     }
 
+    per_query shares;
+
     for (uint32_t ih = 0; ih < layer.n_head; ++ih) {
-        for (size_t iq = 0; iq < queries.n(layer, ih); ++iq) {
-            double x_max = -INFINITY;
+        shares.emplace_back(queries.n(layer, ih), 0.0f);
+
+        for (size_t iq = 0; iq < shares[ih].size(); ++iq) {
+            const double x_others = others.empty() ? -INFINITY : others[ih][iq];
+
+            double x_max = x_others;
             double sum   = 0.0;
 
-            for (size_t i = ih; i < parts.size(); i += layer.n_head) {
-                x_max = std::max<double>(x_max, parts[i][iq]);
+            for (const auto & f : factors) {
+                x_max = std::max<double>(x_max, f[ih][iq]);
             }
-            for (size_t i = ih; i < parts.size(); i += layer.n_head) {
-                sum += std::exp(parts[i][iq] - x_max);
+            for (const auto & f : factors) {
+                sum += std::exp(f[ih][iq] - x_max);
             }
-            all[ih].push_back(x_max + std::log(sum));
+            sum += std::exp(x_others - x_max);
+
+            for (auto & f : factors) {
+                f[ih][iq] = std::exp(f[ih][iq] - (x_max + std::log(sum)));
+            }
         }
     }
 
-    return run(BUILD_WEIGHTS, [&](uint32_t i0, uint32_t) {
+    res = !others.empty() ? LLAMA_QFILTER_DONE : run(BUILD_SHARES, [&](size_t part) { set(1 + layer.n_head, factors[part]); }, [&](size_t) {
         for (uint32_t ih = 0; ih < layer.n_head; ++ih) {
-            auto factors = parts[i0/n_chunk*layer.n_head + ih];
+            const auto found = get(graph.outputs[ih]);
 
-            for (size_t iq = 0; iq < factors.size(); ++iq) {
-                factors[iq] = std::exp(factors[iq] - all[ih][iq]);
+            for (size_t iq = 0; iq < found.size(); ++iq) {
+                shares[ih][iq] += found[iq];
             }
-
-            ggml_tensor * f = graph.inputs[1 + layer.n_head + ih];
-            ggml_backend_tensor_set(f, factors.data(), 0, ggml_nbytes(f));
         }
-    }, take_weights);
+    });
+    if (res != LLAMA_QFILTER_DONE) {
+        return res;
+    }
+
+    return run(BUILD_LOOKS, [&](size_t part) {
+        set(1 + layer.n_head, factors[part]);
+        set(1 + 2*layer.n_head, shares);
+    }, take_looks);
 }

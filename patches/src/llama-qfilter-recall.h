@@ -22,6 +22,17 @@ struct llama_qfilter_run {
     uint32_t n;
 };
 
+// how queries look at rows, for each row the largest over all queries
+struct llama_qfilter_looks {
+    explicit llama_qfilter_looks(size_t n_rows) : weights(n_rows, 0.0f), shares(n_rows, 0.0f) {}
+
+    std::vector<float> weights; // the weight that a query gives to the row
+    std::vector<float> shares;  // what a query that looks at few rows gives to all of them together, if the row is among them
+
+    // a query looks at a row that gets at least this weight
+    static constexpr float min_weight = 0.1f;
+};
+
 // how much of their attention queries give to rows that lie in host memory
 class llama_qfilter_scorer {
 public:
@@ -31,27 +42,35 @@ public:
     // can the backend do it for this layer?
     bool supports(const llama_qfilter_layer & layer);
 
-    // weights[i] = max(weights[i], the largest weight that a query gives to row i in the softmax over all rows)
-    // k: all heads of a row one after the other, as they are in the cache
+    // adds to the looks of each KV head what its queries give to rows in the softmax over all of them
+    // k: all heads of a row one after the other, as they are in the cache; the first n_sink rows count for no share
+    // others: for each query of a head the logarithm of what rows that it sees besides add to the sum, or empty. with them only
+    // the weights count
     llama_qfilter_result score(
-            const llama_qfilter_layer            & layer,
-            const llama_qfilter_queries          & queries,
-            const std::vector<llama_qfilter_run> & k,
-                  std::vector<float>             & weights);
+            const llama_qfilter_layer             & layer,
+            const llama_qfilter_queries           & queries,
+            const std::vector<llama_qfilter_run>  & k,
+                  uint32_t                          n_sink,
+            const std::vector<std::vector<float>> & others,
+                  std::vector<llama_qfilter_looks> & looks);
 
     size_t n_bytes() const;
 
 private:
     enum build_type {
-        BUILD_ALL,     // -> weights of all rows
-        BUILD_SUMS,    // -> for each query the logarithm of the sum of the exponentials over a part of the rows
-        BUILD_WEIGHTS, // -> weights of a part of the rows; those within it are to be multiplied by a factor for each query
+        BUILD_ALL,    // -> looks at all rows
+        BUILD_BESIDE, // -> the same beside others
+        BUILD_SUMS,   // -> for each query the logarithm of the sum of the exponentials over a part of the rows
+        // the weights within a part are to be multiplied by a factor for each query
+        BUILD_SHARES, // -> for each query what it gives to the rows of a part that it looks at
+        BUILD_LOOKS,  // -> looks at a part of the rows, from the shares of all parts
     };
 
-    void build(build_type type, const llama_qfilter_layer & layer, const llama_qfilter_queries & queries, uint32_t n_rows);
+    void build(build_type type, const llama_qfilter_layer & layer, const llama_qfilter_queries & queries, uint32_t n_rows, uint32_t n_sink);
 
-    ggml_tensor * sums   (ggml_context * ctx, ggml_tensor * kq, ggml_tensor * p);
-    ggml_tensor * largest(ggml_context * ctx, ggml_tensor * p, ggml_tensor * factors);
+    ggml_tensor * sums  (ggml_context * ctx, ggml_tensor * kq, ggml_tensor * p);
+    ggml_tensor * shares(ggml_context * ctx, ggml_tensor * p);
+    ggml_tensor * looks (ggml_context * ctx, ggml_tensor * p, ggml_tensor * shares);
 
     llama_qfilter_result compute(
             const llama_qfilter_layer & layer, const llama_qfilter_queries & queries, const std::vector<llama_qfilter_run> & k, uint32_t i0, uint32_t n_rows);
@@ -64,7 +83,8 @@ private:
 
     ggml_gallocr_ptr galloc;
 
-    llama_qfilter_graph graph; // inputs: K, the queries of each head, for BUILD_WEIGHTS the factors of each; outputs: of each
+    llama_qfilter_graph graph; // inputs: K, the queries of each head, then for each the factors, or what others add, then the shares; outputs: of each
 
-    float scale = 0.0f; // of what goes into the softmax
+    float    scale  = 0.0f; // of what goes into the softmax
+    uint32_t n_sink = 0;    // first rows of a part that count for no share
 };

@@ -40,8 +40,10 @@ def cache_config(
     window: int,
     sinks: int,
     policy: str | None,
+    n_more: int = 0,
 ) -> tuple[QFilterConfig, int]:
-    """A cache that holds `n_tokens` at full size, and the cells that shall be left of them.
+    """A cache that holds `n_tokens` at full size and n_more besides, and the cells that shall be
+    left of them.
 
     Raises:
         QFilterError: sinks and window don't fit into what shall be left.
@@ -55,7 +57,7 @@ def cache_config(
             "keep more with --ratio or --max-length, or use a smaller --window-length"
         )
     interval = 512  # nothing is evicted while the document is read: the size of a batch
-    length = max(n_tokens, sinks + max(1, window) + interval)
+    length = max(n_tokens + n_more, sinks + max(1, window) + interval)
     chosen = {"policy": policy} if policy else {}
     return QFilterConfig(length, window, sinks, interval, **chosen), wanted
 
@@ -72,6 +74,25 @@ def read(llm: Llama, tokens: list[int]) -> float:
     finally:
         erase_progress()
     return time.perf_counter() - start
+
+
+def compress(llm: Llama, n_cells: int, score: str) -> tuple[int, int]:
+    """Compress what was read, with the progress of a replay on a terminal; cells before and after."""
+    if score == "policy":
+        return llm.compress(max_length=n_cells)
+    done, total = 0, llm.n_tokens
+
+    def progress(n: int) -> None:
+        nonlocal done
+        done += n
+        show_progress(done, total)
+
+    try:
+        return llm.compress(max_length=n_cells, score=score, progress=progress)
+    except RuntimeError as error:
+        raise QFilterError(f"the engine failed ({error}); --verbose shows its log") from error
+    finally:
+        erase_progress()
 
 
 @click.command("compress")
@@ -97,6 +118,9 @@ def read(llm: Llama, tokens: list[int]) -> float:
 )
 @option("sinks", default=QFilterConfig.sinks)
 @option("policy")
+@click.option("--score", type=click.Choice(["policy", "replay"]), default="policy", show_default=True,
+              help="What decides which rows stay: the policy, or a second reading, which takes two to "
+              "three times as long and sees what the text is read back by.")  # fmt: skip
 @option("system")
 @option("n-ctx")
 @option("n-gpu-layers")
@@ -108,8 +132,8 @@ def read(llm: Llama, tokens: list[int]) -> float:
 @click.option("--force", is_flag=True, help="Replace OUT.qfstate if it exists.")
 @option("verbose")
 def command(
-    model, document, output, ratio, max_length, window_length, sinks, policy, system, n_ctx,
-    n_gpu_layers, n_threads, type_k, type_v, archive, force, verbose,
+    model, document, output, ratio, max_length, window_length, sinks, policy, score, system,
+    n_ctx, n_gpu_layers, n_threads, type_k, type_v, archive, force, verbose,
 ):  # fmt: skip
     """Read a document with MODEL and write what is left of the cache to OUT.qfstate.
 
@@ -137,14 +161,21 @@ def command(
                 f"{document} takes {len(tokens):,} of {n_ctx:,} positions: shorten it, or use a "
                 "larger --n-ctx if the model can do with it"
             )
-        config, wanted = cache_config(len(tokens), ratio, max_length, window_length, sinks, policy)
+        n_more = 0
+        if score == "replay":
+            from qfllama.replay import room
+
+            n_more = min(room(len(tokens)), n_ctx - len(tokens))
+        config, wanted = cache_config(
+            len(tokens), ratio, max_length, window_length, sinks, policy, n_more
+        )
         config = dataclasses.replace(config, archive=archive)
         llm = open_model(
             model, config, may_be_whole=True, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=n_threads,
             n_threads_batch=n_threads, type_k=type_k, type_v=type_v, verbose=verbose,
         )  # fmt: skip
     seconds = read(llm, tokens)
-    before, after = llm.compress(max_length=wanted)
+    before, after = compress(llm, wanted, score)
     n_bytes = llm.save_prompt(output, {"chat": {"system": system}}, archive=archive)
     click.echo(
         f"{output}: {before:,} tokens in {after:,} cells, {n_bytes / MIB:.1f} MiB "

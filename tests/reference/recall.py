@@ -19,8 +19,11 @@ AFTER = 16, 24
 least and at most these; and a third of that before it."""
 NEWEST, NEWEST_SHARE = 64, 4
 """How many of the last positions always stay, at most, and at most which part of the rows: 1 / 4."""
-WEIGHT, LEAST, LEAST_SHARE = 0.7, 64, 4
-"""Positions come back whose score is not smaller; and 64 or 1 / 4 of the rows whatever they score."""
+WEIGHT, SHARE = 0.1, 0.7
+"""A query looks at a row that gets a larger weight; rows come back if a query gives this share of
+its attention to those that it looks at, sinks not counted."""
+LEAST, LEAST_SHARE = 64, 4
+"""How many rows come back in any case: 64 or 1 / 4 of them."""
 
 
 @dataclass
@@ -46,56 +49,88 @@ class Question:
 
 
 @dataclass
+class Looks:
+    """How the queries of all layers and heads look at rows.
+
+    weights: [n] the largest weight that a query gives to the row
+    query, row, weight: of every weight above WEIGHT / 2
+    """
+
+    weights: np.ndarray
+    query: np.ndarray
+    row: np.ndarray
+    weight: np.ndarray
+
+    def shares(self, sinks: int, least: float = WEIGHT) -> np.ndarray:
+        """[n] the largest share that a query gives to all rows that it looks at, this one included."""
+        at = self.weight > least
+        counted = at & (self.row >= sinks)
+        given = np.bincount(
+            self.query[counted], self.weight[counted], self.query.max(initial=0) + 1
+        )
+        result = np.zeros(len(self.weights))
+        np.maximum.at(result, self.row[at], given[self.query[at]])
+        return result
+
+
+@dataclass
 class Recall:
-    """What one recall saw and did.
+    """What one recall saw and chose.
 
     positions: [n] of the archive before the question, ascending
-    weights, scores: [n] of the same rows, the scores with the neighbours
-    chosen: [n_rows] positions, ascending
-    always: those of them that are sinks or among the newest
-    last_chosen, first_left: lowest score of the others that were chosen, highest of the rest
+    scores: [n] the largest weights of the same rows, or of those that bring them along
+    always: [n] is it a sink or among the newest?
     n_least, n_rows: how many are chosen at least, and at most
     """
 
     positions: np.ndarray
-    weights: np.ndarray
+    looks: Looks
     scores: np.ndarray
-    chosen: np.ndarray
     always: np.ndarray
-    last_chosen: float
-    first_left: float
+    sinks: int
     n_least: int
     n_rows: int
 
-    def number_is_right(self, near: float = 0.01) -> bool:
-        """Is it right to stop after those that were chosen, up to rounding?"""
-        n = len(self.chosen)
-        if not self.n_least <= n <= self.n_rows:
-            return False
-        enough = n == self.n_rows or self.first_left < WEIGHT * (1 + near)
-        return enough and (n == self.n_least or self.last_chosen >= WEIGHT * (1 - near))
+    def choose(self, least: float = WEIGHT, share: float = SHARE) -> np.ndarray:
+        """[n] is it chosen?"""
+        age = np.arange(len(self.scores))
+        order = np.lexsort((-age, -self.scores, ~self.always))  # on a tie the newest
+        looked_at = spread(self.looks.shares(self.sinks, least), self.n_rows) >= share
+        wanted = looked_at[order] | (age < self.n_least)
+        chosen = np.zeros(len(order), bool)
+        chosen[order[wanted][: self.n_rows]] = True
+        return chosen
 
-    def gap(self, position: int) -> float:
-        """By how much the score of a position would have to change for the other choice: 0.01 is
-        one percent. Infinite for sinks, the newest and positions that are not there."""
-        i = np.searchsorted(self.positions, position)
-        if i == len(self.positions) or self.positions[i] != position or position in self.always:
-            return np.inf
-        if position in self.chosen:
-            return np.log(self.scores[i] / self.first_left)
-        return np.log(self.last_chosen / self.scores[i])
+    def doubtful(self, near: float) -> np.ndarray:
+        """[n] might it be chosen or not if numbers were different by this part of them?"""
+        chosen = self.choose()
+        doubtful = np.zeros(len(chosen), bool)
+        for a in (1 - near, 1, 1 + near):
+            for b in (1 - near, 1, 1 + near):
+                doubtful |= self.choose(WEIGHT * a, SHARE * b) != chosen
+        # scores near those at which it stops, but for one that all of them have
+        ranked = np.sort(self.scores[~self.always])[::-1]
+        n_always = self.always.sum()
+        for n in (self.n_least - n_always, chosen.sum() - n_always):
+            for bound in ranked[max(0, n - 1) : n + 1]:
+                close = np.abs(np.log(self.scores / bound)) < near
+                if np.ptp(self.scores[close & ~self.always]) > 0:
+                    doubtful |= close
+        return doubtful & ~self.always
 
 
-def look(queries: Queries, keys: torch.Tensor) -> np.ndarray:
-    """The largest weight that each row gets from any query of any head.
+def look(queries: Queries, keys: torch.Tensor) -> tuple[np.ndarray, tuple]:
+    """The largest weight that each row gets from any query of any head, and all that are not small.
 
-    keys [n_head_kv, rows, head_dim]; returns [rows].
+    keys [n_head_kv, rows, head_dim]; returns [rows], and of each the query's number, row, weight.
     """
     q, k = queries.q.double(), keys.double()
     logits = q @ k.repeat_interleave(len(q) // len(k), dim=0).transpose(1, 2) * queries.scale
     if queries.softcap:
         logits = queries.softcap * torch.tanh(logits / queries.softcap)
-    return logits.softmax(-1).amax((0, 1)).numpy()
+    weights = logits.softmax(-1).flatten(0, 1).numpy()
+    query, row = np.nonzero(weights > WEIGHT / 2)
+    return weights.max(0), (query, row, weights[query, row])
 
 
 def spread(weights: np.ndarray, n_rows: int) -> np.ndarray:
@@ -114,30 +149,26 @@ def choose(
     n_rows: int,
     sinks: int,
     window_length: int,
-    n_chosen: int,
 ) -> Recall:
-    """Which n_chosen rows the question wants to have, of at most n_rows.
+    """Which rows the question wants to have, at most n_rows.
 
     keys: for each layer [n_head_kv, n, head_dim], of all rows before the question; positions: [n].
     """
-    weights = np.zeros(len(positions))
+    weights, found, n_queries = np.zeros(len(positions)), [], 0
     for queries in question.queries:
-        weights = np.maximum(weights, look(queries, keys[queries.index]))
-    scores = spread(weights, n_rows)
+        largest, (query, row, weight) = look(queries, keys[queries.index])
+        weights = np.maximum(weights, largest)
+        found.append((query + n_queries, row, weight))
+        n_queries += queries.q.shape[0] * queries.q.shape[1]
+    looks = Looks(weights, *(np.concatenate(part) for part in zip(*found, strict=True)))
     newest = min(window_length, NEWEST, (n_rows - sinks) // NEWEST_SHARE)
-    by_age = np.arange(len(scores))
-    always = (by_age < sinks) | (by_age >= len(scores) - newest)
-    best_first = np.lexsort((-by_age, -scores, ~always))  # on a tie the newest
-    chosen = np.isin(by_age, best_first[:n_chosen])
-    n_rows = min(n_rows, len(scores))
+    age = np.arange(len(weights))
     return Recall(
         positions,
-        weights,
-        scores,
-        positions[chosen],
-        positions[always],
-        scores[chosen & ~always].min(initial=np.inf),
-        scores[~chosen].max(initial=0),
+        looks,
+        spread(weights, n_rows),
+        (age < sinks) | (age >= len(age) - newest),
+        sinks,
         min(n_rows, sinks + newest + max(LEAST, n_rows // LEAST_SHARE)),
         n_rows,
     )
@@ -169,11 +200,11 @@ class Archived(BoundedCache):
             n = int((positions < start).sum())
             self.archive[layer] = k[:, :n], v[:, :n], positions[:n]
 
-    def choose(self, question: Question, n_rows: int, n_chosen: int) -> Recall:
+    def choose(self, question: Question, n_rows: int) -> Recall:
         """See `choose`. The question's own rows leave the archive."""
         self.cut(question.start)
         keys, positions = [k for k, *_ in self.archive], self.archive[0][2].numpy()
-        return choose(question, keys, positions, n_rows, self.sinks, self.window_length, n_chosen)
+        return choose(question, keys, positions, n_rows, self.sinks, self.window_length)
 
     def recall(self, question: Question, positions: np.ndarray) -> None:
         """Go on where the question began, with the rows of these positions in all heads."""

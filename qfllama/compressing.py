@@ -1,0 +1,110 @@
+"""Compressing what a `Llama` has read, once."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import llama_cpp
+import numpy as np
+
+from qfllama import native, state
+from qfllama.config import EngineError, QFilterError
+from qfllama.turns import in_turn
+
+
+class Compressed(NamedTuple):
+    """Cells used before and after `Llama.compress`."""
+
+    before: int
+    after: int
+
+
+class Compressing(llama_cpp.Llama):
+    """The part of `qfllama.Llama` that compresses; it needs the rest."""
+
+    @in_turn
+    def compress(
+        self,
+        *,
+        ratio: float | None = None,
+        max_length: int | None = None,
+        score: str | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Compressed:
+        """Compact the cache now, to `1 / ratio` of its cells or to `max_length` cells.
+
+        The setting of the paper: the whole prompt is read at full size, then compressed once. For
+        that the cache has to hold the prompt, and the window should be small (without a
+        `window_length` in the config it is a quarter of what is left):
+
+            config = QFilterConfig(max_length=32768, window_length=64)
+            llm = Llama("model-qf.gguf", n_ctx=32768, qfilters=config)
+            llm.eval(llm.tokenize(text))
+            llm.compress(ratio=8)
+
+        Positions go on as if nothing had happened: `n_tokens` and `input_ids` stay, a prompt that
+        begins with the same tokens is not read again, and the logits of the last position are
+        still there. Only `rewind_limit` rises. The allocated memory stays what it is:
+        `save_prompt` gives what is left to a smaller cache.
+
+        Args:
+            score: "replay" keeps the rows that a repetition of the text looks at, in place of those
+                that the policy chooses. All that was read is read once more, in parts of up to
+                2,048 tokens, for which the cache needs room beside it; see `replay`.
+            progress: called with numbers of tokens that were repeated.
+
+        Returns:
+            cells before and after; the same number if there was nothing to do.
+
+        Raises:
+            QFilterError: no bounded cache, not exactly one of ratio and max_length, fewer cells
+                than sinks and window take, or no room for a replay.
+            RuntimeError: the engine failed; what it lost doesn't count as read any more.
+        """
+        self._need_bound()
+        if score not in (None, "replay"):
+            raise QFilterError(f"score is {score!r}: leave it out, or use 'replay'")
+        before = self._ctx.used()
+        wanted = state.cells_wanted(before, ratio, max_length)
+        if wanted >= before:
+            return Compressed(before, before)
+        config = self.qfilter_config
+        least = next(n for n in itertools.count(1) if n >= self._always_kept(n))
+        if wanted < least:
+            raise QFilterError(
+                f"{wanted} cells can't hold {config.sinks} sinks and a window of "
+                f"{config.window_of(wanted)}: use a max_length >= {least} (of {before} cells a ratio "
+                f"<= {math.floor(10 * before / least) / 10:g}), or a smaller window_length"
+            )
+        try:
+            scores = self._replay(progress or (lambda n: None)) if score else None
+            self._ctx.compress(wanted, scores=scores)
+        except (EngineError, KeyboardInterrupt):
+            self._recount_after_failure()
+            raise
+        return Compressed(before, self._ctx.used())
+
+    def _replay(self, progress) -> np.ndarray:
+        """See `replay.scores`. The logits of the last token are computed again."""
+        from qfllama import replay
+
+        tokens = self.input_ids[: self.n_tokens].tolist()
+        layers = range(llama_cpp.llama_model_n_layer(self.model))
+        found = replay.scores(
+            self._ctx,
+            [layer for layer in layers if native.layer_evicts(self.model, layer)],
+            tokens,
+            lambda text: self.tokenize(text.encode(), add_bos=False),
+            self._model_file,
+            progress,
+        )
+        if self._ctx.kv_cache_seq_rm(0, len(tokens) - 1, -1):
+            self._ctx.read(tokens[-1:], logits=True)
+        return found
+
+    def _always_kept(self, n_cells: int) -> int:
+        """Sinks and window where the cache is compressed to n_cells."""
+        return self.qfilter_config.sinks + max(1, self.qfilter_config.window_of(n_cells))

@@ -1,0 +1,132 @@
+"""Replay: a text that is read again tells what each of its rows is worth.
+
+The score of KVzip+ (arXiv 2505.23416; 2601.07891, section 3) on the very text: it is repeated behind
+a request to do so, and a row is worth the largest weight that the repetition gives it, times the
+length of what its value adds to the output of the layer. Learned filters guess this number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import llama_cpp
+import numpy as np
+from gguf import GGMLQuantizationType, dequantize
+
+from qfllama.config import EngineError, QFilterError
+from qfllama.context import Context
+from qfllama.convert.layout import Weights
+from qfllama.convert.learned import REQUEST, ValueNorms
+
+NEXT = "\n\nRepeat the part of the previous context exactly that begins with: "
+"""Before every part of a text but the first, and the last tokens of the part before it."""
+OVERLAP = 8
+"""How many tokens these are."""
+PART, LEAST_PART = 2048, 128
+"""Tokens of a text that are repeated behind one request, at most and at least."""
+PLAIN = ("F32", "F16", "BF16")
+"""Types of V whose rows are what attention adds up; others are rotated."""
+
+
+def room(n: int) -> int:
+    """Cells that the replay of a text of n tokens takes besides, at best."""
+    return min(n, PART) + 2 * LEAST_PART
+
+
+def scores(
+    context: Context,
+    layers: list[int],
+    tokens: list[int],
+    tokenize: Callable[[str], list[int]],
+    model_path: str,
+    progress: Callable[[int], None] = lambda n: None,
+    seq: int = 0,
+) -> np.ndarray:
+    """What each row of a sequence is worth to a repetition of its text.
+
+    The sequence is as before afterwards, but the logits are of another token.
+
+    Args:
+        layers: those that evict.
+        tokens: all that the sequence has read.
+        tokenize: of text, without a beginning-of-sequence token.
+        model_path: the GGUF file, for the weights behind attention.
+        progress: called with numbers of tokens that were repeated.
+
+    Returns:
+        float32 [heads, cells]: the KV heads of all layers that evict, the cells in the order of
+        `Context.kept`.
+
+    Raises:
+        QFilterError: no room for a part of the text beside it, V is quantized, or a weight is
+            missing.
+        EngineError: llama.cpp failed.
+    """
+    kind = GGMLQuantizationType(context.params.type_v)
+    if kind.name not in PLAIN:
+        raise QFilterError(
+            f"replay can't tell what rows of type {kind.name.lower()} add to the output: use f16, "
+            "bf16 or f32 for V (--type-v)"
+        )
+    first, following = tokenize(REQUEST), tokenize(NEXT)
+    n_free = min(
+        context.room(seq), llama_cpp.llama_n_ctx(context.ctx) // context.n_seq - len(tokens)
+    )
+    part = min(PART, n_free - max(len(first), len(following) + OVERLAP))
+    if part < min(LEAST_PART, len(tokens)):
+        raise QFilterError(
+            f"replay needs room for a part of the text beside it, and there is room for {n_free:,} "
+            f"tokens: use a max_length and n_ctx of {len(tokens) + room(len(tokens)):,} or more"
+        )
+    kept = Kept(context, layers, seq)
+    worth = {}
+    for start in range(0, len(tokens), part):
+        request = first if start == 0 else [*following, *tokens[start - OVERLAP : start]]
+        with kept:
+            context.read(request, seq=seq)
+            for i in range(start, min(start + part, len(tokens)), context.params.n_ubatch):
+                piece = tokens[i : min(i + context.params.n_ubatch, start + part)]
+                before = context.used(seq)
+                with context.asking(seq):
+                    context.read(piece, seq=seq)
+                for layer in layers:
+                    found = context.weights(layer, before, seq)[:, : kept.n_cells]
+                    worth[layer] = np.maximum(worth.get(layer, 0), found)
+                progress(len(piece))
+    norms = ValueNorms(Weights(model_path).output)
+    result = []
+    for layer in layers:
+        n_head, n_head_kv = len(worth[layer]), context.n_head_kv(layer, seq)
+        values = dequantize(context.rows(layer, seq)[1], kind).astype(np.float32)
+        values = values.reshape(kept.n_cells, n_head_kv, -1).transpose(1, 0, 2)
+        worth[layer] *= norms.of(layer, values, n_head)
+        result.append(worth.pop(layer).reshape(n_head_kv, -1, kept.n_cells).max(1))
+    return np.concatenate(result).astype(np.float32)
+
+
+class Kept:
+    """A sequence that is as before at the end of a `with` block."""
+
+    def __init__(self, context: Context, layers: list[int], seq: int):
+        self._context, self._seq = context, seq
+        self._n_past, self.n_cells = context.n_past(seq), context.used(seq)
+        self._saved = None
+        if len(layers) < llama_cpp.llama_model_n_layer(
+            context.model.model
+        ):  # the others may not go back
+            self._saved = context.state(seq), context.archive_state(seq)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error) -> None:
+        context, seq = self._context, self._seq
+        context.question(-1)
+        if self._saved is None:
+            done = context.kv_cache_seq_rm(seq, self._n_past, -1)
+        else:
+            state, archive = self._saved
+            done = context.restore(state, seq=seq)
+            done = done and (not archive or context.restore_archive(archive, seq))
+        if not done:
+            raise EngineError("the sequence can't be cut back to where the replay began")
