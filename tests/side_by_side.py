@@ -11,7 +11,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from reference.compare import logits_difference
-from reference.recall import Queries, Question, Recall, asked, choose
+from reference.recall import Queries, Question, Recall, asked, choose, fill
 
 from qfllama import native_calibration
 
@@ -27,34 +27,49 @@ def n_rows_by_default(config, n_question: int) -> int:
     return max(config.sinks + 1, config.max_length - n_question - n_free)
 
 
+def check_filling(kept, held, ours: Recall, n_rows: int) -> None:
+    """Beside what all heads got, each [heads, n] has what it held [heads, cells], the newest first."""
+    chosen = sorted(set.intersection(*map(set, kept.tolist())))
+    before = held[:, held[0] < len(ours.positions)] if len(held) else held
+    for rows, own in zip(kept, before, strict=True):
+        expected = fill(chosen, own, ours.positions, min(n_rows, len(ours.positions)))
+        np.testing.assert_array_equal(rows, expected)
+
+
 class Choices:
     """Recalls of the engine, next to those of a reference."""
 
     def __init__(self):
-        self.pairs: list[tuple[Recall, np.ndarray]] = []
+        self.choices: list[tuple[Recall, np.ndarray, np.ndarray]] = []
 
-    def append(self, ours: Recall, engine: np.ndarray) -> None:
-        """engine: the positions that it chose, ascending."""
-        self.pairs.append((ours, engine))
+    def append(self, ours: Recall, held: np.ndarray, recalled: np.ndarray) -> None:
+        """
+        Args:
+            held: [heads, cells] positions before the recall.
+            recalled: what the engine says that it brought back: what it chose and some head did not
+                hold.
+        """
+        everywhere = [(held == p).any(-1).all() for p in ours.positions]
+        self.choices.append((ours, ~np.array(everywhere), np.isin(ours.positions, recalled)))
 
     def report(self, what: str, near_tie: float) -> tuple[float, int]:
-        """The share of the engine's positions that the reference has too; sinks and the newest don't
-        count, unless the engine lacks them. Prints it (pytest -s).
+        """The share of the positions brought back that are the same. Prints it (pytest -s).
 
         A recall that differs only in positions that rounding may decide on (see Recall.doubtful)
-        doesn't count either. Returns the share, and the number of these recalls.
+        doesn't count. Returns the share, and the number of these recalls.
         """
         differ = total = near_ties = 0
-        for ours, engine in self.pairs:
-            other = np.isin(ours.positions, engine) != ours.choose()
+        for ours, missing, engine in self.choices:
+            chosen = ours.choose() & missing
+            other = engine != chosen
             if other.any() and not (other & ~ours.doubtful(near_tie)).any():
                 near_ties += 1
                 continue
             differ += other.sum()
-            total += ours.choose().sum() - ours.always.sum()
+            total += chosen.sum()
         share = 1 - differ / total if total else 0.0
         print(
-            f"\n{what}: {len(self.pairs)} recalls, {near_ties} decided by near ties, in the others "
+            f"\n{what}: {len(self.choices)} recalls, {near_ties} decided by near ties, in the others "
             f"{differ} of {total} positions differ ({share:.3%} the same)"
         )
         return share, near_ties
@@ -151,20 +166,18 @@ class Both:
         with asked(self.model, self.cache, len(before)) as question:
             self.read(tokens, size)
         held = self.cache.all_positions()
+        held = held.reshape(-1, held.shape[-1])
         assert context.recall(n_rows=n_rows) == len(tokens)
         n_rows = n_rows or n_rows_by_default(context.config, len(tokens))
+        recalled = context.recalled()
+        self.came_back.append(len(recalled))
 
-        kept = self.held()
-        chosen = kept[0, 0]
-        assert np.array_equal(kept, np.broadcast_to(chosen, kept.shape)), "heads differ"
-        missing = [p for p in chosen if not (held == p).any(-1).all()]
-        assert context.recalled().tolist() == missing
-        self.came_back.append(len(missing))
-
-        self.choices.append(self.cache.choose(question, n_rows), chosen)
+        ours, kept = self.cache.choose(question, n_rows), self.held()
+        self.choices.append(ours, held, recalled)
         if self.own:
-            self.own_choices.append(self.own.choose(context, n_rows), chosen)
-        self.cache.recall(question, chosen)
+            self.own_choices.append(self.own.choose(context, n_rows), held, recalled)
+        check_filling(kept.reshape(len(held), -1), held, ours, n_rows)
+        self.cache.recall(question, kept)
         self.tokens = before
         self.read(tokens, size)
 

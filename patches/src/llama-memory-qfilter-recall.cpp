@@ -388,10 +388,6 @@ int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
         return res == LLAMA_QFILTER_ABORTED ? -1 : res;
     }
 
-    if (is_whole) {
-        n_rows = rows.size(); // what is in the cells can come back, too
-    }
-
     // those that some head did not have
     std::vector<llama_pos> recalled;
 

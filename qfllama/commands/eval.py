@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qfllama.evaluation.run import Asking, Plan
     from qfllama.evaluation.tasks import Text
 
-FULL = "full"
+FULL, REPLAY = "full", "replay"
 TASKS = (  # qfllama.evaluation.ruler.TASKS; --help needs no numpy
     "single", "multikey", "multivalue", "multiquery", "variables", "common", "frequent", "qa",
 )  # fmt: skip
@@ -26,9 +26,9 @@ def options(command):
     """What all evaluations can be told."""
     for decorate in reversed([
         click.argument("path", metavar="MODEL", type=IN_FILE),
-        option("policy", type=CommaList(choices=(FULL, *POLICIES)),
-               help=f"Any of {', '.join((FULL, *POLICIES))}.  [default: all that the file has "
-                    "filters for]"),
+        option("policy", type=CommaList(choices=(FULL, *POLICIES, REPLAY)),
+               help=f"Any of {', '.join((FULL, *POLICIES, REPLAY))}.  [default: all that the file "
+                    "has filters for, without replay]"),
         click.option("--ratio", type=CommaList(float, least=1),
                      help="Keep 1 of so many tokens.  [default: 2,4,8]"),
         option("max-length", type=CommaList(int, least=1),
@@ -143,6 +143,10 @@ class Session:
 
         chosen = self._chosen
         policies = chosen["policy"] or usable(self.model)
+        if REPLAY in policies and setting == "stream":
+            raise click.UsageError(
+                "--policy replay reads a whole document again: leave it out where the text streams"
+            )
         recalls = [word == "on" for word in chosen.get("recalls", ("off",))]
         ratios = chosen["ratio"] or (None if chosen["max_length"] else [2.0, 4.0, 8.0])
         names = ("sinks", "window_length", "interval", "seed")

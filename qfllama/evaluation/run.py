@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+from qfllama import replay
 from qfllama.config import EngineError, QFilterConfig, QFilterError
 from qfllama.engine import Context, Model
 from qfllama.evaluation.results import Results
@@ -26,6 +27,8 @@ BATCH = 512
 """Tokens of a batch where nothing is evicted meanwhile."""
 FULL = "full"
 """Beside the policies: nothing is dropped."""
+REPLAY = "replay"
+"""The same: the document is read a second time, which says what is kept."""
 SETTINGS = ("prefill", "stream")
 KEY = ("task", "length", "document", "question", "policy", "ratio", "max_length", "recall")
 """What tells results of questions apart."""
@@ -129,9 +132,12 @@ class Plan:
                 f"{self.sinks} sinks and a window of {window}: keep more, or use a smaller "
                 "--window-length"
             )
+        policy = variant.policy
+        if policy == REPLAY:
+            policy, extra = "streaming", max(extra, replay.room(n_tokens))
         return QFilterConfig(
             max_length=max(n_tokens + extra, least + BATCH), window_length=window,
-            sinks=self.sinks, interval=BATCH, policy=variant.policy, seed=self.seed,
+            sinks=self.sinks, interval=BATCH, policy=policy, seed=self.seed,
             archive=variant.recall,
         )  # fmt: skip
 
@@ -287,6 +293,8 @@ def _cost(document: Document, plan: Plan, missing: dict[Variant, list[int]]) -> 
 def _run_document(model, document, plan, missing, results, asking, bar) -> None:
     tokens = model.tokens(document.text, start=True)
     extra = max(asking.extra(model, question) for question in document.questions)
+    if any(variant.policy == REPLAY for variant in missing):
+        extra = max(extra, replay.room(len(tokens)))
 
     def read(context: Context, part: list[int]) -> None:
         for i in range(0, len(part), BATCH):
@@ -296,7 +304,11 @@ def _run_document(model, document, plan, missing, results, asking, bar) -> None:
     for variant, context in forks(model, plan, tokens, list(missing), extra, read):
         read(context, tokens[context.n_past() :])
         if plan.setting == "prefill":
-            context.compress(variant.cells(len(tokens)))
+            scores = None
+            if variant.policy == REPLAY:
+                layers = model.evicting_layers()
+                scores = replay.scores(context, layers, tokens, model.tokens, model.path)
+            context.compress(variant.cells(len(tokens)), scores=scores)
         cells, mark = context.used(), Mark(context, extra)
         for i in missing[variant]:
             question = document.questions[i]

@@ -119,6 +119,16 @@ class Recall:
         return doubtful & ~self.always
 
 
+def fill(chosen: np.ndarray, own: np.ndarray, archived: np.ndarray, n: int) -> np.ndarray:
+    """The positions of n rows of a head: those chosen, the newest that it has, the newest of all."""
+    result = list(chosen)
+    for more in (own, archived):
+        for position in more[::-1]:
+            if len(result) < n and position not in result:
+                result.append(position)
+    return np.sort(result)
+
+
 def look(queries: Queries, keys: torch.Tensor) -> tuple[np.ndarray, tuple]:
     """The largest weight that each row gets from any query of any head, and all that are not small.
 
@@ -207,12 +217,13 @@ class Archived(BoundedCache):
         return choose(question, keys, positions, n_rows, self.sinks, self.window_length)
 
     def recall(self, question: Question, positions: np.ndarray) -> None:
-        """Go on where the question began, with the rows of these positions in all heads."""
+        """Go on where the question began, with the rows of these positions [n_layer, n_head_kv, n]."""
         self.cut(question.start)
         for layer, (k, v, all_positions) in enumerate(self.archive):
-            rows = torch.searchsorted(all_positions, torch.as_tensor(positions))
-            self.k[layer], self.v[layer] = k[:, rows], v[:, rows]
-            self.positions[layer] = all_positions[rows].expand(len(k), -1)
+            rows = torch.searchsorted(all_positions, torch.as_tensor(positions[layer]))
+            heads = torch.arange(len(k))[:, None]
+            self.k[layer], self.v[layer] = k[heads, rows], v[heads, rows]
+            self.positions[layer] = all_positions[rows]
 
 
 class ArchivedFamily(Archived, FamilyCache):
