@@ -69,17 +69,16 @@ def scores(
             "bf16 or f32 for V (--type-v)"
         )
     first, following = tokenize(REQUEST), tokenize(NEXT)
-    n_free = min(
-        context.room(seq), llama_cpp.llama_n_ctx(context.ctx) // context.n_seq - len(tokens)
-    )
+    n_ctx = llama_cpp.llama_n_ctx(context.ctx) // context.n_seq
+    n_free = min(context.config.max_length - context.used(seq), n_ctx - len(tokens))
     part = min(PART, n_free - max(len(first), len(following) + OVERLAP))
     if part < min(LEAST_PART, len(tokens)):
         raise QFilterError(
             f"replay needs room for a part of the text beside it, and there is room for {n_free:,} "
             f"tokens: use a max_length and n_ctx of {len(tokens) + room(len(tokens)):,} or more"
         )
-    kept = Kept(context, layers, seq)
-    worth = {}
+    weights, kept, worth = Weights(model_path), Kept(context, layers, seq), {}
+    weights.output(layers[0])  # is it there?
     for start in range(0, len(tokens), part):
         request = first if start == 0 else [*following, *tokens[start - OVERLAP : start]]
         with kept:
@@ -93,7 +92,7 @@ def scores(
                     found = context.weights(layer, before, seq)[:, : kept.n_cells]
                     worth[layer] = np.maximum(worth.get(layer, 0), found)
                 progress(len(piece))
-    norms = ValueNorms(Weights(model_path).output)
+    norms = ValueNorms(weights.output)
     result = []
     for layer in layers:
         n_head, n_head_kv = len(worth[layer]), context.n_head_kv(layer, seq)
@@ -110,10 +109,8 @@ class Kept:
     def __init__(self, context: Context, layers: list[int], seq: int):
         self._context, self._seq = context, seq
         self._n_past, self.n_cells = context.n_past(seq), context.used(seq)
-        self._saved = None
-        if len(layers) < llama_cpp.llama_model_n_layer(
-            context.model.model
-        ):  # the others may not go back
+        self._saved = None  # needed where there are other layers, which may not go back
+        if len(layers) < llama_cpp.llama_model_n_layer(context.model.model):
             self._saved = context.state(seq), context.archive_state(seq)
 
     def __enter__(self) -> None:
