@@ -11,7 +11,7 @@ import llama_cpp
 import numpy as np
 
 from qfllama import native, state
-from qfllama.config import EngineError, QFilterError
+from qfllama.config import QFilterError
 from qfllama.turns import in_turn
 
 
@@ -67,6 +67,11 @@ class Compressing(llama_cpp.Llama):
         self._need_bound()
         if score not in (None, "replay"):
             raise QFilterError(f"score is {score!r}: leave it out, or use 'replay'")
+        if self._ctx.n_past() > self.n_tokens and not self._cut():
+            raise QFilterError(
+                f"the cache can't be cut back to {self.n_tokens} positions (rewind_limit says how "
+                "far): reset and read again"
+            )
         before = self._ctx.used()
         wanted = state.cells_wanted(before, ratio, max_length)
         if wanted >= before:
@@ -82,13 +87,14 @@ class Compressing(llama_cpp.Llama):
         try:
             scores = self._replay(progress or (lambda n: None)) if score else None
             self._ctx.compress(wanted, scores=scores)
-        except (EngineError, KeyboardInterrupt):
+        except BaseException:
             self._recount_after_failure()
             raise
         return Compressed(before, self._ctx.used())
 
     def _replay(self, progress) -> np.ndarray:
-        """See `replay.scores`. The logits of the last token are computed again."""
+        """See `replay.scores`. The logits of the last token are computed again if layers can go
+        back, as recurrent ones can't."""
         from qfllama import replay
 
         tokens = self.input_ids[: self.n_tokens].tolist()
@@ -103,6 +109,8 @@ class Compressing(llama_cpp.Llama):
         )
         if self._ctx.kv_cache_seq_rm(0, len(tokens) - 1, -1):
             self._ctx.read(tokens[-1:], logits=True)
+        else:
+            self._requires_eval = True
         return found
 
     def _always_kept(self, n_cells: int) -> int:

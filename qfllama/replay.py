@@ -24,6 +24,8 @@ OVERLAP = 8
 """How many tokens these are."""
 PART, LEAST_PART = 2048, 128
 """Tokens of a text that are repeated behind one request, at most and at least."""
+AT_ONCE = 4096
+"""Rows whose values are multiplied at once."""
 PLAIN = ("F32", "F16", "BF16")
 """Types of V whose rows are what attention adds up; others are rotated."""
 
@@ -98,7 +100,8 @@ def scores(
         n_head, n_head_kv = len(worth[layer]), context.n_head_kv(layer, seq)
         values = dequantize(context.rows(layer, seq)[1], kind).astype(np.float32)
         values = values.reshape(kept.n_cells, n_head_kv, -1).transpose(1, 0, 2)
-        worth[layer] *= norms.of(layer, values, n_head)
+        for i in range(0, kept.n_cells, AT_ONCE):
+            worth[layer][:, i : i + AT_ONCE] *= norms.of(layer, values[:, i : i + AT_ONCE], n_head)
         result.append(worth.pop(layer).reshape(n_head_kv, -1, kept.n_cells).max(1))
     return np.concatenate(result).astype(np.float32)
 

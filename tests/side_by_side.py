@@ -27,13 +27,15 @@ def n_rows_by_default(config, n_question: int) -> int:
     return max(config.sinks + 1, config.max_length - n_question - n_free)
 
 
-def check_filling(kept, held, ours: Recall, n_rows: int) -> None:
-    """Beside what all heads got, each [heads, n] has what it held [heads, cells], the newest first."""
+def check_filling(kept, held, recalled, n: int, n_rows: int) -> None:
+    """Beside what all heads got, each [heads, rows] has what it held [heads, cells], the newest
+    first; n: positions before the question."""
     chosen = sorted(set.intersection(*map(set, kept.tolist())))
-    before = held[:, held[0] < len(ours.positions)] if len(held) else held
+    assert set(recalled) <= set(chosen)
+    before = held[:, held[0] < n]
+    n_rows = min(n_rows, *(len({*chosen, *own}) for own in before))
     for rows, own in zip(kept, before, strict=True):
-        expected = fill(chosen, own, ours.positions, min(n_rows, len(ours.positions)))
-        np.testing.assert_array_equal(rows, expected)
+        np.testing.assert_array_equal(rows, fill(chosen, own, n_rows))
 
 
 class Choices:
@@ -176,7 +178,7 @@ class Both:
         self.choices.append(ours, held, recalled)
         if self.own:
             self.own_choices.append(self.own.choose(context, n_rows), held, recalled)
-        check_filling(kept.reshape(len(held), -1), held, ours, n_rows)
+        check_filling(kept.reshape(len(held), -1), held, recalled, len(before), n_rows)
         self.cache.recall(question, kept)
         self.tokens = before
         self.read(tokens, size)

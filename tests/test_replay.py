@@ -165,6 +165,11 @@ def test_what_can_not_be_replayed_is_refused(folder, tokens):
             context.read(tokens)
             with pytest.raises(QFilterError, match="of type q8_0.*--type-v"):
                 replay.scores(context, [0, 1, 2], tokens, tokenize, path)
+            with context.asking():
+                context.read(tokens[:20])
+            context.compress(40)
+            with pytest.raises(EngineError, match="were evicted"):
+                context.weights(0, N)
         small = QFilterConfig(max_length=96, window_length=10, sinks=4, interval=32, policy="knorm")
         with Bounded(model, small, n_ctx=512) as context:
             context.read(tokens)
@@ -215,6 +220,44 @@ def test_ctrl_c_leaves_the_text_as_it_was(llm):
         llm.compress(ratio=4, score="replay", progress=interrupt)
     assert llm.n_tokens == len(llm.tokenize(TEXT.encode()))
     assert llm._ctx.state() == before
+
+
+@pytest.mark.parametrize("name", ["llama", "lfm2"])
+def test_an_answer_follows_a_replay(folder, name):
+    """Also where the logits of the last token are lost, and where the replay failed."""
+    config = QFilterConfig(
+        max_length=512, window_length=10, sinks=4, interval=64, policy="knorm", archive=False
+    )
+    path = str(folder / f"{name}.gguf")
+    llm = Llama(path, qfilters=config, n_ctx=1024, n_threads=1, verbose=False)
+    tokens = np.random.default_rng(3).integers(40, tiny_models.VOCAB, 150).tolist()
+    llm.eval(tokens)
+
+    def fail(n):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        llm.compress(ratio=2, score="replay", progress=fail)
+    assert isinstance(next(llm.generate(tokens, temp=0)), int)
+    llm.n_tokens = len(tokens)  # what was generated is not a part of the text
+    if name == "lfm2":
+        llm.reset()
+        llm.eval(tokens)
+    assert llm.compress(ratio=2, score="replay") == (150, 75)
+    assert isinstance(next(llm.generate(tokens, temp=0)), int)
+    llm.close()
+
+
+def test_options_that_do_not_fit_are_refused_before_the_text_is_read(smollm2, tmp_path):
+    (tmp_path / "text").write_text(TEXT)
+    options = ["--file", tmp_path / "text", "-o", tmp_path / "out", "--policy", "kvdiff"]
+    for more, message in (
+        (["--type-v", "q8_0"], "leave out --type-v q8_0"),
+        (["--n-ctx", 300], "of 300 positions for a second reading"),
+    ):
+        done = run("compress", smollm2, *options, "--score", "replay", *more)
+        assert done.returncode == 2 and message in done.stderr
+        assert not (tmp_path / "out").exists()
 
 
 def test_the_command(smollm2, tmp_path):

@@ -307,6 +307,15 @@ llama_memory_qfilter::filling llama_memory_qfilter::plan(
     std::sort(always.begin(), always.end());
     always.erase(std::unique(always.begin(), always.end()), always.end());
 
+    // with rows that are wanted, no others come from the archive
+    for (uint32_t ih = 0; ih < n_head_all && !rows.empty(); ++ih) {
+        const auto pos = own(ih);
+
+        n = std::min<size_t>(n, always.size() + std::count_if(pos.begin(), pos.end(), [&](llama_pos p) {
+            return !std::binary_search(always.begin(), always.end(), p);
+        }));
+    }
+
     const auto last = [&](uint32_t n) { return p0 - (llama_pos) n; };
 
     for (uint32_t i = 0; i < n; ++i) {

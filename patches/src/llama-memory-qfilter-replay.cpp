@@ -91,10 +91,18 @@ int32_t llama_memory_qfilter::weights(llama_seq_id seq_id, int32_t il, float * o
 
     const auto order = order_of(seq_id);
 
-    const uint32_t n = order.n() - n_question;
+    // the question's rows are the last ones, of all heads
+    const uint32_t n = std::lower_bound(order.pos.begin(), order.pos.end(), asked->p0) - order.pos.begin();
+
+    if (order.n() - n != n_question || get_stream(seq_id).table.p1 > asked->p0) {
+        return refuse("rows of the question were evicted");
+    }
 
     const size_t n_out = layer.n_head*n_rep*n;
 
+    if (n_out > INT32_MAX) {
+        return refuse("too many rows");
+    }
     if (!out || capacity < n_out || n == 0) {
         return n_out;
     }

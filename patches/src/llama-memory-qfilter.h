@@ -328,7 +328,8 @@ private:
     // does the window have what a sequence that goes on at p0 sees?
     bool can_cut_window(llama_seq_id seq_id, llama_pos p0) const;
 
-    // at most n rows for each head: sinks, the last n_window before p0, rows (ascending), those that are in the cells, the newest
+    // at most n rows for each head: sinks, the last n_window before p0, rows (ascending), those that are in the cells; and the
+    // newest if no rows are given
     filling plan(llama_seq_id seq_id, llama_pos p0, uint32_t n, uint32_t n_window, const std::vector<llama_pos> & rows) const;
 
     // all of it or nothing. LLAMA_QFILTER_REFUSED: a part of the memory can't be cut at p0

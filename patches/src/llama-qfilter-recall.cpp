@@ -23,6 +23,11 @@ bool llama_qfilter_scorer::supports(const llama_qfilter_layer & layer) {
     queries.heads.assign(layer.n_head, std::vector<float>((size_t) layer.n_rep*layer.n_embd_k));
     queries.softcap = 1.0f;
 
+    // CUDA says that it can multiply with a part of such a row, and aborts
+    if (layer.k[0]->type == GGML_TYPE_IQ4_NL && !on_host) {
+        return false;
+    }
+
     for (const auto type : { BUILD_ALL, BUILD_BESIDE, BUILD_SUMS, BUILD_SHARES, BUILD_LOOKS }) {
         build(type, layer, queries, 256, 4);
 
@@ -162,6 +167,7 @@ void llama_qfilter_scorer::build(
         ggml_tensor * kh = ggml_view_2d(ctx, k, layer.n_embd_k, n_rows, k->nb[1], ggml_row_size(k->type, ih*layer.n_embd_k));
 
         ggml_tensor * kq = ggml_mul_mat(ctx, kh, q);
+        ggml_mul_mat_set_prec(kq, GGML_PREC_F32);
 
         if (queries.softcap != 0.0f) {
             kq = ggml_tanh(ctx, ggml_scale(ctx, kq, queries.scale/queries.softcap));

@@ -163,9 +163,19 @@ def command(
             )
         n_more = 0
         if score == "replay":
-            from qfllama.replay import room
+            from qfllama.replay import LEAST_PART, PLAIN, room
 
+            if (type_v or "f16").upper() not in PLAIN:
+                raise QFilterError(
+                    f"--score replay needs f16, bf16 or f32 for V: leave out --type-v {type_v}"
+                )
             n_more = min(room(len(tokens)), n_ctx - len(tokens))
+            if n_more < 2 * LEAST_PART:
+                raise QFilterError(
+                    f"{document} leaves {n_more:,} of {n_ctx:,} positions for a second reading: "
+                    f"shorten it, or use --n-ctx {len(tokens) + room(len(tokens))} if the model "
+                    "can do with it"
+                )
         config, wanted = cache_config(
             len(tokens), ratio, max_length, window_length, sinks, policy, n_more
         )

@@ -145,6 +145,8 @@ class Sequence:
         while n_last < n_window and shared[-1 - n_last] == p0 - 1 - n_last:
             n_last += 1
         always = sorted({*sinks, *shared[len(shared) - n_last :], *rows})
+        if rows:  # no others come from the archive
+            n = min(n, *(len({*always, *o}) for o in own.values()))
         for head, held in self.heads.items():
             known = {row.position: row for row in held}
             chosen = list(always)

@@ -119,14 +119,10 @@ class Recall:
         return doubtful & ~self.always
 
 
-def fill(chosen: np.ndarray, own: np.ndarray, archived: np.ndarray, n: int) -> np.ndarray:
-    """The positions of n rows of a head: those chosen, the newest that it has, the newest of all."""
-    result = list(chosen)
-    for more in (own, archived):
-        for position in more[::-1]:
-            if len(result) < n and position not in result:
-                result.append(position)
-    return np.sort(result)
+def fill(chosen, own, n: int) -> np.ndarray:
+    """The positions of n rows of a head: those chosen, and the newest that it has."""
+    others = [position for position in own if position not in chosen]
+    return np.sort([*chosen, *others[len(others) - (n - len(chosen)) :]])
 
 
 def look(queries: Queries, keys: torch.Tensor) -> tuple[np.ndarray, tuple]:
