@@ -105,7 +105,7 @@ COMMA := ,
 # what a smaller cache loses; results that are in build/eval already are not measured again
 EVAL = $(BIN)/qfllama eval $(1) $(FILTERED) $(if $(TEXT),--text $(TEXT)) --results build/eval/$(2).jsonl
 NEEDLE = $(call EVAL,needle,needle) --recall off --window-length 32 --documents 5 --lengths $(1)2048,4096,8192
-RECALL = $(call EVAL,needle,$(1)) --recall off,on --policy full,qblend --documents 8 --needles-per-document 10 --lengths 2048
+RECALL = $(call EVAL,needle,$(1)) --recall off,on --policy full,qblend --documents 10 --needles-per-document 10 --lengths 2048
 
 quality: $(INSTALLED) $(FILTERED)  ## needles, tasks and perplexity of every policy, hours; TEXT=FILE is the haystack
 	mkdir -p build/eval
@@ -113,6 +113,8 @@ quality: $(INSTALLED) $(FILTERED)  ## needles, tasks and perplexity of every pol
 	$(call NEEDLE) --ratio 2,32 --json docs/needle_x32.json
 	$(call NEEDLE,1024$(COMMA)) --ratio 2,4,8 --policy full,qblend,qfilters,keydiff,streaming --plot docs/needle.png
 	$(call RECALL,recall_stream) --setting stream --ratio 4,8,16 --json docs/recall_stream.json --plot docs/recall.png
+	$(call EVAL,ruler,recall_ruler) --recall off,on --policy full,qblend --window-length 32 --lengths 2048 --ratio 4,8 \
+		--documents 4 --tasks single,multikey,multivalue,multiquery,variables,qa --json docs/recall_ruler.json
 	$(call EVAL,needle,needle_stream) --recall off --setting stream --lengths 2048 --ratio 2,4,8 --documents 6 \
 		--policy full,qblend,kvdiff,qahead,qfilters,keydiff,streaming --json docs/needle_stream.json
 	$(call EVAL,ruler,ruler) --recall off --window-length 32 --lengths 2048 --ratio 4 --documents 6 \

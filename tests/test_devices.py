@@ -300,3 +300,34 @@ def test_of_so_many_rows_the_cpu_keeps_those_that_float64_chooses(long_model, lo
     head = Head(keys, positions, weight, 0, 0, 0, values, moments)
     chosen = select(POLICIES[policy](head), positions, N_LONG_KEEP, 2, 12)
     assert len(np.intersect1d(chosen, kept)) >= 0.99 * N_LONG_KEEP
+
+
+# -- recall
+
+
+@pytest.mark.parametrize("parts", [0, native.FLAG_SMALL_PARTS], ids=["whole", "in parts"])
+@pytest.mark.parametrize("types", TYPES)
+def test_a_question_looks_at_the_same_rows_and_brings_them_back(pair, types, parts):
+    """From the same rows; what the question itself computes is rounded otherwise."""
+    sizes = {"archive": True, "max_length": 160, "interval": 32}
+    rng = np.random.default_rng(2)
+    text, question = (rng.integers(3, tiny_models.VOCAB, n).tolist() for n in (680, 20))
+    weights, came_back, state = [], [], None
+    for model, flags in ((pair.here, 0), (pair.there, pair.backend.flags)):
+        with pair.shape.context(
+            model, "streaming", types, sizes, flags=flags | parts, n_ctx=1024
+        ) as llm:
+            if state is None:
+                llm.read(text)
+                state, archive = llm.state(), llm.archive_state()
+            else:
+                assert llm.restore(state) and llm.restore_archive(archive)
+            before = llm.used()
+            llm.question()
+            llm.read(question)
+            weights.append([llm.weights(il, before) for il in pair.shape.layers])
+            assert llm.recall() == len(question)
+            came_back.append(set(llm.recalled().tolist()))
+    np.testing.assert_allclose(weights[1], weights[0], rtol=0.05, atol=2e-3)
+    assert len(came_back[0]) > 40
+    assert len(came_back[0] & came_back[1]) >= 0.9 * len(came_back[0] | came_back[1])
