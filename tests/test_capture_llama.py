@@ -107,6 +107,7 @@ def test_an_interrupt_stops_the_model(tiny, model, request):
     def interrupt(call):
         layers.append(call.layer)
         if call.layer == 1:
+            time.sleep(0.5)  # until it waits: a signal just before that is seen when the wait ends
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             until = time.monotonic() + 10
             while not model._stopped and time.monotonic() < until:
