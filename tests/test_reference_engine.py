@@ -65,6 +65,8 @@ def bounded_runs(model, tokens):
     s = model.shape
     filters = random_filters(s.n_layer, s.n_head_kv, s.head_dim)
     moments = tiny_models.some_moments(s.n_layer, s.n_head, s.head_dim)
+    size = (s.n_layer, s.n_head_kv, 2 * s.n_head_kv * s.head_dim)
+    learned = np.random.default_rng(4).normal(size=size).astype(np.float32)
     runs = {}
     queries = 10 * random_filters(s.n_layer, s.n_head_kv, s.head_dim, seed=1)
     for policy in POLICIES:
@@ -74,6 +76,7 @@ def bounded_runs(model, tokens):
             filters=filters,
             moments=moments,
             queries=queries if policy == "qahead" else None,
+            learned=learned,
             rope=lambda layer, rows, positions: rope(rows, positions, s.rope_base),
         )
         runs[policy] = run(model, tokens, split(len(tokens), SIZES), cache), cache
@@ -193,6 +196,11 @@ def test_a_run_keeps_sinks_window_and_the_best_of_the_rest(model, bounded_runs, 
             elif policy in ("qblend", "kvdiff"):
                 worth = blended(cache, policy, layer, head, before)[inside_of(before, middle)]
                 assert worth[inside].min() > worth[~inside].max() - 1e-4
+            elif policy == "learned":
+                worth = blended(cache, "qblend", layer, head, before)[inside_of(before, middle)]
+                told = learned_number(cache, layer, head, middle)
+                worth = sum((x - x.mean()) / x.std() for x in (worth, told))
+                assert worth[inside].min() > worth[~inside].max() - 1e-4
             elif policy == "random":
                 worth = np.array([random_score(0, layer, head, int(p)) for p in middle])
                 assert worth[inside].min() > worth[~inside].max()
@@ -208,6 +216,17 @@ def turned(query, n_seen):
     angles = torch.arange(n_seen, n_seen + 256, 16)[:, None] * frequencies
     mean = (pairs * torch.polar(torch.ones_like(angles), angles)).mean(0)
     return torch.view_as_real(mean).flatten().float()
+
+
+def learned_number(cache, layer, head, positions):
+    """[n]: the learned filter's product with keys, turned back by complex numbers, and values."""
+    k, v = (rows[:, positions].double() for rows in cache.written[layer])
+    pairs = torch.view_as_complex(k.unflatten(-1, (-1, 2)).contiguous())
+    frequencies = 100000.0 ** (-torch.arange(pairs.shape[-1]).double() / pairs.shape[-1])
+    angles = torch.from_numpy(positions)[:, None] * frequencies
+    k = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), -angles)).flatten(-2)
+    inputs = torch.cat([x.transpose(0, 1).flatten(1) for x in (k, v)], dim=1)
+    return inputs.numpy() @ cache.filters_learned[layer][head].astype(np.float64)
 
 
 def inside_of(positions, some):
