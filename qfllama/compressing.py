@@ -10,7 +10,7 @@ from typing import NamedTuple
 import llama_cpp
 import numpy as np
 
-from qfllama import native, state
+from qfllama import state
 from qfllama.config import QFilterError
 from qfllama.turns import in_turn
 
@@ -67,11 +67,7 @@ class Compressing(llama_cpp.Llama):
         self._need_bound()
         if score not in (None, "replay"):
             raise QFilterError(f"score is {score!r}: leave it out, or use 'replay'")
-        if self._ctx.n_past() > self.n_tokens and not self._cut():
-            raise QFilterError(
-                f"the cache can't be cut back to {self.n_tokens} positions (rewind_limit says how "
-                "far): reset and read again"
-            )
+        self._need_cut()
         before = self._ctx.used()
         wanted = state.cells_wanted(before, ratio, max_length)
         if wanted >= before:
@@ -98,10 +94,8 @@ class Compressing(llama_cpp.Llama):
         from qfllama import replay
 
         tokens = self.input_ids[: self.n_tokens].tolist()
-        layers = range(llama_cpp.llama_model_n_layer(self.model))
         found = replay.scores(
             self._ctx,
-            [layer for layer in layers if native.layer_evicts(self.model, layer)],
             tokens,
             lambda text: self.tokenize(text.encode(), add_bos=False),
             self._model_file,

@@ -120,8 +120,7 @@ class Model(internals.LlamaModel):
         why = ctypes.create_string_buffer(512)
         if not native.model_supported(self.model, why, len(why)):
             raise QFilterError(f"{self.path}: {why.value.decode()}; give another model")
-        n_layer = llama_cpp.llama_model_n_layer(self.model)
-        return [layer for layer in range(n_layer) if native.layer_evicts(self.model, layer)]
+        return native.evicting_layers(self.model)
 
     def open(self, config: QFilterConfig | None, *, n_ctx: int, **params) -> Context:
         """An empty context for sequences of n_ctx positions each; to be closed before the model.

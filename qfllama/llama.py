@@ -248,11 +248,7 @@ class Llama(Compressing, Recalling, SavedStates):
         if self.qfilter_config is None:
             return super().eval(tokens)
         self._need_bound()
-        if self._ctx.n_past() > self.n_tokens and not self._cut():
-            raise QFilterError(
-                f"the cache can't be cut back to {self.n_tokens} positions (rewind_limit says how "
-                "far): reset and read again"
-            )
+        self._need_cut()
         self._eval_recalling(tokens)
         self._check_archive()
 
@@ -266,6 +262,14 @@ class Llama(Compressing, Recalling, SavedStates):
         except (RuntimeError, KeyboardInterrupt):
             self._recount_after_failure()
             raise
+
+    def _need_cut(self) -> None:
+        """Take out of the cache what is beyond `n_tokens`; QFilterError if it can't be."""
+        if self._ctx.n_past() > self.n_tokens and not self._cut():
+            raise QFilterError(
+                f"the cache can't be cut back to {self.n_tokens} positions (rewind_limit says how "
+                "far): reset and read again"
+            )
 
     def _cut(self) -> bool:
         """Take out of the cache what is beyond `n_tokens`; False: it can't be."""

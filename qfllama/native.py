@@ -190,6 +190,13 @@ supported = declare(
 )
 model_supported = declare("llama_qfilter_model_supported", c_bool, _model_p, c_char_p, c_size_t)
 layer_evicts = declare("llama_qfilter_layer_evicts", c_bool, _model_p, c_int32)
+
+
+def evicting_layers(model) -> list[int]:
+    """The layers of a model (llama_model_p) whose cached keys can be evicted."""
+    return [il for il in range(llama_cpp.llama_model_n_layer(model)) if layer_evicts(model, il)]
+
+
 init_from_model = declare(
     "llama_qfilter_init_from_model",
     _context_p,

@@ -7,12 +7,14 @@ length of what its value adds to the output of the layer. Learned filters guess 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import llama_cpp
 import numpy as np
 from gguf import GGMLQuantizationType, dequantize
 
+from qfllama import native
 from qfllama.config import EngineError, QFilterError
 from qfllama.context import Context
 from qfllama.convert.layout import Weights
@@ -37,7 +39,6 @@ def room(n: int) -> int:
 
 def scores(
     context: Context,
-    layers: list[int],
     tokens: list[int],
     tokenize: Callable[[str], list[int]],
     model_path: str,
@@ -49,7 +50,6 @@ def scores(
     The sequence is as before afterwards, but the logits are of another token.
 
     Args:
-        layers: those that evict.
         tokens: all that the sequence has read.
         tokenize: of text, without a beginning-of-sequence token.
         model_path: the GGUF file, for the weights behind attention.
@@ -79,11 +79,16 @@ def scores(
             f"replay needs room for a part of the text beside it, and there is room for {n_free:,} "
             f"tokens: use a max_length and n_ctx of {len(tokens) + room(len(tokens)):,} or more"
         )
-    weights, kept, worth = Weights(model_path), Kept(context, layers, seq), {}
+    model = context.model.model
+    layers, n_cells, worth = native.evicting_layers(model), context.used(seq), {}
+    weights = Weights(model_path)
     weights.output(layers[0])  # is it there?
+    saved = None  # needed where there are other layers, which may not go back
+    if len(layers) < llama_cpp.llama_model_n_layer(model):
+        saved = context.state(seq), context.archive_state(seq)
     for start in range(0, len(tokens), part):
         request = first if start == 0 else [*following, *tokens[start - OVERLAP : start]]
-        with kept:
+        with undone(context, saved, seq):
             context.read(request, seq=seq)
             for i in range(start, min(start + part, len(tokens)), context.params.n_ubatch):
                 piece = tokens[i : min(i + context.params.n_ubatch, start + part)]
@@ -91,7 +96,7 @@ def scores(
                 with context.asking(seq):
                     context.read(piece, seq=seq)
                 for layer in layers:
-                    found = context.weights(layer, before, seq)[:, : kept.n_cells]
+                    found = context.weights(layer, before, seq)[:, :n_cells]
                     worth[layer] = np.maximum(worth.get(layer, 0), found)
                 progress(len(piece))
     norms = ValueNorms(weights.output)
@@ -99,33 +104,26 @@ def scores(
     for layer in layers:
         n_head, n_head_kv = len(worth[layer]), context.n_head_kv(layer, seq)
         values = dequantize(context.rows(layer, seq)[1], kind).astype(np.float32)
-        values = values.reshape(kept.n_cells, n_head_kv, -1).transpose(1, 0, 2)
-        for i in range(0, kept.n_cells, AT_ONCE):
+        values = values.reshape(n_cells, n_head_kv, -1).transpose(1, 0, 2)
+        for i in range(0, n_cells, AT_ONCE):
             worth[layer][:, i : i + AT_ONCE] *= norms.of(layer, values[:, i : i + AT_ONCE], n_head)
-        result.append(worth.pop(layer).reshape(n_head_kv, -1, kept.n_cells).max(1))
+        result.append(worth.pop(layer).reshape(n_head_kv, -1, n_cells).max(1))
     return np.concatenate(result).astype(np.float32)
 
 
-class Kept:
-    """A sequence that is as before at the end of a `with` block."""
-
-    def __init__(self, context: Context, layers: list[int], seq: int):
-        self._context, self._seq = context, seq
-        self._n_past, self.n_cells = context.n_past(seq), context.used(seq)
-        self._saved = None  # needed where there are other layers, which may not go back
-        if len(layers) < llama_cpp.llama_model_n_layer(context.model.model):
-            self._saved = context.state(seq), context.archive_state(seq)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error) -> None:
-        context, seq = self._context, self._seq
+@contextmanager
+def undone(context: Context, saved: tuple[bytearray, bytearray] | None, seq: int) -> Iterator[None]:
+    """What a sequence reads within is gone afterwards; saved: its state and archive before, None
+    where it can be cut back."""
+    n_past = context.n_past(seq)
+    try:
+        yield
+    finally:
         context.question(-1)
-        if self._saved is None:
-            done = context.kv_cache_seq_rm(seq, self._n_past, -1)
+        if saved is None:
+            done = context.kv_cache_seq_rm(seq, n_past, -1)
         else:
-            state, archive = self._saved
+            state, archive = saved
             done = context.restore(state, seq=seq)
             done = done and (not archive or context.restore_archive(archive, seq))
         if not done:

@@ -11,6 +11,15 @@ from qfllama.engine import Context, Model, context_params, why_unsupported
 
 set_verbose(False)
 
+HOW = {
+    "host": 0,
+    "graph": native.FLAG_GRAPH_GATHER,
+    "host, in parts": native.FLAG_SMALL_PARTS,
+    "graph, in parts": native.FLAG_GRAPH_GATHER | native.FLAG_SMALL_PARTS,
+}
+"""Ways to score an archive -> flags of a context: by the CPU's own path or by graphs, at once or in
+parts of a few rows."""
+
 
 def load(path) -> Model:
     return Model(path)

@@ -11,11 +11,11 @@ import llama_cpp
 import numpy as np
 import pytest
 import tiny_models
-from bounded import Bounded, load
+from bounded import HOW, Bounded, load
 from bounded import config as small_config
 
 from qfllama import QFilterConfig, QFilterError, QFilterWarning
-from qfllama.native import FLAG_GRAPH_GATHER, FLAG_SMALL_PARTS
+from qfllama.native import FLAG_GRAPH_GATHER
 
 BLOCK = 256  # positions of a block of the archive
 N_LAYER, N_HEAD = 2, 2
@@ -325,8 +325,7 @@ def test_a_question_among_other_sequences_is_refused(open_cache):
 def test_an_archive_in_parts_is_recalled_as_a_whole_one(open_cache, types):
     """On the CPU's own path and through graphs; with one softmax over all rows and part by part."""
     types = dict(zip(("type_k", "type_v"), types, strict=True))
-    every = [0, FLAG_SMALL_PARTS, FLAG_GRAPH_GATHER, FLAG_SMALL_PARTS | FLAG_GRAPH_GATHER]
-    caches = [open_cache(flags=flags, **types) for flags in every]
+    caches = [open_cache(flags=flags, **types) for flags in HOW.values()]
     tokens = some(1500)
     state = None
     for llm in caches:

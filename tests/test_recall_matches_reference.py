@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny_models
-from bounded import Bounded, load
+from bounded import HOW, Bounded, load
 from reference.families import FamilyModel
 from reference.model import Model, write_f32_copy
 from reference.recall import Archived, ArchivedFamily
@@ -17,7 +17,7 @@ from reference.text import english_tokens
 from side_by_side import ROUNDED, Both, Choices, Own
 from transformers import AutoModelForCausalLM
 
-from qfllama import QFilterConfig, native
+from qfllama import QFilterConfig
 
 TYPES = {"float16": "f16", "q8_0": "q8_0"}
 
@@ -180,14 +180,6 @@ def ask_alone(folder, name, type_k, flags, config, n_text, n_questions, n):
             choices.append(own.choose(context, n_rows), held, context.recalled())
             context.read(tokens[start : start + n])
     return choices
-
-
-HOW = {
-    "host": 0,
-    "graph": native.FLAG_GRAPH_GATHER,
-    "host, in parts": native.FLAG_SMALL_PARTS,
-    "graph, in parts": native.FLAG_GRAPH_GATHER | native.FLAG_SMALL_PARTS,
-}
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from bounded import Bounded, load
+from bounded import HOW, Bounded, load
 from test_recall import run
 from transformers import AutoModelForCausalLM
 
-from qfllama import Llama, QFilterConfig, QFilterError, native, replay
+from qfllama import Llama, QFilterConfig, QFilterError, replay
 from qfllama.config import EngineError
 from qfllama.context import Context
 
@@ -84,10 +84,10 @@ def expected(path, name, layers, tokens, requests):
     return np.concatenate(result)
 
 
-def replayed(context, layers, tokens, path):
+def replayed(context, tokens, path):
     context.read(tokens)
     before = context.state()
-    found = replay.scores(context, layers, tokens, tokenize, path)
+    found = replay.scores(context, tokens, tokenize, path)
     assert context.n_past() == len(tokens) and context.state() == before
     return found
 
@@ -100,17 +100,9 @@ def test_scores_are_those_of_transformers(folder, tokens, name):
         Bounded(model, CONFIG, n_ctx=512, type_k="f32", type_v="f32") as context,
     ):
         layers = model.evicting_layers()
-        found = replayed(context, layers, tokens, path)
+        found = replayed(context, tokens, path)
     theirs = expected(folder / name, name, layers, tokens, [(FIRST, tokens)])
     np.testing.assert_allclose(found, theirs, rtol=2e-2, atol=1e-3 * theirs.max())
-
-
-HOW = {
-    "host": 0,
-    "graph": native.FLAG_GRAPH_GATHER,
-    "host, in parts": native.FLAG_SMALL_PARTS,
-    "graph, in parts": native.FLAG_GRAPH_GATHER | native.FLAG_SMALL_PARTS,
-}
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -122,7 +114,7 @@ def test_a_long_text_is_repeated_in_parts(folder, tokens, how, monkeypatch):
         load(path) as model,
         Bounded(model, CONFIG, n_ctx=512, type_k="f32", type_v="f32", flags=HOW[how]) as context,
     ):
-        found = replayed(context, [0, 1, 2], tokens, path)
+        found = replayed(context, tokens, path)
     requests = [(FIRST, tokens[:40]), ([*NEXT, *tokens[32:40]], tokens[40:])]
     theirs = expected(folder / "llama", "llama", [0, 1, 2], tokens, requests)
     np.testing.assert_allclose(found, theirs, rtol=2e-2, atol=1e-3 * theirs.max())
@@ -149,9 +141,9 @@ def test_rows_of_different_positions_in_one_cell_are_told_apart(folder, tokens):
         Bounded(model, CONFIG, n_ctx=512, type_k="f32", type_v="f32") as context,
     ):
         context.read(tokens)
-        whole = replay.scores(context, [0, 1, 2], tokens, tokenize, path)
+        whole = replay.scores(context, tokens, tokenize, path)
         context.compress(40)
-        found = replay.scores(context, [0, 1, 2], tokens, tokenize, path)
+        found = replay.scores(context, tokens, tokenize, path)
         kept = np.array([context.kept(i // 2, i % 2) for i in range(6)])
         assert len({tuple(head) for head in kept}) > 1
         of_same_rows = np.take_along_axis(whole, kept, axis=1)
@@ -164,7 +156,7 @@ def test_what_can_not_be_replayed_is_refused(folder, tokens):
         with Bounded(model, CONFIG, n_ctx=512, type_k="q8_0", type_v="q8_0") as context:
             context.read(tokens)
             with pytest.raises(QFilterError, match="of type q8_0.*--type-v"):
-                replay.scores(context, [0, 1, 2], tokens, tokenize, path)
+                replay.scores(context, tokens, tokenize, path)
             with context.asking():
                 context.read(tokens[:20])
             context.compress(40)
@@ -174,7 +166,7 @@ def test_what_can_not_be_replayed_is_refused(folder, tokens):
         with Bounded(model, small, n_ctx=512) as context:
             context.read(tokens)
             with pytest.raises(QFilterError, match="room for 36 tokens.* of 376 or more"):
-                replay.scores(context, [0, 1, 2], tokens, tokenize, path)
+                replay.scores(context, tokens, tokenize, path)
             with pytest.raises(EngineError, match="no question"):
                 context.weights(0, N)
             with context.asking():

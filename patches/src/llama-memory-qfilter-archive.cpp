@@ -259,28 +259,31 @@ llama_memory_qfilter::filling llama_memory_qfilter::plan(
     std::sort(shared.begin(), shared.end());
 
     // and of each head alone, ascending
-    const auto own = [&](uint32_t ih) {
-        std::vector<llama_pos> res;
+    std::vector<std::vector<llama_pos>> own(n_head_all);
 
+    for (uint32_t ih = 0; ih < n_head_all; ++ih) {
         for (uint32_t r = 0; r < order.n(); ++r) {
             const llama_pos pos = st.table.get(order, r0, ih, r);
 
             if (pos < p0) {
-                res.push_back(pos);
+                own[ih].push_back(pos);
             }
+        }
+    }
+
+    // the number of rows that each head can have: these, and others of its own
+    const auto n_with = [&](const std::vector<llama_pos> & pos) {
+        size_t res = std::numeric_limits<size_t>::max();
+
+        for (const auto & o : own) {
+            res = std::min<size_t>(res, pos.size() + std::count_if(o.begin(), o.end(), [&](llama_pos p) {
+                return !std::binary_search(pos.begin(), pos.end(), p);
+            }));
         }
         return res;
     };
 
-    size_t n_min = std::numeric_limits<size_t>::max(); // of what a head can have
-
-    for (uint32_t ih = 0; ih < n_head_all; ++ih) {
-        const auto pos = own(ih);
-
-        n_min = std::min<size_t>(n_min, shared.size() + std::count_if(pos.begin(), pos.end(), [&](llama_pos p) {
-            return !std::binary_search(shared.begin(), shared.end(), p);
-        }));
-    }
+    const size_t n_min = n_with(shared);
 
     bool complete = n_min == shared.size() && n_min <= n && !st.incomplete && st.archive.pos_min == 0;
 
@@ -308,12 +311,8 @@ llama_memory_qfilter::filling llama_memory_qfilter::plan(
     always.erase(std::unique(always.begin(), always.end()), always.end());
 
     // with rows that are wanted, no others come from the archive
-    for (uint32_t ih = 0; ih < n_head_all && !rows.empty(); ++ih) {
-        const auto pos = own(ih);
-
-        n = std::min<size_t>(n, always.size() + std::count_if(pos.begin(), pos.end(), [&](llama_pos p) {
-            return !std::binary_search(always.begin(), always.end(), p);
-        }));
+    if (!rows.empty()) {
+        n = std::min<size_t>(n, n_with(always));
     }
 
     const auto last = [&](uint32_t n) { return p0 - (llama_pos) n; };
@@ -341,14 +340,12 @@ llama_memory_qfilter::filling llama_memory_qfilter::plan(
         };
 
         if (res.size() < n) {
-            const auto here = own(ih);
-
             std::vector<llama_pos> lost; // for good, if they go
 
-            std::copy_if(here.begin(), here.end(), std::back_inserter(lost), [&](llama_pos p) { return !st.archive.has(p); });
+            std::copy_if(own[ih].begin(), own[ih].end(), std::back_inserter(lost), [&](llama_pos p) { return !st.archive.has(p); });
 
             add(lost);
-            add(here);
+            add(own[ih]);
         }
         if (res.size() < n) {
             add(shared);

@@ -79,10 +79,9 @@ int32_t llama_memory_qfilter::compress(llama_seq_id seq_id, uint32_t n_keep, uin
         return -1;
     }
 
-
     const size_t n_scores = (size_t) n_head_all*kv.v_cells[seq_id].get_used();
 
-    if ((given || n_given > 0) && (!given || n_given != n_scores)) {
+    if (n_given != (given ? n_scores : 0)) {
         llama_qfilter_note_error(format("%zu scores were given, the rows of all heads are %zu", n_given, n_scores));
         return -1;
     }

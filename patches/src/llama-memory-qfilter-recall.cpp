@@ -278,21 +278,29 @@ llama_qfilter_result llama_memory_qfilter::choose(
         }
     }
 
+    auto & weights = looks[0].weights;
+    auto & shares  = looks[0].shares;
+
+    for (const auto & l : looks) {
+        for (size_t i = 0; i < n; ++i) {
+            weights[i] = std::max(weights[i], l.weights[i]);
+            shares [i] = std::max(shares [i], l.shares [i]);
+        }
+    }
+
     // a row that is looked at brings its neighbours along
     const size_t n_after  = std::min(std::max(n_rows/8, LLAMA_QFILTER_RECALL_AFTER_MIN), LLAMA_QFILTER_RECALL_AFTER_MAX);
     const size_t n_before = n_after/3;
 
-    std::vector<float> score(n, 0.0f);
-    std::vector<float> share(n, 0.0f);
+    std::vector<float> score(n);
+    std::vector<float> share(n);
 
     for (size_t i = 0; i < n; ++i) {
         const size_t i0 = i - std::min(i, n_after);
         const size_t i1 = std::min(n, i + n_before + 1);
 
-        for (const auto & l : looks) {
-            score[i] = std::max(score[i], *std::max_element(l.weights.begin() + i0, l.weights.begin() + i1));
-            share[i] = std::max(share[i], *std::max_element(l.shares .begin() + i0, l.shares .begin() + i1));
-        }
+        score[i] = *std::max_element(weights.begin() + i0, weights.begin() + i1);
+        share[i] = *std::max_element(shares .begin() + i0, shares .begin() + i1);
 
         // sinks and the newest
         if (i < n_sink || i + n_window >= n) {

@@ -10,23 +10,27 @@
 #include <cmath>
 #include <cstring>
 
-std::vector<std::vector<float>> llama_memory_qfilter::own_sums(
-        const llama_qfilter_layer & layer, const llama_qfilter_queries & queries, const std::vector<uint8_t> & k, uint32_t n) const {
-    const ggml_tensor * kc = layer.k[0];
+// rows of a K cache in float32
+static std::vector<float> llama_qfilter_floats(const ggml_tensor * k, const uint8_t * rows, uint32_t n) {
+    std::vector<float> res(n*k->ne[0]);
 
-    const size_t n_embd = layer.n_embd_k;
-
-    std::vector<float> rows(n*kc->ne[0]);
-
-    const auto to_float = ggml_get_type_traits(kc->type)->to_float;
+    const auto to_float = ggml_get_type_traits(k->type)->to_float;
 
     for (uint32_t i = 0; i < n; ++i) {
         if (to_float) {
-            to_float(k.data() + i*kc->nb[1], rows.data() + i*kc->ne[0], kc->ne[0]);
+            to_float(rows + i*k->nb[1], res.data() + i*k->ne[0], k->ne[0]);
         } else {
-            memcpy(rows.data() + i*kc->ne[0], k.data() + i*kc->nb[1], kc->ne[0]*sizeof(float));
+            memcpy(res.data() + i*k->ne[0], rows + i*k->nb[1], k->ne[0]*sizeof(float));
         }
     }
+
+    return res;
+}
+
+std::vector<std::vector<float>> llama_memory_qfilter::own_sums(
+        const llama_qfilter_layer & layer, const llama_qfilter_queries & queries, const std::vector<float> & rows, uint32_t n) const {
+    const size_t n_embd = layer.n_embd_k;
+    const size_t n_row  = rows.size()/n;
 
     std::vector<std::vector<float>> res(layer.n_head);
 
@@ -43,7 +47,7 @@ std::vector<std::vector<float>> llama_memory_qfilter::own_sums(
         std::vector<float> x(iq%n + 1);
 
         for (size_t j = 0; j < x.size(); ++j) {
-            const float * row = rows.data() + j*kc->ne[0] + ih*n_embd;
+            const float * row = rows.data() + j*n_row + ih*n_embd;
 
             float kq = 0.0f;
             for (size_t d = 0; d < n_embd; ++d) {
@@ -124,7 +128,7 @@ int32_t llama_memory_qfilter::weights(llama_seq_id seq_id, int32_t il, float * o
     }
 
     const std::vector<llama_qfilter_run> runs = { { k.data(), n } };
-    const std::vector<uint8_t>           own(k.begin() + n*kc->nb[1], k.end());
+    const auto                           own  = llama_qfilter_floats(kc, k.data() + n*kc->nb[1], n_question);
 
     std::fill(out, out + n_out, 0.0f);
 

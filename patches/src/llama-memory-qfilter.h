@@ -351,9 +351,9 @@ private:
     // "": the sequence ends with this question
     std::string why_no_question(const llama_qfilter_asked * question, llama_seq_id seq_id) const;
 
-    // for each query of each KV head the logarithm of what the question's own rows, up to its token, add to its softmax
+    // for each query of each KV head the logarithm of what the question's own n rows of K, up to its token, add to its softmax
     std::vector<std::vector<float>> own_sums(
-            const llama_qfilter_layer & layer, const llama_qfilter_queries & queries, const std::vector<uint8_t> & k, uint32_t n) const;
+            const llama_qfilter_layer & layer, const llama_qfilter_queries & queries, const std::vector<float> & rows, uint32_t n) const;
 };
 
 // the bounded memory behind a context's, or nullptr

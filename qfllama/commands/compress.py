@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,17 +64,24 @@ def cache_config(
     return QFilterConfig(length, window, sinks, interval, **chosen), wanted
 
 
-def read(llm: Llama, tokens: list[int]) -> float:
-    """Read the document, with its progress on a terminal; the seconds that it took."""
-    start = time.perf_counter()
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """A failure of the engine within is an error in one line; a progress that was shown goes."""
     try:
-        for done in range(0, len(tokens), llm.n_batch):
-            show_progress(done, len(tokens))
-            llm.eval(tokens[done : done + llm.n_batch])
+        yield
     except RuntimeError as error:
         raise QFilterError(f"the engine failed ({error}); --verbose shows its log") from error
     finally:
         erase_progress()
+
+
+def read(llm: Llama, tokens: list[int]) -> float:
+    """Read the document, with its progress on a terminal; the seconds that it took."""
+    start = time.perf_counter()
+    with reading():
+        for done in range(0, len(tokens), llm.n_batch):
+            show_progress(done, len(tokens))
+            llm.eval(tokens[done : done + llm.n_batch])
     return time.perf_counter() - start
 
 
@@ -87,12 +96,8 @@ def compress(llm: Llama, n_cells: int, score: str) -> tuple[int, int]:
         done += n
         show_progress(done, total)
 
-    try:
+    with reading():
         return llm.compress(max_length=n_cells, score=score, progress=progress)
-    except RuntimeError as error:
-        raise QFilterError(f"the engine failed ({error}); --verbose shows its log") from error
-    finally:
-        erase_progress()
 
 
 @click.command("compress")

@@ -132,9 +132,7 @@ class Plan:
                 f"{self.sinks} sinks and a window of {window}: keep more, or use a smaller "
                 "--window-length"
             )
-        policy = variant.policy
-        if policy == REPLAY:
-            policy, extra = "streaming", max(extra, replay.room(n_tokens))
+        policy = "streaming" if variant.policy == REPLAY else variant.policy
         return QFilterConfig(
             max_length=max(n_tokens + extra, least + BATCH), window_length=window,
             sinks=self.sinks, interval=BATCH, policy=policy, seed=self.seed,
@@ -306,8 +304,7 @@ def _run_document(model, document, plan, missing, results, asking, bar) -> None:
         if plan.setting == "prefill":
             scores = None
             if variant.policy == REPLAY:
-                layers = model.evicting_layers()
-                scores = replay.scores(context, layers, tokens, model.tokens, model.path)
+                scores = replay.scores(context, tokens, model.tokens, model.path)
             context.compress(variant.cells(len(tokens)), scores=scores)
         cells, mark = context.used(), Mark(context, extra)
         for i in missing[variant]:
