@@ -23,12 +23,12 @@ import gguf
 import numpy as np
 
 from qfllama import Llama, QFilterConfig, gguf_copy
-from qfllama.bench.measure import evicting_seconds
 from qfllama.files import write_json
 from qfllama.filters import Filters
 from qfllama.machine import provenance
 
 MIB = 1 << 20
+PARTS = ("score_us", "select_us", "gather_us")
 N_LAYER, N_HEAD_KV, HEAD_DIM = 32, 8, 128
 N_VOCAB = 512
 SHAPES = {"small": (256, 256, 8), "8b": (4096, 14336, 32)}
@@ -175,13 +175,10 @@ def measure(path: Path, args, type_kv: str, policy: str, threads: int) -> Row:
         read(config.interval)
         after = llm.qfilter_stats()
         assert after["evictions"] == before["evictions"] + 1
-        seconds.append(evicting_seconds(after) - evicting_seconds(before))
+        seconds.append(sum(after[part] - before[part] for part in PARTS) / 1e6)
         before = after
     eviction_ms = statistics.median(seconds) * 1e3
-    parts = {
-        name: (after[f"{name}_us"] - first[f"{name}_us"]) / args.evictions / 1e3
-        for name in ("score", "select", "gather")
-    }
+    parts = {name: (after[name] - first[name]) / args.evictions / 1e3 for name in PARTS}
     total = decode_ms and decode_ms * config.interval + eviction_ms
     row = Row(
         type_kv=type_kv,
@@ -189,9 +186,9 @@ def measure(path: Path, args, type_kv: str, policy: str, threads: int) -> Row:
         threads=threads,
         evictions=args.evictions,
         eviction_ms=round(eviction_ms, 2),
-        score_ms=round(parts["score"], 2),
-        select_ms=round(parts["select"], 2),
-        gather_ms=round(parts["gather"], 2),
+        score_ms=round(parts["score_us"], 2),
+        select_ms=round(parts["select_us"], 2),
+        gather_ms=round(parts["gather_us"], 2),
         scratch_mib=round(after["scratch_bytes"] / MIB, 2),
         two_layers_mib=round(2 * after["kv_bytes"] / args.layers / MIB, 2),
         decode_ms=decode_ms and round(decode_ms, 2),

@@ -40,6 +40,7 @@ def cache_figures(stats: native.Stats) -> dict[str, int]:
         "kv_bytes": stats.n_bytes_kv,
         "kv_bytes_full": stats.n_bytes_kv_full,
         "scratch_bytes": stats.n_bytes_scratch,
+        "graph_nodes": stats.n_graph_nodes,
         "archived": stats.n_archived,
         "archive_bytes": stats.n_bytes_archive,
         "archive_limit": stats.n_bytes_archive_limit,
@@ -189,7 +190,8 @@ class Llama(Compressing, Recalling, SavedStates):
             (microseconds, all since the context was made); cells_used, cells (the bound),
             cells_allocated (the bound rounded up to 256); kv_bytes (allocated for K and V, and
             for windowed and recurrent layers), kv_bytes_full (the same if every position of n_ctx
-            had a cell), scratch_bytes (allocated for evictions and recalls); archived (positions
+            had a cell), scratch_bytes (allocated for evictions and recalls), graph_nodes (that the
+            last eviction computed); archived (positions
             in the archive), archived_from (from here on they are all there), archive_bytes (memory
             of the host, or of a file), archive_limit, archive_written (bytes), archive_us; recalls,
             recall_us; positions (tokens seen).

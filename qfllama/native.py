@@ -142,6 +142,7 @@ class Stats(ctypes.Structure):
         ("n_recalls", c_uint64),
         ("t_recall_us", c_uint64),
         ("archive_stopped", c_uint32),
+        ("n_graph_nodes", c_uint64),
     ]
 
 

@@ -162,6 +162,27 @@ def test_from_the_same_rows_it_keeps_the_same_ones_and_moves_their_bits(pair, ty
         assert ours.stats().n_evictions == 14
 
 
+@pytest.mark.parametrize(
+    "policy, n_scored",
+    [
+        ("qblend", 15),
+        ("kvdiff", 13),
+        ("keydiff", 7),
+        ("qfilters", 3),
+        ("knorm", 6),
+        ("streaming", 0),
+    ],
+)
+def test_an_eviction_launches_few_nodes_of_a_device(backend, pairs, policy, n_scored):
+    """A node is a kernel: thousands of them took longer than what they computed."""
+    pair, n_moved = pairs(backend, "llama"), 4
+    with pair.contexts(policy) as (ours, _):
+        for tokens in BATCHES[:7]:
+            assert ours.decode(tokens) == 0
+        assert ours.stats().n_evictions == 1
+        assert ours.stats().n_graph_nodes == (n_scored + n_moved) * len(pair.shape.layers)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "lfm2"])
 def test_an_eviction_of_one_sequence_does_not_touch_the_other(backend, pairs, family):
     pair = pairs(backend, family)

@@ -265,6 +265,8 @@ struct llama_qfilter_stats {
     uint64_t n_recalls;
     uint64_t t_recall_us;             // without decoding the questions again
     uint32_t archive_stopped;         // 1: there was no memory, nothing more is archived
+
+    uint64_t n_graph_nodes; // that the last eviction computed, on all devices
 };
 
 // returns false if the context has no bounded cache

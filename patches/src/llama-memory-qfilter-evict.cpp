@@ -108,6 +108,7 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
     }
 
     sel.best.resize((size_t) n_head_all*sel.n_best);
+    sel.same = !given && !policy.score && !policy.score_pos;
 
     ggml_backend_sched_synchronize(lctx->get_sched());
 
@@ -134,8 +135,16 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
 
     int64_t t_select = 0;
 
+    if (sel.same) {
+        for (size_t i = 0; i < sel.best.size(); ++i) {
+            sel.best[i] = sel.order.n() - n_window - sel.n_best + i % sel.n_best; // the newest
+        }
+    }
+
     for (auto & w : workers) {
-        for (size_t i0 = 0; i0 < w->layers.size(); i0 += w->n_layers_at_once()) {
+        w->n_nodes = 0;
+
+        for (size_t i0 = 0; i0 < w->layers.size() && !sel.same; i0 += w->n_layers_at_once()) {
             if (given) {
                 scores.clear();
                 for (size_t i = i0; i < std::min(i0 + w->n_layers_at_once(), w->layers.size()); ++i) {
@@ -156,7 +165,7 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
             }
 
             const int64_t t0 = ggml_time_us();
-            if (!select(*w, i0, !given && !scores_learned.empty(), sel)) {
+            if (!select(*w, i0, given || !policy.score ? 1 : w->n_parts, !given && !scores_learned.empty(), sel)) {
                 llama_qfilter_note_error("failed to select rows");
                 return LLAMA_QFILTER_FAILED;
             }
@@ -177,7 +186,12 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
     }
 
     auto cells = cells_after(seq_id, sel);
-    auto table = streams[seq_id].table.update(sel, n_head_all, scores_learned);
+    auto table = streams[seq_id].table.after(sel, n_head_all, !scores_learned.empty());
+
+    if (!threads.run(n_head_all, [&](size_t ih, int) { streams[seq_id].table.update(sel, ih, scores_learned, table); })) {
+        llama_qfilter_note_error("failed to note what stays");
+        return LLAMA_QFILTER_FAILED;
+    }
 
     for (auto & w : workers) {
         const auto res = w->move(seq_id, sel);
@@ -205,6 +219,11 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
     stats.t_score_us  += t_scored - t_start - t_select;
     stats.t_select_us += t_select;
     stats.t_gather_us += ggml_time_us() - t_scored;
+
+    stats.n_graph_nodes = 0;
+    for (const auto & w : workers) {
+        stats.n_graph_nodes += w->n_nodes;
+    }
 
     streams[seq_id].n_evictions += 1;
     streams[seq_id].n_dropped   += n_dropped;
@@ -271,7 +290,8 @@ static llama_qfilter_norm_info llama_qfilter_norm_of(const float * x, uint32_t n
 }
 
 // from scores to sel.best. false: not all of it was done
-bool llama_memory_qfilter::select(const llama_qfilter_worker & w, size_t i0, bool with_learned, llama_qfilter_selection & sel) {
+bool llama_memory_qfilter::select(
+        const llama_qfilter_worker & w, size_t i0, uint32_t n_parts, bool with_learned, llama_qfilter_selection & sel) {
     const uint32_t n      = sel.order.n();
     const uint32_t n_cand = n - sel.n_sink - sel.n_window; // ranks [n_sink, n - n_window)
 
@@ -280,29 +300,55 @@ bool llama_memory_qfilter::select(const llama_qfilter_worker & w, size_t i0, boo
         uint32_t rank;
     };
 
-    std::vector<uint32_t> heads; // among those of all layers
+    struct head {
+        uint32_t ih; // among those of all layers
+
+        const float * scores; // [n], of its first part
+
+        size_t n_stride; // to that of the next part
+    };
+
+    std::vector<head> heads;
+
+    const float * scores_layer = scores.data();
+
     for (size_t i = i0; i < std::min(i0 + w.n_layers_at_once(), w.layers.size()); ++i) {
+        const size_t n_layer = (size_t) w.layers[i].n_head*n;
+
         for (uint32_t ih = 0; ih < w.layers[i].n_head; ++ih) {
-            heads.push_back(w.layers[i].head0 + ih);
+            heads.push_back({ w.layers[i].head0 + ih, scores_layer + ih*n, n_layer });
         }
+        scores_layer += n_parts*n_layer;
     }
 
-    std::vector<cand> cands_all((size_t) threads.n*n_cand);
+    std::vector<cand>  cands_all((size_t) threads.n*n_cand);
+    std::vector<float> blended((size_t) (n_parts > 1 ? threads.n : 0)*2*n);
 
-    const uint64_t n_bytes = (sel.best.size() + sel.order.n())*sizeof(uint32_t) + cands_all.size()*sizeof(cand);
+    const uint64_t n_bytes =
+        (sel.best.size() + sel.order.n())*sizeof(uint32_t) + cands_all.size()*sizeof(cand) + blended.size()*sizeof(float);
     stats.n_bytes_scratch = std::max(stats.n_bytes_scratch, n_bytes);
 
     return threads.run(heads.size(), [&](size_t i, int ith) {
-        const float * s = scores.data() + i*n + sel.n_sink;
+        const float * s = heads[i].scores;
+
+        if (n_parts > 1) {
+            float * out = blended.data() + (size_t) ith*2*n;
+
+            llama_qfilter_blend(s, heads[i].n_stride, n_parts, n, out + n, out);
+            s = out;
+        }
+        s += sel.n_sink;
+
+        const uint32_t ih = heads[i].ih;
 
         auto * cands = cands_all.data() + (size_t) ith*n_cand;
-        auto * best  = sel.best.data()  + (size_t) heads[i]*sel.n_best;
+        auto * best  = sel.best.data()  + (size_t) ih*sel.n_best;
 
         for (uint32_t r = 0; r < n_cand; ++r) {
             cands[r] = { std::isnan(s[r]) ? -INFINITY : s[r], sel.n_sink + r };
         }
         if (with_learned) {
-            const float * t = scores_learned.data() + (size_t) heads[i]*n + sel.n_sink;
+            const float * t = scores_learned.data() + (size_t) ih*n + sel.n_sink;
 
             const auto ns = llama_qfilter_norm_of(s, n_cand);
             const auto nt = llama_qfilter_norm_of(t, n_cand);

@@ -252,7 +252,7 @@ void llama_memory_qfilter::init(llama_context * lctx) {
         if (it == workers.end()) {
             workers.push_back(is_on_host(layer) ?
                     llama_qfilter_worker::on_host(backend, policy, threads) :
-                    llama_qfilter_worker::on_device(backend, policy));
+                    llama_qfilter_worker::on_device(backend, policy, threads));
             it = workers.end() - 1;
         }
 

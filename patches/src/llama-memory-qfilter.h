@@ -288,7 +288,7 @@ private:
     llama_qfilter_result learn_archive(llama_seq_id seq_id, const std::vector<llama_pos> & pos, std::vector<float> & out);
 
     void score_by_pos(const llama_qfilter_worker & w, size_t i0, llama_seq_id seq_id, const llama_qfilter_order & order);
-    bool select      (const llama_qfilter_worker & w, size_t i0, bool with_learned, llama_qfilter_selection & sel);
+    bool select      (const llama_qfilter_worker & w, size_t i0, uint32_t n_parts, bool with_learned, llama_qfilter_selection & sel);
 
     llama_kv_cells cells_after(llama_seq_id seq_id, const llama_qfilter_selection & sel) const;
 

@@ -4,9 +4,7 @@
 
 #include <initializer_list>
 
-// <k, v> with one v per head
-//   k: [n_embd_head, n_head, n_rows], v: [n_embd_head, n_head], returns [n_rows, n_head]
-static ggml_tensor * llama_qfilter_dot(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v) {
+ggml_tensor * llama_qfilter_dot(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v) {
     k = ggml_permute(ctx, k, 0, 2, 1, 3);                   // [n_embd_head, n_rows, n_head]
     v = ggml_reshape_3d(ctx, v, v->ne[0], 1, v->ne[1]);     // [n_embd_head, 1, n_head]
 
@@ -18,27 +16,23 @@ static ggml_tensor * llama_qfilter_dot(ggml_context * ctx, ggml_tensor * k, ggml
 
 // the paper's score (arXiv 2503.02812, section 3): <k, v1>, averaged over the query heads of a group; or <k, q> of the query
 // that is expected
-static ggml_tensor * llama_qfilter_score_qfilters(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
+static std::vector<ggml_tensor *> llama_qfilter_score_qfilters(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
     GGML_UNUSED(v);
 
-    return llama_qfilter_dot(ctx, k, ggml_reshape_2d(ctx, f, f->ne[0], f->ne[3]));
+    return { llama_qfilter_dot(ctx, k, ggml_reshape_2d(ctx, f, f->ne[0], f->ne[3])) };
 }
 
-// |v|
-//   v: [n_embd_head, n_head, n_rows], returns [n_rows, n_head]
-static ggml_tensor * llama_qfilter_norm(ggml_context * ctx, ggml_tensor * v) {
-    ggml_tensor * cur = ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, v))); // [1, n_head, n_rows]
+ggml_tensor * llama_qfilter_square(ggml_context * ctx, ggml_tensor * x) {
+    ggml_tensor * cur = ggml_sum_rows(ctx, ggml_sqr(ctx, x)); // [1, n_head, n_rows]
 
-    cur = ggml_reshape_2d(ctx, cur, v->ne[1], v->ne[2]);
-
-    return ggml_cont(ctx, ggml_transpose(ctx, cur));
+    return ggml_transpose(ctx, ggml_reshape_2d(ctx, cur, x->ne[1], x->ne[2]));
 }
 
 // second order: log E[exp(<q, k>)] for normally distributed q, for each query head; its softmax over the rows, mean over the
 // query heads of a group, times |v|: what the row is expected to add to the output
 //   f: per KV head, first the n_rep rows that are multiplied with k, then n_rank rows for each of the query heads, whose
 //      products are squared: not in the order of its dimensions, which only tell the numbers
-static ggml_tensor * llama_qfilter_score_qfilters2(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
+static std::vector<ggml_tensor *> llama_qfilter_score_qfilters2(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
     const int64_t n_embd = f->ne[0];
     const int64_t n_rep  = f->ne[1];
     const int64_t n_rank = f->ne[2] - 1;
@@ -66,52 +60,21 @@ static ggml_tensor * llama_qfilter_score_qfilters2(ggml_context * ctx, ggml_tens
     cur = ggml_cont(ctx, ggml_permute(ctx, cur, 1, 0, 2, 3));                    // [n_rep, n_rows, n_head]
     cur = ggml_reshape_2d(ctx, ggml_sum_rows(ctx, cur), n_rows, n_head);         // as good as the mean
 
-    return ggml_mul(ctx, cur, llama_qfilter_norm(ctx, v));
+    return { ggml_mul(ctx, cur, ggml_sqrt(ctx, ggml_cont(ctx, llama_qfilter_square(ctx, v)))) };
 }
 
 // keys with a small norm attract attention (arXiv 2406.11430): -|k|^2
-static ggml_tensor * llama_qfilter_score_knorm(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
+static std::vector<ggml_tensor *> llama_qfilter_score_knorm(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
     GGML_UNUSED(v);
     GGML_UNUSED(f);
 
-    const int64_t n_head = k->ne[1];
-    const int64_t n_rows = k->ne[2];
-
-    ggml_tensor * cur = ggml_sum_rows(ctx, ggml_sqr(ctx, k)); // [1, n_head, n_rows]
-
-    cur = ggml_scale(ctx, cur, -1.0f);
-    cur = ggml_reshape_2d(ctx, cur, n_head, n_rows);
-
-    return ggml_cont(ctx, ggml_transpose(ctx, cur));
+    return { ggml_scale(ctx, ggml_cont(ctx, llama_qfilter_square(ctx, k)), -1.0f) };
 }
 
-// sum over the rows
-//   x: [n_embd_head, n_head, n_rows], returns [n_embd_head, n_head]
-static ggml_tensor * llama_qfilter_sum(ggml_context * ctx, ggml_tensor * x) {
-    const int64_t n_embd = x->ne[0];
-    const int64_t n_head = x->ne[1];
+ggml_tensor * llama_qfilter_mean(ggml_context * ctx, ggml_tensor * x) {
+    ggml_tensor * cur = ggml_cont(ctx, ggml_permute(ctx, x, 1, 2, 0, 3)); // [n_rows, n_embd_head, n_head]
 
-    ggml_tensor * rest = nullptr; // of odd numbers of rows
-
-    // CPUs transpose slowly: halves are added until 1/16 is left
-    for (int i = 0; i < 4 && x->ne[2] > 1; ++i) {
-        const int64_t n = x->ne[2]/2;
-
-        ggml_tensor * lo = ggml_view_3d(ctx, x, n_embd, n_head, n, x->nb[1], x->nb[2], 0);
-        ggml_tensor * hi = ggml_view_3d(ctx, x, n_embd, n_head, n, x->nb[1], x->nb[2], n*x->nb[2]);
-
-        if (x->ne[2] % 2) {
-            ggml_tensor * last = ggml_view_2d(ctx, x, n_embd, n_head, x->nb[1], 2*n*x->nb[2]);
-
-            rest = rest ? ggml_add(ctx, rest, last) : last;
-        }
-        x = ggml_add(ctx, lo, hi);
-    }
-
-    x = ggml_cont(ctx, ggml_permute(ctx, x, 1, 2, 0, 3)); // [n_rows, n_embd_head, n_head]
-    x = ggml_reshape_2d(ctx, ggml_sum_rows(ctx, x), n_embd, n_head);
-
-    return rest ? ggml_add(ctx, x, rest) : x;
+    return ggml_reshape_2d(ctx, ggml_mean(ctx, cur), x->ne[0], x->ne[1]);
 }
 
 // every row of x at unit length. two dimensions: CUDA has a grid dimension of at most 65,535 for the third
@@ -124,53 +87,18 @@ static ggml_tensor * llama_qfilter_unit(ggml_context * ctx, ggml_tensor * x) {
     return ggml_reshape_3d(ctx, cur, x->ne[0], x->ne[1], x->ne[2]);
 }
 
-// keys unlike the others stay (arXiv 2504.15364, section 3): minus the cosine of the key with the mean of the head's
-// normalized keys
-static ggml_tensor * llama_qfilter_score_keydiff(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
+ggml_tensor * llama_qfilter_likeness(ggml_context * ctx, ggml_tensor * k) {
+    k = llama_qfilter_unit(ctx, k);
+
+    return llama_qfilter_dot(ctx, k, llama_qfilter_mean(ctx, k));
+}
+
+// keys unlike the others stay (arXiv 2504.15364, section 3)
+static std::vector<ggml_tensor *> llama_qfilter_score_keydiff(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
     GGML_UNUSED(v);
     GGML_UNUSED(f);
 
-    k = llama_qfilter_unit(ctx, k);
-
-    ggml_tensor * mean = llama_qfilter_unit(ctx, llama_qfilter_sum(ctx, k)); // its length does not matter
-
-    return ggml_scale(ctx, llama_qfilter_dot(ctx, k, mean), -1.0f);
-}
-
-// rows whose value is unlike the others and whose key is, too, and their neighbours: three scores, each less its mean over
-// the rows and divided by its deviation, then averaged over 5 positions. without filters those of the keys count twice
-static ggml_tensor * llama_qfilter_score_blend(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
-    const float eps    = 1e-12f;
-    const float weight = 0.25f; // of filter and keys, that of values is 1
-    const float self   = 0.3f;  // how much more a row counts than the 5 neighbours that it is one of
-
-    // an evicted row changes the output by (the output less its value) times its weight
-    ggml_tensor * cur = ggml_scale(ctx, llama_qfilter_sum(ctx, v), 1.0f/v->ne[2]);
-
-    cur = ggml_norm(ctx, llama_qfilter_norm(ctx, ggml_sub(ctx, v, cur)), eps);
-
-    if (f) {
-        ggml_tensor * proj = ggml_norm(ctx, llama_qfilter_score_qfilters(ctx, k, v, f), eps);
-
-        cur = ggml_add(ctx, cur, ggml_scale(ctx, proj, weight));
-    }
-
-    // the last one to need k, of which it has copies
-    ggml_tensor * diff = ggml_norm(ctx, llama_qfilter_score_keydiff(ctx, k, v, f), eps);
-
-    cur = ggml_add(ctx, cur, ggml_scale(ctx, diff, f ? weight : 2.0f*weight));
-
-    return ggml_add(ctx, ggml_pool_1d(ctx, cur, GGML_OP_POOL_AVG, 5, 1, 2), ggml_scale(ctx, cur, self));
-}
-
-// all equal, so the newest rows stay (arXiv 2309.17453)
-static float llama_qfilter_score_streaming(uint32_t seed, uint32_t il, uint32_t ih, llama_pos pos) {
-    GGML_UNUSED(seed);
-    GGML_UNUSED(il);
-    GGML_UNUSED(ih);
-    GGML_UNUSED(pos);
-
-    return 0.0f;
+    return { ggml_scale(ctx, llama_qfilter_likeness(ctx, k), -1.0f) };
 }
 
 // uniform in [0, 1): what the others have to beat. a position's score is the same at every eviction, so what stays does
@@ -191,16 +119,17 @@ static float llama_qfilter_score_random(uint32_t seed, uint32_t il, uint32_t ih,
 
 // in the order of their numbers
 static const llama_qfilter_policy_info LLAMA_QFILTER_POLICIES[] = {
-    { LLAMA_QFILTER_POLICY_QFILTERS,  "qfilters",  { LLAMA_QFILTER_KIND_FILTERS, -1 },                             false, llama_qfilter_score_qfilters,  nullptr                       },
-    { LLAMA_QFILTER_POLICY_KNORM,     "knorm",     { -1 },                                                         false, llama_qfilter_score_knorm,     nullptr                       },
-    { LLAMA_QFILTER_POLICY_STREAMING, "streaming", { -1 },                                                         false, nullptr,                       llama_qfilter_score_streaming },
-    { LLAMA_QFILTER_POLICY_KEYDIFF,   "keydiff",   { -1 },                                                         false, llama_qfilter_score_keydiff,   nullptr                       },
-    { LLAMA_QFILTER_POLICY_RANDOM,    "random",    { -1 },                                                         false, nullptr,                       llama_qfilter_score_random    },
-    { LLAMA_QFILTER_POLICY_QFILTERS2, "qfilters2", { LLAMA_QFILTER_KIND_MOMENTS, -1 },                             false, llama_qfilter_score_qfilters2, nullptr                       },
-    { LLAMA_QFILTER_POLICY_QBLEND,    "qblend",    { LLAMA_QFILTER_KIND_QUERIES, LLAMA_QFILTER_KIND_FILTERS, -1 }, false, llama_qfilter_score_blend,     nullptr                       },
-    { LLAMA_QFILTER_POLICY_KVDIFF,    "kvdiff",    { -1 },                                                         false, llama_qfilter_score_blend,     nullptr                       },
-    { LLAMA_QFILTER_POLICY_QAHEAD,    "qahead",    { LLAMA_QFILTER_KIND_QUERIES, -1 },                             false, llama_qfilter_score_qfilters,  nullptr                       },
-    { LLAMA_QFILTER_POLICY_LEARNED,   "learned",   { LLAMA_QFILTER_KIND_QUERIES, LLAMA_QFILTER_KIND_FILTERS, -1 }, true,  llama_qfilter_score_blend,     nullptr                       },
+    // policy, name, needs, learned, score, score_cpu, score_pos
+    { LLAMA_QFILTER_POLICY_QFILTERS,  "qfilters",  { LLAMA_QFILTER_KIND_FILTERS, -1 },                             false, llama_qfilter_score_qfilters,  nullptr,                       nullptr                    },
+    { LLAMA_QFILTER_POLICY_KNORM,     "knorm",     { -1 },                                                         false, llama_qfilter_score_knorm,     nullptr,                       nullptr                    },
+    { LLAMA_QFILTER_POLICY_STREAMING, "streaming", { -1 },                                                         false, nullptr,                       nullptr,                       nullptr                    },
+    { LLAMA_QFILTER_POLICY_KEYDIFF,   "keydiff",   { -1 },                                                         false, llama_qfilter_score_keydiff,   llama_qfilter_score_keydiff_cpu, nullptr                    },
+    { LLAMA_QFILTER_POLICY_RANDOM,    "random",    { -1 },                                                         false, nullptr,                       nullptr,                       llama_qfilter_score_random },
+    { LLAMA_QFILTER_POLICY_QFILTERS2, "qfilters2", { LLAMA_QFILTER_KIND_MOMENTS, -1 },                             false, llama_qfilter_score_qfilters2, nullptr,                       nullptr                    },
+    { LLAMA_QFILTER_POLICY_QBLEND,    "qblend",    { LLAMA_QFILTER_KIND_QUERIES, LLAMA_QFILTER_KIND_FILTERS, -1 }, false, llama_qfilter_blend_parts,     llama_qfilter_blend_parts_cpu, nullptr                    },
+    { LLAMA_QFILTER_POLICY_KVDIFF,    "kvdiff",    { -1 },                                                         false, llama_qfilter_blend_parts,     llama_qfilter_blend_parts_cpu, nullptr                    },
+    { LLAMA_QFILTER_POLICY_QAHEAD,    "qahead",    { LLAMA_QFILTER_KIND_QUERIES, -1 },                             false, llama_qfilter_score_qfilters,  nullptr,                       nullptr                    },
+    { LLAMA_QFILTER_POLICY_LEARNED,   "learned",   { LLAMA_QFILTER_KIND_QUERIES, LLAMA_QFILTER_KIND_FILTERS, -1 }, true,  llama_qfilter_blend_parts,     llama_qfilter_blend_parts_cpu, nullptr                    },
 };
 
 const llama_qfilter_policy_info * llama_qfilter_policy_find(int32_t policy) {

@@ -4,7 +4,9 @@
 
 #include "ggml.h"
 
-// how the rows of a policy are scored: one of the two functions, large = keep
+#include <vector>
+
+// how the rows of a policy are scored: by one of the two functions, large = keep; the newest rows stay if there is neither
 struct llama_qfilter_policy_info {
     llama_qfilter_policy policy;
     const char *         name;
@@ -18,11 +20,50 @@ struct llama_qfilter_policy_info {
     //   v: cached values [n_embd_head_v, n_head, n_rows] F32, computed if the function uses them
     //   f: filters       [n_embd_head_k, 1,     1,          n_head] F32,
     //      or moments    [n_embd_head_k, n_rep, 1 + n_rank, n_head] F32 (see there), or nullptr
-    //   returns          [n_rows, n_head] F32
-    ggml_tensor * (*score)(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f);
+    //   returns          [n_rows, n_head] F32, one score, or the parts that llama_qfilter_blend() makes one of
+    std::vector<ggml_tensor *> (*score)(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f);
+
+    // the same where the CPU does it, or nullptr: there is no faster way
+    std::vector<ggml_tensor *> (*score_cpu)(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f);
 
     // from where the key is, on the host
-    float (*score_pos)(uint32_t seed, uint32_t il, uint32_t ih, llama_pos pos);};
+    float (*score_pos)(uint32_t seed, uint32_t il, uint32_t ih, llama_pos pos);
+};
 
 // nullptr if there is no such policy
 const llama_qfilter_policy_info * llama_qfilter_policy_find(int32_t policy);
+
+//
+// pieces of scores
+//
+
+// <k, v> with one v per head
+//   k: [n_embd_head, n_head, n_rows], v: [n_embd_head, n_head], returns [n_rows, n_head]
+ggml_tensor * llama_qfilter_dot(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v);
+
+// how like the others a key is: its cosine with the mean of the head's normalized keys, times that mean's length
+//   k: [n_embd_head, n_head, n_rows], returns [n_rows, n_head]
+ggml_tensor * llama_qfilter_likeness(ggml_context * ctx, ggml_tensor * k);
+
+// mean over the rows
+//   x: [n_embd_head, n_head, n_rows], returns [n_embd_head, n_head]
+ggml_tensor * llama_qfilter_mean(ggml_context * ctx, ggml_tensor * x);
+
+// |x|^2
+//   x: [n_embd_head, n_head, n_rows], returns [n_rows, n_head], not contiguous
+ggml_tensor * llama_qfilter_square(ggml_context * ctx, ggml_tensor * x);
+
+//
+// blend: rows whose value is unlike the others and whose key is, too, and their neighbours (llama-qfilter-blend.cpp)
+//
+
+// |v - mean|^2, how like the others the key is, and <k, f> if there are filters
+std::vector<ggml_tensor *> llama_qfilter_blend_parts    (ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f);
+std::vector<ggml_tensor *> llama_qfilter_blend_parts_cpu(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f);
+
+// keydiff: the key's part alone
+std::vector<ggml_tensor *> llama_qfilter_score_keydiff_cpu(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f);
+
+// one score of the parts of a head's rows
+//   parts: n_parts times [n], n_stride apart, tmp: [n], out: [n]
+void llama_qfilter_blend(const float * parts, size_t n_stride, uint32_t n_parts, uint32_t n, float * tmp, float * out);

@@ -167,7 +167,7 @@ void llama_qfilter_scorer::build(
         ggml_tensor * kh = ggml_view_2d(ctx, k, layer.n_embd_k, n_rows, k->nb[1], ggml_row_size(k->type, ih*layer.n_embd_k));
 
         ggml_tensor * kq = ggml_mul_mat(ctx, kh, q);
-        ggml_mul_mat_set_prec(kq, GGML_PREC_F32);
+        ggml_prec_set_acc(kq, GGML_PREC_F32);
 
         if (queries.softcap != 0.0f) {
             kq = ggml_tanh(ctx, ggml_scale(ctx, kq, queries.scale/queries.softcap));

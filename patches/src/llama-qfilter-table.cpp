@@ -20,10 +20,8 @@ uint32_t llama_qfilter_table::rank_p0(const llama_qfilter_order & order) const {
     return std::lower_bound(order.pos.begin(), order.pos.end(), p0) - order.pos.begin();
 }
 
-llama_qfilter_table llama_qfilter_table::update(const llama_qfilter_selection & sel, uint32_t n_head_all, const std::vector<float> & learned) const {
+llama_qfilter_table llama_qfilter_table::after(const llama_qfilter_selection & sel, uint32_t n_head_all, bool has_learned) const {
     const auto & order = sel.order;
-
-    const uint32_t r0 = rank_p0(order);
 
     // after a cut, the window may reach into the rows that an earlier eviction left: they stay in the table
     uint32_t n_tab = sel.n_best;
@@ -37,20 +35,22 @@ llama_qfilter_table llama_qfilter_table::update(const llama_qfilter_selection & 
     res.p1 = std::max(p1, order.pos[order.n() - sel.n_window - 1] + 1);
     res.n  = n_tab;
     res.pos.resize((size_t) n_head_all*n_tab);
-    res.learned.resize(learned.empty() ? 0 : res.pos.size());
-
-    for (uint32_t ih = 0; ih < n_head_all; ++ih) {
-        for (uint32_t i = 0; i < n_tab; ++i) {
-            const uint32_t rank = sel.rank(ih, sel.n_sink + i);
-
-            res.pos[(size_t) ih*n_tab + i] = get(order, r0, ih, rank);
-            if (!learned.empty()) {
-                res.learned[(size_t) ih*n_tab + i] = learned[(size_t) ih*order.n() + rank];
-            }
-        }
-    }
+    res.learned.resize(has_learned ? res.pos.size() : 0);
 
     return res;
+}
+
+void llama_qfilter_table::update(const llama_qfilter_selection & sel, uint32_t ih, const std::vector<float> & learned, llama_qfilter_table & res) const {
+    const uint32_t r0 = rank_p0(sel.order);
+
+    for (uint32_t i = 0; i < res.n; ++i) {
+        const uint32_t rank = sel.rank(ih, sel.n_sink + i);
+
+        res.pos[(size_t) ih*res.n + i] = get(sel.order, r0, ih, rank);
+        if (!learned.empty()) {
+            res.learned[(size_t) ih*res.n + i] = learned[(size_t) ih*sel.order.n() + rank];
+        }
+    }
 }
 
 void llama_qfilter_table::write(llama_io_write_i & io, const uint32_t extra[2]) const {

@@ -31,6 +31,8 @@ struct llama_qfilter_selection {
 
     std::vector<uint32_t> best; // [n_head_all, n_best] ranks, ascending
 
+    bool same = false; // do all heads keep the same rows?
+
     uint32_t n_keep() const { return n_sink + n_best + n_window; }
 
     // the rank of the i-th row that head ih keeps
@@ -69,8 +71,11 @@ struct llama_qfilter_table {
     // the first rank whose cell is not before p0
     uint32_t rank_p0(const llama_qfilter_order & order) const;
 
-    // the table after an eviction; learned: [n_head_all, n] of all rows that stay, but for sinks and those in no table, or empty
-    llama_qfilter_table update(const llama_qfilter_selection & sel, uint32_t n_head_all, const std::vector<float> & learned) const;
+    // the table after an eviction, where each head's rows are still to be written by update()
+    llama_qfilter_table after(const llama_qfilter_selection & sel, uint32_t n_head_all, bool has_learned) const;
+
+    // learned: [n_head_all, n] of all rows that stay, but for sinks and those in no table, or empty
+    void update(const llama_qfilter_selection & sel, uint32_t ih, const std::vector<float> & learned, llama_qfilter_table & res) const;
 
     // extra: two numbers of the caller's in between
     void write(llama_io_write_i & io, const uint32_t extra[2]) const;

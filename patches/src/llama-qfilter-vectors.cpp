@@ -250,7 +250,7 @@ void llama_qfilter_vector_store::load(
               llama_qfilter_rotation             rotation) {
     this->rotation = rotation;
 
-    if (policy.score_pos) {
+    if (!policy.score) {
         hash = llama_qfilter_hash(hash, &params.seed, sizeof(params.seed));
     }
     if (policy.needs[0] < 0) {

@@ -94,6 +94,22 @@ const ggml_tensor * llama_qfilter_graph::unsupported(ggml_backend_t backend) con
     return nullptr;
 }
 
+uint64_t llama_qfilter_graph::n_nodes() const {
+    uint64_t n = 0;
+
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        switch (ggml_graph_node(gf, i)->op) {
+            case GGML_OP_NONE:
+            case GGML_OP_RESHAPE:
+            case GGML_OP_VIEW:
+            case GGML_OP_PERMUTE:
+            case GGML_OP_TRANSPOSE: break;
+            default:                n++;
+        }
+    }
+    return n;
+}
+
 bool llama_qfilter_graph::alloc(ggml_gallocr_t galloc) {
     return ggml_gallocr_reserve(galloc, gf) && ggml_gallocr_alloc_graph(galloc, gf);
 }
@@ -121,8 +137,9 @@ llama_qfilter_result llama_qfilter_graph::scores(ggml_backend_t backend, std::ve
 // llama_qfilter_worker
 //
 
-llama_qfilter_worker::llama_qfilter_worker(ggml_backend_t backend, const llama_qfilter_policy_info & policy) :
-    backend(backend), galloc(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend))), policy(policy) {
+llama_qfilter_worker::llama_qfilter_worker(
+        ggml_backend_t backend, const llama_qfilter_policy_info & policy, const llama_qfilter_threads & threads) :
+    backend(backend), galloc(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend))), policy(policy), threads(threads) {
 }
 
 size_t llama_qfilter_worker::n_bytes() const {
@@ -130,22 +147,26 @@ size_t llama_qfilter_worker::n_bytes() const {
 }
 
 // layers [i0, i0 + n_layers_at_once())
-// input:   [n_rows] I32, the cell of each rank
-// outputs: [n_rows, n_head] F32 for each group of heads
+// input:  [n_rows] I32, the cell of each rank
+// output: [n_rows, n_head, n_parts] F32 for each layer
 void llama_qfilter_worker::build_score(size_t i0, uint32_t is, uint32_t n_rows) {
     const size_t i1 = std::min(i0 + n_layers_at_once(), layers.size());
 
-    size_t n_groups = 0;
+    size_t n_head_sum = 0;
     for (size_t i = i0; i < i1; ++i) {
-        n_groups += layers[i].n_head;
+        n_head_sum += layers[i].n_head;
     }
 
-    auto * ctx = graph.start(n_groups*LLAMA_QFILTER_MAX_TENSORS);
+    auto * ctx = graph.start(n_head_sum*LLAMA_QFILTER_MAX_TENSORS);
 
     ggml_tensor * idx = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_rows);
     ggml_set_input(idx);
 
     graph.inputs.push_back(idx);
+
+    ggml_tensor * out = nullptr;
+
+    size_t n_out = 0; // rows of it that are written
 
     for (size_t i = i0; i < i1; ++i) {
         const auto & layer = layers[i];
@@ -169,13 +190,25 @@ void llama_qfilter_worker::build_score(size_t i0, uint32_t is, uint32_t n_rows) 
             ggml_tensor * vg = rows(layer.v[is], layer.n_embd_v);
             ggml_tensor * fg = f ? ggml_view_4d(ctx, f, f->ne[0], f->ne[1], f->ne[2], n, f->nb[1], f->nb[2], f->nb[3], ih*f->nb[3]) : nullptr;
 
-            ggml_tensor * cur = policy.score(ctx, kg, vg, fg);
+            const auto cur = parts(ctx, kg, vg, fg);
 
-            ggml_set_output(cur);
-            ggml_build_forward_expand(graph.gf, cur);
+            if (!out) {
+                n_parts = cur.size();
 
-            graph.outputs.push_back(cur);
+                // one tensor, so that all scores are read at once. as an input it shares no memory with what comes before it
+                out = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_rows, n_head_sum*n_parts);
+                ggml_set_input(out);
+                ggml_set_output(out);
+                graph.outputs.push_back(out);
+            }
+
+            for (size_t ip = 0; ip < cur.size(); ++ip) {
+                ggml_tensor * dst = ggml_view_2d(ctx, out, n_rows, n, out->nb[1], (n_out + ip*n_head + ih)*out->nb[1]);
+
+                ggml_build_forward_expand(graph.gf, ggml_cpy(ctx, cur[ip], dst));
+            }
         }
+        n_out += n_head*n_parts;
     }
 }
 
@@ -215,6 +248,8 @@ llama_qfilter_result llama_qfilter_worker::score(
 
     ggml_backend_tensor_set(graph.inputs[0], order.cells.data(), 0, ggml_nbytes(graph.inputs[0]));
 
+    n_nodes += graph.n_nodes();
+
     return graph.scores(backend, scores);
 }
 
@@ -224,8 +259,10 @@ llama_qfilter_result llama_qfilter_worker::score(
 
 class llama_qfilter_worker_host : public llama_qfilter_worker {
 public:
-    llama_qfilter_worker_host(ggml_backend_t backend, const llama_qfilter_policy_info & policy, const llama_qfilter_threads & threads) :
-        llama_qfilter_worker(backend, policy), threads(threads) {
+    using llama_qfilter_worker::llama_qfilter_worker;
+
+    std::vector<ggml_tensor *> parts(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) const override {
+        return (policy.score_cpu ? policy.score_cpu : policy.score)(ctx, k, v, f);
     }
 
     // the scores of a few layers, and the copy of one head, stay in the CPU's cache
@@ -273,7 +310,22 @@ private:
         uint8_t * data = (uint8_t *) t->data;
         uint8_t * dst  = in_place ? data : buf.data();
 
-        for (uint32_t i = 0; i < sel.n_keep(); ++i) {
+        if (sel.same) {
+            // in runs of cells that lie side by side
+            for (uint32_t i = 0, n = 0; i < sel.n_keep(); i += n) {
+                const uint32_t cell = sel.order.cells[sel.rank(layer.head0, i)];
+
+                n = 1;
+                while (i + n < sel.n_keep() && sel.order.cells[sel.rank(layer.head0, i + n)] == cell + n) {
+                    n++;
+                }
+                if (!in_place || cell != i) {
+                    memmove(dst + i*t->nb[1], data + cell*t->nb[1], n*t->nb[1]);
+                }
+            }
+        }
+
+        for (uint32_t i = 0; i < sel.n_keep() && !sel.same; ++i) {
             for (uint32_t ih = 0; ih < layer.n_head; ++ih) {
                 const uint32_t cell = sel.order.cells[sel.rank(layer.head0 + ih, i)];
 
@@ -288,8 +340,6 @@ private:
         }
     }
 
-    const llama_qfilter_threads & threads;
-
     bool in_place = true;
 
     std::vector<uint8_t> buf; // the rows that stay of one tensor
@@ -301,23 +351,30 @@ private:
 
 class llama_qfilter_worker_device : public llama_qfilter_worker {
 public:
-    llama_qfilter_worker_device(ggml_backend_t backend, const llama_qfilter_policy_info & policy) :
-        llama_qfilter_worker(backend, policy) {
+    using llama_qfilter_worker::llama_qfilter_worker;
+
+    std::vector<ggml_tensor *> parts(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) const override {
+        return policy.score(ctx, k, v, f);
     }
 
     // all in one graph: to launch a graph costs more than to compute it
     size_t n_layers_at_once() const override { return layers.size(); }
 
-    // an eviction shall not need more memory than K and V of two layers
+    // an eviction shall not need more memory than K and V of four layers; all heads at once of an F16 cache, where each node
+    // costs more than what it computes
     uint32_t n_heads_at_once(const llama_qfilter_layer & layer) const override {
-        const size_t n_copies = 3; // two F32 copies of the keys that a policy has at once, and the rest
+        const size_t n_copies = 3; // F32 copies of keys or values that a policy has at once
 
         const size_t n_vectors = layer.vectors ? layer.vectors->ne[1]*layer.vectors->ne[2] : 0;
 
-        const size_t n_bytes      = 2*(layer.k[0]->nb[1] + layer.v[0]->nb[1]);
-        const size_t n_bytes_copy = (n_copies*layer.n_head*layer.n_embd_k + layer.n_head*n_vectors)*sizeof(float);
+        const size_t n_bytes      = 4*(layer.k[0]->nb[1] + layer.v[0]->nb[1]);
+        const size_t n_bytes_copy = (n_copies*layer.n_head*std::max(layer.n_embd_k, layer.n_embd_v) + layer.n_head*n_vectors)*sizeof(float);
 
-        return std::max<size_t>(1, std::min<size_t>(layer.n_head, layer.n_head*n_bytes/n_bytes_copy));
+        const size_t n = std::max<size_t>(1, std::min<size_t>(layer.n_head, layer.n_head*n_bytes/n_bytes_copy));
+
+        const size_t n_groups = (layer.n_head + n - 1)/n;
+
+        return (layer.n_head + n_groups - 1)/n_groups;
     }
 
     void init(uint32_t n_cells) override {
@@ -334,7 +391,7 @@ public:
             }
         }
 
-        build_move(0, n_cells);
+        build_move(0, n_cells, false);
 
         if (const auto * bad = graph.unsupported(backend)) {
             throw std::runtime_error(format("%s can't move rows (%s)", name, ggml_op_desc(bad)));
@@ -348,25 +405,38 @@ public:
     }
 
     llama_qfilter_result prepare_move(uint32_t is, const llama_qfilter_selection & sel) override {
-        build_move(is, sel.n_keep());
+        build_move(is, sel.n_keep(), sel.same);
 
         if (!graph.alloc(galloc.get())) {
             return LLAMA_QFILTER_NO_MEM;
         }
 
-        std::vector<int32_t> data;
+        std::vector<int32_t> data(ggml_nelements(graph.inputs[0]));
+        std::vector<size_t>  begin(layers.size(), 0); // of each layer's
 
-        for (size_t i = 0; i < layers.size(); ++i) {
+        for (size_t i = 1; i < layers.size(); ++i) {
+            begin[i] = begin[i - 1] + sel.n_keep()*n_moved(layers[i - 1], sel.same);
+        }
+
+        const bool done = threads.run(layers.size(), [&](size_t i, int) {
             const auto & layer = layers[i];
 
-            data.clear();
-            for (uint32_t r = 0; r < sel.n_keep(); ++r) {
-                for (uint32_t ih = 0; ih < layer.n_head; ++ih) {
-                    data.push_back(sel.order.cells[sel.rank(layer.head0 + ih, r)]*layer.n_head + ih);
+            const uint32_t n_head = n_moved(layer, sel.same);
+
+            int32_t * dst = data.data() + begin[i];
+
+            for (uint32_t ih = 0; ih < n_head; ++ih) {
+                for (uint32_t r = 0; r < sel.n_keep(); ++r) {
+                    dst[r*n_head + ih] = sel.order.cells[sel.rank(layer.head0 + ih, r)]*n_head + ih;
                 }
             }
-            ggml_backend_tensor_set(graph.inputs[i], data.data(), 0, ggml_nbytes(graph.inputs[i]));
+        });
+        if (!done) {
+            return LLAMA_QFILTER_FAILED;
         }
+        ggml_backend_tensor_set(graph.inputs[0], data.data(), 0, ggml_nbytes(graph.inputs[0]));
+
+        n_nodes += graph.n_nodes();
 
         return LLAMA_QFILTER_DONE;
     }
@@ -393,23 +463,39 @@ private:
         return res;
     }
 
-    // inputs: one per layer, [n_head*n_rows] I32, cell*n_head + head in the order of the destination
-    void build_move(uint32_t is, uint32_t n_rows) {
+    // pieces of a layer's rows that are moved on their own: those of each head, or whole rows where all heads keep the same
+    static uint32_t n_moved(const llama_qfilter_layer & layer, bool same) {
+        return same ? 1 : layer.n_head;
+    }
+
+    // input: [n_moved*n_rows] I32 for each layer, cell*n_moved + head in the order of the destination
+    void build_move(uint32_t is, uint32_t n_rows, bool same) {
         auto * ctx = graph.start(layers.size()*LLAMA_QFILTER_MAX_TENSORS);
 
+        int64_t n_idx = 0;
         for (const auto & layer : layers) {
-            const int64_t n_head = layer.n_head;
+            n_idx += n_rows*n_moved(layer, same);
+        }
 
-            ggml_tensor * idx = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_head*n_rows);
-            ggml_set_input(idx);
+        ggml_tensor * idx_all = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_idx);
+        ggml_set_input(idx_all);
 
-            graph.inputs.push_back(idx);
+        graph.inputs.push_back(idx_all);
+
+        size_t offset = 0;
+
+        for (const auto & layer : layers) {
+            const int64_t n = n_moved(layer, same);
+
+            ggml_tensor * idx = ggml_view_1d(ctx, idx_all, n*n_rows, offset);
+
+            offset += ggml_nbytes(idx);
 
             for (auto * t : { layer.k[is], layer.v[is] }) {
-                const int64_t n_ints = t->nb[1]/n_head/sizeof(int32_t);
+                const int64_t n_ints = t->nb[1]/n/sizeof(int32_t);
 
-                ggml_tensor * src = view_i32(ctx, t, n_ints, n_head*t->ne[1]);
-                ggml_tensor * dst = view_i32(ctx, t, n_ints, n_head*n_rows);
+                ggml_tensor * src = view_i32(ctx, t, n_ints, n*t->ne[1]);
+                ggml_tensor * dst = view_i32(ctx, t, n_ints, n*n_rows);
 
                 // two steps: rows are read before their place is written
                 ggml_build_forward_expand(graph.gf, ggml_cpy(ctx, ggml_get_rows(ctx, src, idx), dst));
@@ -484,6 +570,6 @@ std::unique_ptr<llama_qfilter_worker> llama_qfilter_worker::on_host(
 }
 
 std::unique_ptr<llama_qfilter_worker> llama_qfilter_worker::on_device(
-        ggml_backend_t backend, const llama_qfilter_policy_info & policy) {
-    return std::make_unique<llama_qfilter_worker_device>(backend, policy);
+        ggml_backend_t backend, const llama_qfilter_policy_info & policy, const llama_qfilter_threads & threads) {
+    return std::make_unique<llama_qfilter_worker_device>(backend, policy, threads);
 }

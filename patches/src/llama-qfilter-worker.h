@@ -45,6 +45,9 @@ struct llama_qfilter_graph {
     // computes it and reads all outputs, F32, one after the other
     llama_qfilter_result scores(ggml_backend_t backend, std::vector<float> & out);
 
+    // nodes that compute something
+    uint64_t n_nodes() const;
+
     size_t n_bytes() const { return mem.capacity(); }
 
     ggml_cgraph * gf = nullptr;
@@ -61,6 +64,8 @@ private:
 // the layers whose K and V lie on one device: scores their rows and moves those that stay
 class llama_qfilter_worker {
 public:
+    llama_qfilter_worker(ggml_backend_t backend, const llama_qfilter_policy_info & policy, const llama_qfilter_threads & threads);
+
     virtual ~llama_qfilter_worker() = default;
 
     // the CPU reads and copies rows itself
@@ -68,13 +73,14 @@ public:
             ggml_backend_t backend, const llama_qfilter_policy_info & policy, const llama_qfilter_threads & threads);
 
     // graphs do, on the device's own backend
-    static std::unique_ptr<llama_qfilter_worker> on_device(ggml_backend_t backend, const llama_qfilter_policy_info & policy);
+    static std::unique_ptr<llama_qfilter_worker> on_device(
+            ggml_backend_t backend, const llama_qfilter_policy_info & policy, const llama_qfilter_threads & threads);
 
     // all graphs at their largest: what can't run or doesn't fit shall say so when the context is made
     // throws std::runtime_error
     virtual void init(uint32_t n_cells);
 
-    // layers [i0, i0 + n_layers_at_once()) of the worker: [n_rows, n_head] by rank, one layer after the other
+    // layers [i0, i0 + n_layers_at_once()) of the worker: [n_rows, n_head, n_parts] by rank, one layer after the other
     llama_qfilter_result score(size_t i0, uint32_t is, const llama_qfilter_order & order, std::vector<float> & scores);
 
     // layers whose scores are held at once
@@ -86,12 +92,17 @@ public:
 
     virtual size_t n_bytes() const; // allocated
 
+    uint64_t n_nodes = 0; // computed by the graphs of the last eviction
+
     const ggml_backend_t backend;
 
     std::vector<llama_qfilter_layer> layers;
 
+    uint32_t n_parts = 1; // of a score, see llama_qfilter_policy_info::score
+
 protected:
-    llama_qfilter_worker(ggml_backend_t backend, const llama_qfilter_policy_info & policy);
+    // the policy's score, or the faster way that a CPU has
+    virtual std::vector<ggml_tensor *> parts(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) const = 0;
 
     // heads of a layer whose rows are copied at once
     virtual uint32_t n_heads_at_once(const llama_qfilter_layer & layer) const = 0;
@@ -104,6 +115,8 @@ protected:
     llama_qfilter_graph graph;
 
     const llama_qfilter_policy_info & policy;
+
+    const llama_qfilter_threads & threads;
 
 private:
     void build_score(size_t i0, uint32_t is, uint32_t n_rows);
