@@ -10,7 +10,7 @@ NATIVE := $(VENV)/.native
 INSTALLED := $(VENV)/.installed
 PATCHES := $(wildcard patches/*.patch patches/*.py patches/*.t* patches/series patches/src/* patches/include/*)
 
-.PHONY: help demo test lint native bench quality figures docs upgrade-check clean \
+.PHONY: help demo test lint native bench bench-gpu quality figures docs upgrade-check clean \
 	test-slow test-all fuzz sanitize test-rpc test-vulkan test-cuda
 
 help:  ## this list
@@ -99,6 +99,9 @@ build/%/.built: $(INSTALLED) $(PATCHES)
 bench: $(INSTALLED) $(FILTERED)  ## speed and memory beside stock llama.cpp: table, docs/bench.json and .png
 	$(BIN)/qfllama bench $(FILTERED) --max-length 512,2048 --types f16 --stock-types f16,q8_0 --prompts 2048 \
 		--repeat 1 --json docs/bench.json --plot docs/bench.png
+
+bench-gpu: $(INSTALLED)  ## a GPU: device tests, speed beside stock llama.cpp, the parts of an eviction; 6 minutes
+	$(BIN)/python benchmarks/gpu.py --json docs/gpu.json
 
 COMMA := ,
 

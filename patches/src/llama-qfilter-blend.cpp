@@ -4,11 +4,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
-// the second and third pass over rows are ours: let the compiler use what the CPU has, where it can choose when we are loaded
+// the compiler may use what the CPU has, where it can choose when we are loaded
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
-#    define LLAMA_QFILTER_ANY_CPU __attribute__((target_clones("arch=haswell", "default")))
+#    define LLAMA_QFILTER_ANY_CPU __attribute__((target_clones("avx2", "default")))
 #else
 #    define LLAMA_QFILTER_ANY_CPU
 #endif
@@ -34,7 +35,7 @@ std::vector<ggml_tensor *> llama_qfilter_blend_parts(ggml_context * ctx, ggml_te
 }
 
 //
-// the same on the CPU: keys and values of a head are read twice, whatever is computed of them
+// the same on the CPU: all heads of a row at once, straight from the cache, whatever is computed of them
 //
 
 static const int64_t LLAMA_QFILTER_N_CHUNK = 128; // rows; sums do not depend on the number of threads
@@ -58,10 +59,11 @@ static LLAMA_QFILTER_INLINE float llama_qfilter_vec_dot(const float * x, const f
             lanes[j] += x[i + j]*y[i + j];
         }
     }
+    float rest = 0.0f;
     for (; i < n; ++i) {
-        lanes[i % 16] += x[i]*y[i];
+        rest += x[i]*y[i];
     }
-    return llama_qfilter_lanes(lanes);
+    return llama_qfilter_lanes(lanes) + rest;
 }
 
 static LLAMA_QFILTER_INLINE float llama_qfilter_vec_distance(const float * x, const float * y, int64_t n) {
@@ -73,180 +75,240 @@ static LLAMA_QFILTER_INLINE float llama_qfilter_vec_distance(const float * x, co
             lanes[j] += (x[i + j] - y[i + j])*(x[i + j] - y[i + j]);
         }
     }
+    float rest = 0.0f;
     for (; i < n; ++i) {
-        lanes[i % 16] += (x[i] - y[i])*(x[i] - y[i]);
+        rest += (x[i] - y[i])*(x[i] - y[i]);
     }
-    return llama_qfilter_lanes(lanes);
+    return llama_qfilter_lanes(lanes) + rest;
 }
 
-// the keys and values of a group of heads, and where a node puts what it computes of them
-struct llama_qfilter_blend_rows {
-    const float * k;
-    const float * v;
+// ggml's own, for which no compiler may choose what the CPU has, takes longer than all that follows
+static LLAMA_QFILTER_INLINE void llama_qfilter_vec_from_f16(const ggml_fp16_t * x, float * y, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t h = x[i];
 
+        uint32_t bits = (h & 0x7fff) << 13;
+
+        float f;
+        memcpy(&f, &bits, sizeof(f));
+        f *= 0x1p112f; // the exponents' biases; denormals become normal
+        memcpy(&bits, &f, sizeof(f));
+
+        bits |= (h & 0x8000) << 16;
+        bits |= (h & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+
+        memcpy(y + i, &bits, sizeof(f));
+    }
+}
+
+// a row of a cache, F32
+static LLAMA_QFILTER_INLINE const float * llama_qfilter_row(const ggml_tensor * t, int32_t cell, float * buf) {
+    const void * x = (const char *) t->data + cell*t->nb[1];
+
+    switch (t->type) {
+        case GGML_TYPE_F32: return (const float *) x;
+        case GGML_TYPE_F16: llama_qfilter_vec_from_f16((const ggml_fp16_t *) x, buf, t->ne[0]); return buf;
+        default:            ggml_get_type_traits(t->type)->to_float(x, buf, t->ne[0]);          return buf;
+    }
+}
+
+// the rows of a layer, and where a node puts what it computes of them
+struct llama_qfilter_blend_rows {
+    const ggml_tensor * k;
+    const ggml_tensor * v; // nullptr: only keys are wanted
+
+    const int32_t * cells;
+
+    int64_t n_rows;
+    int64_t n_head;
     int64_t n_embd_k;
     int64_t n_embd_v;
-    int64_t n_head;
-    int64_t n_rows;
 
-    llama_qfilter_blend_rows(const ggml_tensor * k, const ggml_tensor * v, bool only_keys) :
-        k((const float *) k->data), v((const float *) v->data),
-        n_embd_k(k->ne[0]), n_embd_v(only_keys ? 0 : v->ne[0]), n_head(k->ne[1]), n_rows(k->ne[2]) {
+    llama_qfilter_blend_rows(const ggml_tensor * k, const ggml_tensor * v, const ggml_tensor * idx, int64_t n_head) :
+        k(k), v(v), cells((const int32_t *) idx->data), n_rows(idx->ne[0]), n_head(n_head),
+        n_embd_k(k->ne[0]/n_head), n_embd_v(v ? v->ne[0]/n_head : 0) {
     }
 
+    int64_t n_embd()   const { return n_head*(n_embd_k + n_embd_v); }
     int64_t n_chunks() const { return (n_rows + LLAMA_QFILTER_N_CHUNK - 1)/LLAMA_QFILTER_N_CHUNK; }
 
-    const float * key  (int64_t ih, int64_t r) const { return k + (r*n_head + ih)*n_embd_k; }
-    const float * value(int64_t ih, int64_t r) const { return v + (r*n_head + ih)*n_embd_v; }
-
-    // fn(head, chunk) for the part of them that is the thread's
-    template <typename F>
-    void each_chunk(int ith, int nth, const F & fn) const {
-        for (int64_t i = ith; i < n_head*n_chunks(); i += nth) {
-            fn(i/n_chunks(), i % n_chunks());
-        }
-    }
+    int64_t begin(int64_t chunk) const { return chunk*LLAMA_QFILTER_N_CHUNK; }
+    int64_t end  (int64_t chunk) const { return std::min(begin(chunk + 1), n_rows); }
 };
 
-static float llama_qfilter_blend_scale(float square) {
-    return 1.0f/std::max(std::sqrt(square), 1e-12f);
+// the sources of all nodes; what comes later is missing in earlier ones
+enum llama_qfilter_blend_src {
+    LLAMA_QFILTER_BLEND_K,
+    LLAMA_QFILTER_BLEND_IDX,
+    LLAMA_QFILTER_BLEND_SHAPE, // [n_head], not computed
+    LLAMA_QFILTER_BLEND_V,     // the same as K: only keys are wanted
+    LLAMA_QFILTER_BLEND_SUMS,
+    LLAMA_QFILTER_BLEND_MEANS,
+    LLAMA_QFILTER_BLEND_F,
+    LLAMA_QFILTER_BLEND_N,
+};
+
+static llama_qfilter_blend_rows llama_qfilter_blend_rows_of(ggml_tensor * const * src) {
+    auto * k = src[LLAMA_QFILTER_BLEND_K];
+    auto * v = src[LLAMA_QFILTER_BLEND_V];
+
+    return { k, v == k ? nullptr : v, src[LLAMA_QFILTER_BLEND_IDX], src[LLAMA_QFILTER_BLEND_SHAPE]->ne[0] };
 }
 
-// sums over the rows of a chunk: of keys at unit length, and of values. lengths: [n] one over the length of a key
+// of the rows of a chunk: one over the lengths of keys [n_head] each, and sums of keys at unit length and of values
 LLAMA_QFILTER_ANY_CPU
-static void llama_qfilter_blend_sum(
-        const llama_qfilter_blend_rows & rows, int64_t ih, int64_t r0, int64_t r1, float * lengths, float * sum_k, float * sum_v) {
-    std::fill(sum_k, sum_k + rows.n_embd_k, 0.0f);
-    std::fill(sum_v, sum_v + rows.n_embd_v, 0.0f);
+static void llama_qfilter_blend_sum(const llama_qfilter_blend_rows & rows, int64_t chunk, float * lengths, float * sums, float * buf) {
+    float * sums_v = sums + rows.n_head*rows.n_embd_k;
 
-    for (int64_t r = r0; r < r1; ++r) {
-        const float * k = rows.key  (ih, r);
-        const float * v = rows.value(ih, r);
+    std::fill(sums, sums + rows.n_embd(), 0.0f);
 
-        const float scale = llama_qfilter_blend_scale(llama_qfilter_vec_dot(k, k, rows.n_embd_k));
+    for (int64_t r = rows.begin(chunk); r < rows.end(chunk); ++r) {
+        const float * k = llama_qfilter_row(rows.k, rows.cells[r], buf);
 
-        for (int64_t i = 0; i < rows.n_embd_k; ++i) {
-            sum_k[i] += k[i]*scale;
+        for (int64_t ih = 0; ih < rows.n_head; ++ih) {
+            const float * kh  = k    + ih*rows.n_embd_k;
+            float       * sum = sums + ih*rows.n_embd_k;
+
+            const float scale = 1.0f/std::max(std::sqrt(llama_qfilter_vec_dot(kh, kh, rows.n_embd_k)), 1e-12f);
+
+            for (int64_t i = 0; i < rows.n_embd_k; ++i) {
+                sum[i] += kh[i]*scale;
+            }
+            lengths[r*rows.n_head + ih] = scale;
         }
-        for (int64_t i = 0; i < rows.n_embd_v; ++i) {
-            sum_v[i] += v[i];
+
+        if (rows.v) {
+            const float * v = llama_qfilter_row(rows.v, rows.cells[r], buf);
+
+            for (int64_t i = 0; i < rows.n_head*rows.n_embd_v; ++i) {
+                sums_v[i] += v[i];
+            }
         }
-        *lengths++ = scale;
     }
 }
 
-// the parts of the rows of a chunk; parts: [n_rows] from the chunk's first on, those of a head n_stride apart
+// the parts of the rows of a chunk; parts: [n_rows, n_head, n_parts]; f: [n_embd_k] of each head, stride_f apart, or nullptr
 LLAMA_QFILTER_ANY_CPU
 static void llama_qfilter_blend_score(
-        const llama_qfilter_blend_rows & rows, int64_t ih, int64_t r0, int64_t r1,
-        const float * lengths, const float * mean_k, const float * mean_v, const float * f, float * parts, int64_t n_stride) {
-    for (int64_t r = r0; r < r1; ++r, ++parts) {
-        const float * k = rows.key(ih, r);
+        const llama_qfilter_blend_rows & rows, int64_t chunk, const float * lengths, const float * means,
+        const float * f, int64_t stride_f, float * parts, float * buf) {
+    const float * means_v = means + rows.n_head*rows.n_embd_k;
 
-        parts[0]        = llama_qfilter_vec_distance(rows.value(ih, r), mean_v, rows.n_embd_v);
-        parts[n_stride] = llama_qfilter_vec_dot(k, mean_k, rows.n_embd_k)**lengths++;
-        if (f) {
-            parts[2*n_stride] = llama_qfilter_vec_dot(k, f, rows.n_embd_k);
-        }
-    }
-}
+    const int64_t n_part = rows.n_head*rows.n_rows;
 
-// [n_rows + n_chunks*(n_embd_k + n_embd_v), n_head]: lengths and sums
-static void llama_qfilter_blend_op_sums(ggml_tensor * dst, int ith, int nth, void * only_keys) {
-    const llama_qfilter_blend_rows rows(dst->src[0], dst->src[1], only_keys);
+    for (int64_t r = rows.begin(chunk); r < rows.end(chunk); ++r) {
+        const float * k = llama_qfilter_row(rows.k, rows.cells[r], buf);
 
-    rows.each_chunk(ith, nth, [&](int64_t ih, int64_t ic) {
-        const int64_t r0 = ic*LLAMA_QFILTER_N_CHUNK;
+        for (int64_t ih = 0; ih < rows.n_head; ++ih) {
+            const float * kh  = k     + ih*rows.n_embd_k;
+            float       * out = parts + ih*rows.n_rows + r;
 
-        float * out  = (float *) ((char *) dst->data + ih*dst->nb[1]);
-        float * sums = out + rows.n_rows + ic*(rows.n_embd_k + rows.n_embd_v);
-
-        llama_qfilter_blend_sum(rows, ih, r0, std::min(r0 + LLAMA_QFILTER_N_CHUNK, rows.n_rows), out + r0, sums, sums + rows.n_embd_k);
-    });
-}
-
-// [n_embd_k + n_embd_v, n_head]: means of keys at unit length and of values
-static void llama_qfilter_blend_op_means(ggml_tensor * dst, int, int, void * only_keys) {
-    const llama_qfilter_blend_rows rows(dst->src[0], dst->src[1], only_keys);
-
-    const int64_t n_embd = rows.n_embd_k + rows.n_embd_v;
-
-    for (int64_t ih = 0; ih < rows.n_head; ++ih) {
-        const float * sums = (const float *) ((const char *) dst->src[2]->data + ih*dst->src[2]->nb[1]) + rows.n_rows;
-
-        float * out = (float *) ((char *) dst->data + ih*dst->nb[1]);
-
-        std::copy(sums, sums + n_embd, out);
-        for (int64_t ic = 1; ic < rows.n_chunks(); ++ic) {
-            for (int64_t i = 0; i < n_embd; ++i) {
-                out[i] += sums[ic*n_embd + i];
+            out[n_part] = llama_qfilter_vec_dot(kh, means + ih*rows.n_embd_k, rows.n_embd_k)*lengths[r*rows.n_head + ih];
+            if (f) {
+                out[2*n_part] = llama_qfilter_vec_dot(kh, f + ih*stride_f, rows.n_embd_k);
             }
         }
 
-        for (int64_t i = 0; i < n_embd; ++i) {
-            out[i] /= rows.n_rows;
+        if (rows.v) {
+            const float * v = llama_qfilter_row(rows.v, rows.cells[r], buf);
+
+            for (int64_t ih = 0; ih < rows.n_head; ++ih) {
+                parts[ih*rows.n_rows + r] =
+                    llama_qfilter_vec_distance(v + ih*rows.n_embd_v, means_v + ih*rows.n_embd_v, rows.n_embd_v);
+            }
         }
+    }
+}
+
+static std::vector<float> llama_qfilter_blend_buf(const llama_qfilter_blend_rows & rows) {
+    return std::vector<float>(rows.n_head*std::max(rows.n_embd_k, rows.n_embd_v));
+}
+
+// [n_head*n_rows + n_chunks*n_embd]: lengths and sums
+static void llama_qfilter_blend_op_sums(ggml_tensor * dst, int ith, int nth, void *) {
+    const auto rows = llama_qfilter_blend_rows_of(dst->src);
+
+    auto buf = llama_qfilter_blend_buf(rows);
+
+    float * lengths = (float *) dst->data;
+
+    for (int64_t chunk = ith; chunk < rows.n_chunks(); chunk += nth) {
+        llama_qfilter_blend_sum(rows, chunk, lengths, lengths + rows.n_head*rows.n_rows + chunk*rows.n_embd(), buf.data());
+    }
+}
+
+// [n_embd]: means of keys at unit length and of values
+static void llama_qfilter_blend_op_means(ggml_tensor * dst, int, int, void *) {
+    const auto rows = llama_qfilter_blend_rows_of(dst->src);
+
+    const float * sums = (const float *) dst->src[LLAMA_QFILTER_BLEND_SUMS]->data + rows.n_head*rows.n_rows;
+
+    float * out = (float *) dst->data;
+
+    std::fill(out, out + rows.n_embd(), 0.0f);
+
+    for (int64_t chunk = 0; chunk < rows.n_chunks(); ++chunk) {
+        for (int64_t i = 0; i < rows.n_embd(); ++i) {
+            out[i] += *sums++;
+        }
+    }
+    for (int64_t i = 0; i < rows.n_embd(); ++i) {
+        out[i] /= rows.n_rows;
     }
 }
 
 // [n_rows, n_head, n_parts]
-static void llama_qfilter_blend_op_parts(ggml_tensor * dst, int ith, int nth, void * only_keys) {
-    const llama_qfilter_blend_rows rows(dst->src[0], dst->src[1], only_keys);
+static void llama_qfilter_blend_op_parts(ggml_tensor * dst, int ith, int nth, void *) {
+    const auto rows = llama_qfilter_blend_rows_of(dst->src);
 
-    const ggml_tensor * sums  = dst->src[2];
-    const ggml_tensor * means = dst->src[3];
-    const ggml_tensor * f     = dst->src[4];
+    const auto * f = dst->src[LLAMA_QFILTER_BLEND_F];
 
-    rows.each_chunk(ith, nth, [&](int64_t ih, int64_t ic) {
-        const int64_t r0 = ic*LLAMA_QFILTER_N_CHUNK;
+    auto buf = llama_qfilter_blend_buf(rows);
 
-        const float * mean = (const float *) ((const char *) means->data + ih*means->nb[1]);
-
-        llama_qfilter_blend_score(rows, ih, r0, std::min(r0 + LLAMA_QFILTER_N_CHUNK, rows.n_rows),
-                (const float *) ((const char *) sums->data + ih*sums->nb[1]) + r0, mean, mean + rows.n_embd_k,
-                f ? (const float *) ((const char *) f->data + ih*f->nb[3]) : nullptr,
-                (float *) ((char *) dst->data + ih*dst->nb[1]) + r0, dst->nb[2]/sizeof(float));
-    });
+    for (int64_t chunk = ith; chunk < rows.n_chunks(); chunk += nth) {
+        llama_qfilter_blend_score(rows, chunk,
+                (const float *) dst->src[LLAMA_QFILTER_BLEND_SUMS]->data, (const float *) dst->src[LLAMA_QFILTER_BLEND_MEANS]->data,
+                f ? (const float *) f->data : nullptr, f ? f->nb[3]/sizeof(float) : 0, (float *) dst->data, buf.data());
+    }
 }
 
-// v: nullptr, the part of the values means nothing
-static std::vector<ggml_tensor *> llama_qfilter_blend_ops(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
-    static char only_keys;
+static std::vector<ggml_tensor *> llama_qfilter_blend_ops(
+        ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f, ggml_tensor * idx, int64_t n_head) {
+    ggml_tensor * src[LLAMA_QFILTER_BLEND_N] = { k, idx, ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_head), v ? v : k, nullptr, nullptr, f };
 
-    void * arg = v ? nullptr : &only_keys;
+    ggml_set_input(src[LLAMA_QFILTER_BLEND_SHAPE]);
 
-    ggml_tensor * args[5] = { k, v ? v : k, nullptr, nullptr, f };
+    const auto rows = llama_qfilter_blend_rows_of(src);
 
-    const llama_qfilter_blend_rows rows(args[0], args[1], arg);
+    const int n_parts = f ? 3 : 2;
 
-    const int64_t n_embd  = rows.n_embd_k + rows.n_embd_v;
-    const int     n_parts = f ? 3 : 2;
+    src[LLAMA_QFILTER_BLEND_SUMS] = ggml_custom_4d(ctx, GGML_TYPE_F32, n_head*rows.n_rows + rows.n_chunks()*rows.n_embd(), 1, 1, 1,
+            src, LLAMA_QFILTER_BLEND_SUMS, llama_qfilter_blend_op_sums, GGML_N_TASKS_MAX, nullptr);
+    src[LLAMA_QFILTER_BLEND_MEANS] = ggml_custom_4d(ctx, GGML_TYPE_F32, rows.n_embd(), 1, 1, 1,
+            src, LLAMA_QFILTER_BLEND_MEANS, llama_qfilter_blend_op_means, 1, nullptr);
 
-    args[2] = ggml_custom_4d(ctx, GGML_TYPE_F32, rows.n_rows + rows.n_chunks()*n_embd, rows.n_head, 1, 1,
-            args, 2, llama_qfilter_blend_op_sums, GGML_N_TASKS_MAX, arg);
-    args[3] = ggml_custom_4d(ctx, GGML_TYPE_F32, n_embd, rows.n_head, 1, 1,
-            args, 3, llama_qfilter_blend_op_means, 1, arg);
-
-    ggml_tensor * parts = ggml_custom_4d(ctx, GGML_TYPE_F32, rows.n_rows, rows.n_head, n_parts, 1,
-            args, f ? 5 : 4, llama_qfilter_blend_op_parts, GGML_N_TASKS_MAX, arg);
+    ggml_tensor * parts = ggml_custom_4d(ctx, GGML_TYPE_F32, rows.n_rows, n_head, n_parts, 1,
+            src, LLAMA_QFILTER_BLEND_F + (f ? 1 : 0), llama_qfilter_blend_op_parts, GGML_N_TASKS_MAX, nullptr);
 
     std::vector<ggml_tensor *> res;
     for (int i = 0; i < n_parts; ++i) {
-        res.push_back(ggml_view_2d(ctx, parts, rows.n_rows, rows.n_head, parts->nb[1], i*parts->nb[2]));
+        res.push_back(ggml_view_2d(ctx, parts, rows.n_rows, n_head, parts->nb[1], i*parts->nb[2]));
     }
 
     return res;
 }
 
-std::vector<ggml_tensor *> llama_qfilter_blend_parts_cpu(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
-    return llama_qfilter_blend_ops(ctx, k, v, f);
+std::vector<ggml_tensor *> llama_qfilter_blend_parts_cpu(
+        ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f, ggml_tensor * idx, int64_t n_head) {
+    return llama_qfilter_blend_ops(ctx, k, v, f, idx, n_head);
 }
 
-std::vector<ggml_tensor *> llama_qfilter_score_keydiff_cpu(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
+std::vector<ggml_tensor *> llama_qfilter_score_keydiff_cpu(
+        ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f, ggml_tensor * idx, int64_t n_head) {
     GGML_UNUSED(v);
     GGML_UNUSED(f);
 
-    return { ggml_scale(ctx, llama_qfilter_blend_ops(ctx, k, nullptr, nullptr)[1], -1.0f) };
+    return { ggml_scale(ctx, llama_qfilter_blend_ops(ctx, k, nullptr, nullptr, idx, n_head)[1], -1.0f) };
 }
 
 // y += weight*(x less its mean, divided by its deviation)

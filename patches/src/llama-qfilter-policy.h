@@ -24,7 +24,10 @@ struct llama_qfilter_policy_info {
     std::vector<ggml_tensor *> (*score)(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f);
 
     // the same where the CPU does it, or nullptr: there is no faster way
-    std::vector<ggml_tensor *> (*score_cpu)(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f);
+    //   k, v: cached keys and values as they lie there, [n_embd_head*n_head, n_cells]
+    //   idx:  their cells [n_rows] I32, in the order of their positions
+    std::vector<ggml_tensor *> (*score_cpu)(
+            ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f, ggml_tensor * idx, int64_t n_head);
 
     // from where the key is, on the host
     float (*score_pos)(uint32_t seed, uint32_t il, uint32_t ih, llama_pos pos);
@@ -58,11 +61,14 @@ ggml_tensor * llama_qfilter_square(ggml_context * ctx, ggml_tensor * x);
 //
 
 // |v - mean|^2, how like the others the key is, and <k, f> if there are filters
-std::vector<ggml_tensor *> llama_qfilter_blend_parts    (ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f);
-std::vector<ggml_tensor *> llama_qfilter_blend_parts_cpu(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f);
+std::vector<ggml_tensor *> llama_qfilter_blend_parts(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f);
+
+std::vector<ggml_tensor *> llama_qfilter_blend_parts_cpu(
+        ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f, ggml_tensor * idx, int64_t n_head);
 
 // keydiff: the key's part alone
-std::vector<ggml_tensor *> llama_qfilter_score_keydiff_cpu(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f);
+std::vector<ggml_tensor *> llama_qfilter_score_keydiff_cpu(
+        ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f, ggml_tensor * idx, int64_t n_head);
 
 // one score of the parts of a head's rows
 //   parts: n_parts times [n], n_stride apart, tmp: [n], out: [n]

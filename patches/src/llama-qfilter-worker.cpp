@@ -174,7 +174,8 @@ void llama_qfilter_worker::build_score(size_t i0, uint32_t is, uint32_t n_rows) 
         ggml_tensor * f = layer.vectors;
 
         const int64_t n_head  = layer.n_head;
-        const int64_t n_group = by_group ? n_heads_at_once(layer) : n_head;
+        const bool    direct  = is_cpu() && policy.score_cpu;
+        const int64_t n_group = by_group && !direct ? n_heads_at_once(layer) : n_head;
 
         for (int64_t ih = 0; ih < n_head; ih += n_group) {
             const int64_t n = std::min(n_group, n_head - ih);
@@ -186,11 +187,11 @@ void llama_qfilter_worker::build_score(size_t i0, uint32_t is, uint32_t n_rows) 
                 return ggml_reshape_3d(ctx, ggml_get_rows(ctx, t, idx), n_embd_head, n, n_rows);
             };
 
-            ggml_tensor * kg = rows(layer.k[is], layer.n_embd_k);
-            ggml_tensor * vg = rows(layer.v[is], layer.n_embd_v);
             ggml_tensor * fg = f ? ggml_view_4d(ctx, f, f->ne[0], f->ne[1], f->ne[2], n, f->nb[1], f->nb[2], f->nb[3], ih*f->nb[3]) : nullptr;
 
-            const auto cur = parts(ctx, kg, vg, fg);
+            const auto cur = direct ?
+                policy.score_cpu(ctx, layer.k[is], layer.v[is], fg, idx, n_head) :
+                policy.score(ctx, rows(layer.k[is], layer.n_embd_k), rows(layer.v[is], layer.n_embd_v), fg);
 
             if (!out) {
                 n_parts = cur.size();
@@ -261,9 +262,7 @@ class llama_qfilter_worker_host : public llama_qfilter_worker {
 public:
     using llama_qfilter_worker::llama_qfilter_worker;
 
-    std::vector<ggml_tensor *> parts(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) const override {
-        return (policy.score_cpu ? policy.score_cpu : policy.score)(ctx, k, v, f);
-    }
+    bool is_cpu() const override { return true; }
 
     // the scores of a few layers, and the copy of one head, stay in the CPU's cache
     size_t   n_layers_at_once()                               const override { return 8; }
@@ -353,9 +352,7 @@ class llama_qfilter_worker_device : public llama_qfilter_worker {
 public:
     using llama_qfilter_worker::llama_qfilter_worker;
 
-    std::vector<ggml_tensor *> parts(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) const override {
-        return policy.score(ctx, k, v, f);
-    }
+    bool is_cpu() const override { return false; }
 
     // all in one graph: to launch a graph costs more than to compute it
     size_t n_layers_at_once() const override { return layers.size(); }

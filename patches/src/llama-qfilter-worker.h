@@ -101,8 +101,8 @@ public:
     uint32_t n_parts = 1; // of a score, see llama_qfilter_policy_info::score
 
 protected:
-    // the policy's score, or the faster way that a CPU has
-    virtual std::vector<ggml_tensor *> parts(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) const = 0;
+    // all rows of a layer at once by the policy's score_cpu, where there is one
+    virtual bool is_cpu() const = 0;
 
     // heads of a layer whose rows are copied at once
     virtual uint32_t n_heads_at_once(const llama_qfilter_layer & layer) const = 0;
