@@ -16,6 +16,7 @@ import os
 import statistics
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -128,6 +129,17 @@ def write_model(path: Path, shape: str, n_layer: int) -> None:
     writer.close()
 
 
+@contextmanager
+def random_model(shape: str, n_layer: int, rank: int):
+    """The path of a model with filters, as long as the block runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain, path = Path(folder, "plain.gguf"), Path(folder, f"{shape}-shape.gguf")
+        write_model(plain, shape, n_layer)
+        add_filters(plain, path, n_layer, SHAPES[shape][2], rank)
+        plain.unlink()
+        yield path
+
+
 def add_filters(plain: Path, path: Path, n_layer: int, n_head: int, rank: int) -> None:
     rng = np.random.default_rng(1)
     weight = rng.standard_normal((n_layer, N_HEAD_KV, HEAD_DIM))
@@ -203,11 +215,7 @@ def main() -> None:
     rows = []
     names = ("cache", "policy", "threads", "ms", "score", "select", "gather")
     print(" ".join(f"{name:>9}" for name in (*names, "scratch", "2 layers", "decode", "%")))
-    with tempfile.TemporaryDirectory() as folder:
-        plain, path = Path(folder, "plain.gguf"), Path(folder, "model.gguf")
-        write_model(plain, args.shape, args.layers)
-        add_filters(plain, path, args.layers, SHAPES[args.shape][2], args.rank)
-        plain.unlink()
+    with random_model(args.shape, args.layers, args.rank) as path:
         for type_kv in args.types.split(","):
             for policy in args.policies.split(","):
                 for threads in sorted({int(n) for n in args.threads.split(",")}):

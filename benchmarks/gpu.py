@@ -14,13 +14,12 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from eviction_cost import MIB, N_HEAD_KV, N_LAYER, N_VOCAB, PARTS, SHAPES, add_filters, write_model
+from eviction_cost import MIB, N_HEAD_KV, N_LAYER, N_VOCAB, PARTS, SHAPES, random_model
 
 from qfllama import QFilterConfig, QFilterError, offload
 from qfllama.engine import Context, Model
@@ -166,18 +165,16 @@ def main() -> None:
         n_seq, position = plan.split("x")
         plans.append((int(n_seq), [int(position)]))
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        plain, path = Path(folder, "plain.gguf"), Path(folder, "model.gguf")
-        write_model(plain, args.shape, args.layers)
-        add_filters(plain, path, args.layers, SHAPES[args.shape][2], rank=1)
-        plain.unlink()
-        with Model(str(path), n_gpu_layers="all") as model:
-            for n_seq, positions in plans:
-                for policy in (None, *args.policies.split(",")):
-                    try:
-                        rows += measure(model, args, policy, n_seq, positions)
-                    except QFilterError as error:  # no memory for the stock engine's
-                        print(f"{policy or 'stock'}, {n_seq} sequences: {error}")
+    with (
+        random_model(args.shape, args.layers, rank=1) as path,
+        Model(str(path), n_gpu_layers="all") as model,
+    ):
+        for n_seq, positions in plans:
+            for policy in (None, *args.policies.split(",")):
+                try:
+                    rows += measure(model, args, policy, n_seq, positions)
+                except QFilterError as error:  # no memory for the stock engine's
+                    print(f"{policy or 'stock'}, {n_seq} sequences: {error}")
     add_ratios(rows)
     names = list(asdict(rows[0]))
     table = [["-" if v is None else str(v) for v in asdict(row).values()] for row in rows]

@@ -6,6 +6,7 @@ takes to read as many tokens at that position with its full cache; tokens per se
 without and with an archive, evictions included, which take turns.
 
     python benchmarks/recall_cost.py models/smollm2-qfilters.gguf --json docs/recall_cost.json
+    python benchmarks/recall_cost.py 8b --positions 4096 --json docs/recall_cost_8b.json
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import argparse
 import itertools
 import statistics
 import time
+from contextlib import ExitStack
 from pathlib import Path
+
+from eviction_cost import N_LAYER, random_model
 
 from qfllama import QFilterConfig
 from qfllama.bench.measure import decode, text_tokens
@@ -95,7 +99,9 @@ def measure(model: Model, tokens: list[int], position: int, args) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser.add_argument(
+        "model", help="a GGUF file, or 8b: random weights with a KV cache of an 8B model's shape"
+    )
     parser.add_argument("--positions", default="8192")
     parser.add_argument("--queries", type=int, default=64, help="tokens of the question")
     parser.add_argument("--max-length", type=int, default=512)
@@ -109,7 +115,10 @@ def main() -> None:
     args = parser.parse_args()
     positions = CommaList(int, least=1).convert(args.positions, None, None)
     rows = []
-    with Model(args.model) as model:
+    with ExitStack() as stack:
+        if args.model == "8b":
+            args.model = stack.enter_context(random_model("small", N_LAYER, rank=1))
+        model = stack.enter_context(Model(args.model))
         tokens = text_tokens(model, max(positions) + 1024 + 2 * args.repeat * args.decoded)
         for position in positions:
             rows.append(row := measure(model, tokens, position, args))

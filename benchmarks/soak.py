@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--decoded", type=int, default=20, help="of every 100 tokens")
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--policy", default=QFilterConfig.policy)
     parser.add_argument("--archive", help="a folder for the archive; by default there is none")
     parser.add_argument("--archive-mib", type=int, default=256)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -50,6 +51,7 @@ def main() -> None:
 
     config = QFilterConfig(
         max_length=args.max_length,
+        policy=args.policy,
         archive=args.archive or False,
         archive_limit=args.archive_mib << 20 if args.archive else None,
     )

@@ -22,15 +22,15 @@ std::vector<llama_qfilter_learned::rows> llama_memory_qfilter::learned_rows(cons
     return res;
 }
 
-// from [n_head, n] for each layer to [n_head_all, n]
+// from [n_head, r1 - r0] for each layer to the rows [r0, r1) of [n_head_all, n]
 static void llama_qfilter_put(const std::vector<llama_qfilter_layer> & layers, const std::vector<llama_qfilter_learned::rows> & src,
-        const std::vector<float> & found, size_t n, std::vector<float> & out) {
+        const std::vector<float> & found, size_t r0, size_t r1, size_t n, std::vector<float> & out) {
     const float * x = found.data();
 
     for (const auto & s : src) {
         const auto & layer = layers[s.i];
 
-        for (size_t r = 0; r < n; ++r) {
+        for (size_t r = r0; r < r1; ++r) {
             for (uint32_t ih = 0; ih < layer.n_head; ++ih) {
                 out[(layer.head0 + ih)*n + r] = *x++;
             }
@@ -40,22 +40,25 @@ static void llama_qfilter_put(const std::vector<llama_qfilter_layer> & layers, c
 
 llama_qfilter_result llama_memory_qfilter::learn_cells(
         llama_seq_id seq_id, const std::vector<uint32_t> & cells, const std::vector<llama_pos> & pos, std::vector<float> & out) {
-    out.resize((size_t) n_head_all*pos.size());
+    const size_t n = pos.size();
+
+    out.resize(n_head_all*n);
 
     std::vector<float> found;
 
     for (auto & w : workers) {
-        if (pos.empty()) {
-            break;
-        }
-
         const auto src = learned_rows(*w, seq_id);
 
-        const auto res = learned.score(w->backend, false, src, cells, pos, found);
-        if (res != LLAMA_QFILTER_DONE) {
-            return res;
+        for (size_t r0 = 0; r0 < n; r0 += llama_qfilter_learned::n_rows_max) {
+            const size_t r1 = std::min<size_t>(r0 + llama_qfilter_learned::n_rows_max, n);
+
+            const auto res = learned.score(w->backend, false, src,
+                    { cells.begin() + r0, cells.begin() + r1 }, { pos.begin() + r0, pos.begin() + r1 }, found);
+            if (res != LLAMA_QFILTER_DONE) {
+                return res;
+            }
+            llama_qfilter_put(layers, src, found, r0, r1, n, out);
         }
-        llama_qfilter_put(layers, src, found, pos.size(), out);
     }
 
     return LLAMA_QFILTER_DONE;
@@ -104,7 +107,7 @@ llama_qfilter_result llama_memory_qfilter::learn_archive(llama_seq_id seq_id, co
         if (res != LLAMA_QFILTER_DONE) {
             return res;
         }
-        llama_qfilter_put(layers, src, found, n, out);
+        llama_qfilter_put(layers, src, found, 0, n, n, out);
     }
 
     return LLAMA_QFILTER_DONE;

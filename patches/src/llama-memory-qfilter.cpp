@@ -267,7 +267,7 @@ void llama_memory_qfilter::init(llama_context * lctx) {
         learned.init(lctx);
 
         for (auto & w : workers) {
-            learned.check(w->backend, learned_rows(*w, 0), n_cells);
+            learned.check(w->backend, learned_rows(*w, 0), std::min(n_cells, llama_qfilter_learned::n_rows_max));
         }
     }
 

@@ -24,12 +24,10 @@ std::vector<ggml_tensor *> llama_qfilter_blend_parts(ggml_context * ctx, ggml_te
     // an evicted row changes the output by (the output less its value) times its weight
     std::vector<ggml_tensor *> res = { llama_qfilter_square(ctx, ggml_sub(ctx, v, llama_qfilter_mean(ctx, v))) };
 
-    ggml_tensor * proj = f ? llama_qfilter_dot(ctx, k, ggml_reshape_2d(ctx, f, f->ne[0], f->ne[3])) : nullptr;
-
-    res.push_back(llama_qfilter_likeness(ctx, k));
     if (f) {
-        res.push_back(proj);
+        res.push_back(llama_qfilter_dot(ctx, k, ggml_reshape_2d(ctx, f, f->ne[0], f->ne[3])));
     }
+    res.push_back(llama_qfilter_likeness(ctx, k)); // the last one to need k, of which it has copies
 
     return res;
 }
@@ -203,10 +201,11 @@ static void llama_qfilter_blend_score(
             const float * kh  = k     + ih*rows.n_embd_k;
             float       * out = parts + ih*rows.n_rows + r;
 
-            out[n_part] = llama_qfilter_vec_dot(kh, means + ih*rows.n_embd_k, rows.n_embd_k)*lengths[r*rows.n_head + ih];
             if (f) {
-                out[2*n_part] = llama_qfilter_vec_dot(kh, f + ih*stride_f, rows.n_embd_k);
+                out += n_part;
+                *out = llama_qfilter_vec_dot(kh, f + ih*stride_f, rows.n_embd_k);
             }
+            out[n_part] = llama_qfilter_vec_dot(kh, means + ih*rows.n_embd_k, rows.n_embd_k)*lengths[r*rows.n_head + ih];
         }
 
         if (rows.v) {
@@ -340,11 +339,11 @@ void llama_qfilter_blend(const float * parts, size_t n_stride, uint32_t n_parts,
         tmp[i] = 0.0f;
     }
 
-    llama_qfilter_blend_add(out,              n, 1.0f,                                 tmp);
-    llama_qfilter_blend_add(parts + n_stride, n, n_parts > 2 ? -weight : -2.0f*weight, tmp);
+    llama_qfilter_blend_add(out, n, 1.0f, tmp);
     if (n_parts > 2) {
-        llama_qfilter_blend_add(parts + 2*n_stride, n, weight, tmp);
+        llama_qfilter_blend_add(parts + n_stride, n, weight, tmp);
     }
+    llama_qfilter_blend_add(parts + (n_parts - 1)*n_stride, n, n_parts > 2 ? -weight : -2.0f*weight, tmp);
 
     for (uint32_t i = 0; i < n; ++i) {
         const uint32_t i0 = i - std::min(i, reach);

@@ -34,6 +34,9 @@ public:
 
     bool empty() const { return weights.empty(); }
 
+    // at once, so that their copies take little memory
+    static constexpr uint32_t n_rows_max = 1024;
+
     // throws std::runtime_error if the backend can't score n rows
     void check(ggml_backend_t backend, const std::vector<rows> & src, uint32_t n);
 

@@ -60,7 +60,7 @@ ggml_tensor * llama_qfilter_square(ggml_context * ctx, ggml_tensor * x);
 // blend: rows whose value is unlike the others and whose key is, too, and their neighbours (llama-qfilter-blend.cpp)
 //
 
-// |v - mean|^2, how like the others the key is, and <k, f> if there are filters
+// |v - mean|^2, <k, f> if there are filters, and how like the others the key is
 std::vector<ggml_tensor *> llama_qfilter_blend_parts(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f);
 
 std::vector<ggml_tensor *> llama_qfilter_blend_parts_cpu(
