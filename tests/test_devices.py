@@ -5,8 +5,9 @@ CPU ("graph", in every build); an RPC server on this machine; the first Vulkan a
 Those that the build under test or this machine lacks are skipped: `make test-rpc`, `make
 test-vulkan` and `make test-cuda` make such builds.
 
-RPC and graph compute with the CPU's own code: positions, rows and logits are equal to the bit. Vulkan
-and CUDA round differently. Logits may differ by TIMES what stock contexts on both devices differ by,
+RPC and graph compute with the CPU's own code: positions, rows and logits are equal to the bit. (The
+CPU's host path sums the scores of qblend, kvdiff and keydiff in another order; no two rows of these
+models score so much alike that it matters.) Vulkan and CUDA round differently. Logits may differ by TIMES what stock contexts on both devices differ by,
 measured in the same run. Rows move bit by bit all the same, and from the same rows every head keeps
 the same ones.
 """
