@@ -77,6 +77,8 @@ def device_tests(backend: str) -> dict[str, int]:
     )
     print(*done.stdout.splitlines()[-30:], sep="\n", flush=True)
     counts = re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)
+    if not counts:
+        sys.exit(f"the device tests did not run: {done.stderr}")
     return {what: int(n) for n, what in counts}
 
 
@@ -175,6 +177,8 @@ def main() -> None:
                     rows += measure(model, args, policy, n_seq, positions)
                 except QFilterError as error:  # no memory for the stock engine's
                     print(f"{policy or 'stock'}, {n_seq} sequences: {error}")
+    if not rows:
+        sys.exit("no cache could be measured")
     add_ratios(rows)
     names = list(asdict(rows[0]))
     table = [["-" if v is None else str(v) for v in asdict(row).values()] for row in rows]

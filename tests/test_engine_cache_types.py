@@ -163,6 +163,28 @@ def test_evictions_of_any_numbers_of_rows_after_one_another(model, tokens, polic
                 assert len(np.intersect1d(chosen, llm.kept(layer, head))) >= 17, (n, layer, head)
 
 
+@pytest.mark.parametrize("policy", ["keydiff", "kvdiff", "qblend", "qfilters"])
+def test_what_stays_does_not_depend_on_the_number_of_threads(model, tokens, policy):
+    """Many times, because threads that get into each other's way do so by chance."""
+    filters = np.random.default_rng(2).standard_normal((N_LAYER, N_HEAD_KV, HEAD_DIM))
+    weight = dict(enumerate(filters.astype(np.float32)))
+    sizes, before, first = config(max_length=2000, interval=500, policy=policy), None, None
+    for n_threads in (1, 2, 5):
+        with Bounded(
+            model, sizes, weight=weight, n_ctx=2500, n_threads=n_threads, n_threads_batch=n_threads
+        ) as llm:
+            if before is None:
+                for start in range(0, 2000, 500):
+                    assert llm.decode((2 * tokens)[start : start + 500]) == 0
+                before = llm.state()
+            for _ in range(20):
+                assert llm.restore(before)
+                assert native.compress(llm.ctx, 0, 1000, 12) == 0
+                kept = np.array([llm.kept(*at) for at in np.ndindex(N_LAYER, N_HEAD_KV)])
+                first = kept if first is None else first
+                np.testing.assert_array_equal(kept, first)
+
+
 def test_a_head_that_blocks_do_not_divide_is_refused_with_the_reason(folder):
     model = load(folder / "48.gguf")
     for kwargs, message in (

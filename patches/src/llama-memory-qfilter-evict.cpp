@@ -180,7 +180,8 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
     for (auto & w : workers) {
         const auto res = w->prepare_move(seq_id, sel);
         if (res != LLAMA_QFILTER_DONE) {
-            llama_qfilter_note_error(format("no memory to move rows on %s: nothing was evicted", ggml_backend_name(w->backend)));
+            llama_qfilter_note_error(format("%s to move rows on %s: nothing was evicted",
+                        res == LLAMA_QFILTER_NO_MEM ? "no memory" : "failed", ggml_backend_name(w->backend)));
             return res;
         }
     }

@@ -1,4 +1,4 @@
-// the scores of qblend, kvdiff and learned: rows whose value is unlike the others and whose key is, too, and their neighbours
+// the scores of qblend, kvdiff and learned, and what keydiff has of them: rows whose value is unlike the others and whose key is, too, and their neighbours
 
 #include "llama-qfilter-policy.h"
 
@@ -8,7 +8,7 @@
 #include <vector>
 
 // the compiler may use what the CPU has, where it can choose when we are loaded
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__) && !defined(__SANITIZE_THREAD__)
 #    define LLAMA_QFILTER_ANY_CPU __attribute__((target_clones("avx2", "default")))
 #else
 #    define LLAMA_QFILTER_ANY_CPU
@@ -236,22 +236,26 @@ static void llama_qfilter_blend_op_sums(ggml_tensor * dst, int ith, int nth, voi
     }
 }
 
-// [n_embd]: means of keys at unit length and of values
-static void llama_qfilter_blend_op_means(ggml_tensor * dst, int, int, void *) {
+// [n_embd]: means of keys at unit length and of values, each thread those of some columns
+static void llama_qfilter_blend_op_means(ggml_tensor * dst, int ith, int nth, void *) {
     const auto rows = llama_qfilter_blend_rows_of(dst->src);
 
     const float * sums = (const float *) dst->src[LLAMA_QFILTER_BLEND_SUMS]->data + rows.n_head*rows.n_rows;
 
     float * out = (float *) dst->data;
 
-    std::fill(out, out + rows.n_embd(), 0.0f);
+    const int64_t n  = rows.n_embd();
+    const int64_t i0 = n*ith/nth;
+    const int64_t i1 = n*(ith + 1)/nth;
+
+    std::fill(out + i0, out + i1, 0.0f);
 
     for (int64_t chunk = 0; chunk < rows.n_chunks(); ++chunk) {
-        for (int64_t i = 0; i < rows.n_embd(); ++i) {
-            out[i] += *sums++;
+        for (int64_t i = i0; i < i1; ++i) {
+            out[i] += sums[chunk*n + i];
         }
     }
-    for (int64_t i = 0; i < rows.n_embd(); ++i) {
+    for (int64_t i = i0; i < i1; ++i) {
         out[i] /= rows.n_rows;
     }
 }
@@ -284,7 +288,7 @@ static std::vector<ggml_tensor *> llama_qfilter_blend_ops(
     src[LLAMA_QFILTER_BLEND_SUMS] = ggml_custom_4d(ctx, GGML_TYPE_F32, n_head*rows.n_rows + rows.n_chunks()*rows.n_embd(), 1, 1, 1,
             src, LLAMA_QFILTER_BLEND_SUMS, llama_qfilter_blend_op_sums, GGML_N_TASKS_MAX, nullptr);
     src[LLAMA_QFILTER_BLEND_MEANS] = ggml_custom_4d(ctx, GGML_TYPE_F32, rows.n_embd(), 1, 1, 1,
-            src, LLAMA_QFILTER_BLEND_MEANS, llama_qfilter_blend_op_means, 1, nullptr);
+            src, LLAMA_QFILTER_BLEND_MEANS, llama_qfilter_blend_op_means, GGML_N_TASKS_MAX, nullptr);
 
     ggml_tensor * parts = ggml_custom_4d(ctx, GGML_TYPE_F32, rows.n_rows, n_head, n_parts, 1,
             src, LLAMA_QFILTER_BLEND_F + (f ? 1 : 0), llama_qfilter_blend_op_parts, GGML_N_TASKS_MAX, nullptr);

@@ -6,7 +6,7 @@
 
 #include <vector>
 
-// how the rows of a policy are scored: by one of the two functions, large = keep; the newest rows stay if there is neither
+// how the rows of a policy are scored: by score or score_pos, large = keep; the newest rows stay if there is neither
 struct llama_qfilter_policy_info {
     llama_qfilter_policy policy;
     const char *         name;

@@ -262,7 +262,7 @@ class llama_qfilter_worker_host : public llama_qfilter_worker {
 public:
     using llama_qfilter_worker::llama_qfilter_worker;
 
-    bool is_cpu() const override { return true; }
+    bool is_cpu() const override { return backend == threads.backend; }
 
     // the scores of a few layers, and the copy of one head, stay in the CPU's cache
     size_t   n_layers_at_once()                               const override { return 8; }
@@ -357,8 +357,8 @@ public:
     // all in one graph: to launch a graph costs more than to compute it
     size_t n_layers_at_once() const override { return layers.size(); }
 
-    // an eviction shall not need more memory than K and V of four layers; all heads at once of an F16 cache, where each node
-    // costs more than what it computes
+    // the copies that an eviction makes, beside the scores, shall not take more memory than K and V of four layers; all heads
+    // at once of an F16 cache, where each node costs more than what it computes
     uint32_t n_heads_at_once(const llama_qfilter_layer & layer) const override {
         const size_t n_copies = 3; // F32 copies of keys or values that a policy has at once
 
@@ -547,6 +547,7 @@ private:
         llama_qfilter_selection all;
 
         all.n_window = n_cells;
+        all.same     = !policy.score && !policy.score_pos;
         all.order.cells.resize(n_cells);
         all.order.pos.resize(n_cells);
         std::iota(all.order.cells.begin(), all.order.cells.end(), 0);
