@@ -5,9 +5,9 @@ CPU ("graph", in every build); an RPC server on this machine; the first Vulkan a
 Those that the build under test or this machine lacks are skipped: `make test-rpc`, `make
 test-vulkan` and `make test-cuda` make such builds.
 
-RPC and graph compute with the CPU's own code: positions, rows and logits are equal to the bit. (The
-CPU's host path sums the scores of qblend, kvdiff and keydiff in another order; no two rows of these
-models score so much alike that it matters.) Vulkan and CUDA round differently. Logits may differ by TIMES what stock contexts on both devices differ by,
+RPC and graph compute with the CPU's own code: positions, rows and logits are equal to the bit. But the
+CPU's host path sums the scores of some policies in another order (SUMMED), so two rows that score
+alike to the last digit may change places: one in a test. Vulkan and CUDA round differently. Logits may differ by TIMES what stock contexts on both devices differ by,
 measured in the same run. Rows move bit by bit all the same, and from the same rows every head keeps
 the same ones.
 """
@@ -25,6 +25,7 @@ from reference.cache import POLICIES, Head, select
 from qfllama import native
 
 TIMES = 3.0
+SUMMED = ("keydiff", "kvdiff", "qblend", "learned")
 TYPES = [("f32", "f32"), ("f16", "f16"), ("q8_0", "f16"), ("q5_1", "f16")]
 PLACES = [("graph", 99)] + [(name, n) for name in devices.BACKENDS[1:] for n in (2, 99)]
 """Backends, and how many of the model's last layers are there."""
@@ -89,6 +90,7 @@ class Pair:
         self.backend, self.shape = backend, shape
         self.there, self.here = backend.load(path, n_layers), devices.load(path)
         self._tolerance = {}
+        self.summed, self.ties = False, 0
 
     def close(self):
         self.there.close()
@@ -97,6 +99,7 @@ class Pair:
     @contextmanager
     def contexts(self, policy, types=("f16", "f16"), sizes=None, **kwargs):
         """The bounded contexts on the backend and on the CPU."""
+        self.summed, self.ties = policy in SUMMED, 0
         with (
             self.shape.context(
                 self.there, policy, types, sizes, flags=self.backend.flags, **kwargs
@@ -121,15 +124,26 @@ class Pair:
         np.testing.assert_allclose(logits, others, rtol=0, atol=self.tolerance(types))
 
     def step(self, ours, cpus, tokens, seq=0, types=("f16", "f16"), filled=(0,)) -> None:
-        """Both read the tokens, and keep the same rows. Where the backend rounds, the CPU starts
-        from the bytes that lie on the device; filled: the sequences that hold any."""
-        for other in () if self.backend.exact else filled:
+        """Both read the tokens, and keep the same rows. Where the backend or the policy rounds, the
+        CPU starts from the bytes that lie on the device; filled: the sequences that hold any."""
+        for other in filled if self.summed or not self.backend.exact else ():
             assert cpus.restore(ours.state(other), other)
         assert ours.decode(tokens, seq) == cpus.decode(tokens, seq) == 0
-        assert same(self.shape.kept(ours, seq), self.shape.kept(cpus, seq))
+        if self.keep_the_same(ours, cpus, seq):
+            self.assert_close(ours.logits(), cpus.logits(), types)
+
+    def keep_the_same(self, ours, cpus, seq=0) -> bool:
+        """Checks it; False after a tie that rounding decided."""
+        heads = zip(self.shape.kept(ours, seq), self.shape.kept(cpus, seq), strict=True)
+        others = sum(len(np.setdiff1d(*both)) for both in heads)
+        if others and self.summed:
+            self.ties += others
+            assert self.ties <= 1
+            return False
+        assert not others
         if self.backend.exact:
             assert same(self.shape.rows(ours, seq), self.shape.rows(cpus, seq))
-        self.assert_close(ours.logits(), cpus.logits(), types)
+        return True
 
 
 @pytest.mark.parametrize("policy", VECTORS)
@@ -149,7 +163,10 @@ def test_a_session_keeps_the_same_rows_and_computes_the_same_logits(pair, policy
         assert ours.stats().n_evictions == cpus.stats().n_evictions == 14
     print(f"{total - agreed} of {total} rows are others than the CPU's")
     by_key = policy not in ("streaming", "random")
-    assert total - agreed <= by_key * pair.backend.other_rows * total
+    other_rows = max(
+        pair.backend.other_rows, 0.002 * pair.summed
+    )  # a tie, and what follows from it
+    assert total - agreed <= by_key * other_rows * total
 
 
 @pytest.mark.parametrize("policy", VECTORS)
@@ -209,11 +226,11 @@ def test_compress_keeps_the_same_rows_and_moves_their_bits(backend, pairs, famil
         for i, tokens in enumerate(BATCHES[:10]):
             pair.step(ours, cpus, tokens, filled=(0,) if i else ())
             pair.shape.remember(ours, seen)
-        assert backend.exact or cpus.restore(ours.state())
+        assert cpus.restore(ours.state())
         assert ours.compress(20) == cpus.compress(20) == 0
         assert ours.stats().n_cells_used == 20
-        assert same(pair.shape.kept(ours), pair.shape.kept(cpus))
-        assert same(pair.shape.rows(ours), pair.shape.rows(cpus))
+        if pair.keep_the_same(ours, cpus):
+            assert same(pair.shape.rows(ours), pair.shape.rows(cpus))
         pair.shape.remember(ours, seen)
         pair.step(ours, cpus, BATCHES[10])  # and goes on
 
@@ -290,7 +307,7 @@ def test_more_rows_than_a_grid_dimension_counts_are_compacted_at_once(
     backend, long_model, long_state, policy
 ):
     """A CUDA grid has at most 65,535 blocks in y and z. Scores of so many rows lie close together:
-    where the backend rounds, some of the last rows that are kept may be others."""
+    where the backend or the policy rounds, some of the last rows that are kept may be others."""
     pair = Pair(backend, long_model, LONG)
     with pair.contexts(policy, sizes=LONG_SIZES, n_ctx=N_LONG + 512) as (ours, cpus):
         # the policy may be another one as long as nothing was evicted
@@ -302,7 +319,8 @@ def test_more_rows_than_a_grid_dimension_counts_are_compacted_at_once(
     pair.close()
     agreed = len(np.intersect1d(kept, others))
     print(f"{N_LONG_KEEP - agreed} of {N_LONG_KEEP} rows are others than the CPU's")
-    assert agreed == N_LONG_KEEP if backend.exact else agreed >= 0.99 * N_LONG_KEEP
+    exact = backend.exact and policy not in SUMMED
+    assert agreed == N_LONG_KEEP if exact else agreed >= 0.99 * N_LONG_KEEP
     for stored, were in zip(after, before, strict=True):
         np.testing.assert_array_equal(stored, were[kept])
 
