@@ -163,9 +163,8 @@ def test_a_session_keeps_the_same_rows_and_computes_the_same_logits(pair, policy
         assert ours.stats().n_evictions == cpus.stats().n_evictions == 14
     print(f"{total - agreed} of {total} rows are others than the CPU's")
     by_key = policy not in ("streaming", "random")
-    other_rows = max(
-        pair.backend.other_rows, 0.002 * pair.summed
-    )  # a tie, and what follows from it
+    # a tie, and what follows from it
+    other_rows = max(pair.backend.other_rows, 0.002 * pair.summed)
     assert total - agreed <= by_key * other_rows * total
 
 

@@ -269,27 +269,6 @@ void llama_memory_qfilter::score_by_pos(const llama_qfilter_worker & w, size_t i
     }
 }
 
-// a score less its mean, times scale, has a deviation of 1
-struct llama_qfilter_norm_info {
-    float mean;
-    float scale;
-};
-
-static llama_qfilter_norm_info llama_qfilter_norm_of(const float * x, uint32_t n) {
-    double sum = 0.0;
-    for (uint32_t i = 0; i < n; ++i) {
-        sum += x[i];
-    }
-    const double mean = sum/n;
-
-    double square = 0.0;
-    for (uint32_t i = 0; i < n; ++i) {
-        square += (x[i] - mean)*(x[i] - mean);
-    }
-
-    return { (float) mean, square > 0.0 ? (float) (1.0/sqrt(square/n)) : 0.0f };
-}
-
 // from scores to sel.best. false: not all of it was done
 bool llama_memory_qfilter::select(
         const llama_qfilter_worker & w, size_t i0, uint32_t n_parts, bool with_learned, llama_qfilter_selection & sel) {
@@ -323,7 +302,7 @@ bool llama_memory_qfilter::select(
     }
 
     std::vector<cand>  cands_all((size_t) threads.n*n_cand);
-    std::vector<float> blended((size_t) (n_parts > 1 ? threads.n : 0)*2*n);
+    std::vector<float> blended((size_t) (n_parts > 1 || with_learned ? threads.n : 0)*2*n);
 
     const uint64_t n_bytes =
         (sel.best.size() + sel.order.n())*sizeof(uint32_t) + cands_all.size()*sizeof(cand) + blended.size()*sizeof(float);
@@ -332,11 +311,11 @@ bool llama_memory_qfilter::select(
     return threads.run(heads.size(), [&](size_t i, int ith) {
         const float * s = heads[i].scores;
 
-        if (n_parts > 1) {
-            float * out = blended.data() + (size_t) ith*2*n;
+        float * tmp = blended.data() + (size_t) ith*2*n;
 
-            llama_qfilter_blend(s, heads[i].n_stride, n_parts, n, out + n, out);
-            s = out;
+        if (n_parts > 1) {
+            llama_qfilter_blend(s, heads[i].n_stride, n_parts, n, tmp + n, tmp);
+            s = tmp;
         }
         s += sel.n_sink;
 
@@ -345,20 +324,16 @@ bool llama_memory_qfilter::select(
         auto * cands = cands_all.data() + (size_t) ith*n_cand;
         auto * best  = sel.best.data()  + (size_t) ih*sel.n_best;
 
+        if (with_learned) {
+            float * sum = tmp + n;
+
+            std::fill(sum, sum + n_cand, 0.0f);
+            llama_qfilter_add_standardized(s, n_cand, 1.0f, sum);
+            llama_qfilter_add_standardized(scores_learned.data() + (size_t) ih*n + sel.n_sink, n_cand, 1.0f, sum);
+            s = sum;
+        }
         for (uint32_t r = 0; r < n_cand; ++r) {
             cands[r] = { std::isnan(s[r]) ? -INFINITY : s[r], sel.n_sink + r };
-        }
-        if (with_learned) {
-            const float * t = scores_learned.data() + (size_t) ih*n + sel.n_sink;
-
-            const auto ns = llama_qfilter_norm_of(s, n_cand);
-            const auto nt = llama_qfilter_norm_of(t, n_cand);
-
-            for (uint32_t r = 0; r < n_cand; ++r) {
-                const float sum = (s[r] - ns.mean)*ns.scale + (t[r] - nt.mean)*nt.scale;
-
-                cands[r].score = std::isnan(sum) ? -INFINITY : sum;
-            }
         }
 
         // ties: the newest wins

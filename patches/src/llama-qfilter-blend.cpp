@@ -137,20 +137,19 @@ struct llama_qfilter_blend_rows {
 // the sources of all nodes; what comes later is missing in earlier ones
 enum llama_qfilter_blend_src {
     LLAMA_QFILTER_BLEND_K,
+    LLAMA_QFILTER_BLEND_V, // the same as K: only keys are wanted
     LLAMA_QFILTER_BLEND_IDX,
-    LLAMA_QFILTER_BLEND_SHAPE, // [n_head], not computed
-    LLAMA_QFILTER_BLEND_V,     // the same as K: only keys are wanted
     LLAMA_QFILTER_BLEND_SUMS,
     LLAMA_QFILTER_BLEND_MEANS,
     LLAMA_QFILTER_BLEND_F,
     LLAMA_QFILTER_BLEND_N,
 };
 
-static llama_qfilter_blend_rows llama_qfilter_blend_rows_of(ggml_tensor * const * src) {
+static llama_qfilter_blend_rows llama_qfilter_blend_rows_of(ggml_tensor * const * src, void * n_head) {
     auto * k = src[LLAMA_QFILTER_BLEND_K];
     auto * v = src[LLAMA_QFILTER_BLEND_V];
 
-    return { k, v == k ? nullptr : v, src[LLAMA_QFILTER_BLEND_IDX], src[LLAMA_QFILTER_BLEND_SHAPE]->ne[0] };
+    return { k, v == k ? nullptr : v, src[LLAMA_QFILTER_BLEND_IDX], (intptr_t) n_head };
 }
 
 // of the rows of a chunk: one over the lengths of keys [n_head] each, and sums of keys at unit length and of values
@@ -224,8 +223,8 @@ static std::vector<float> llama_qfilter_blend_buf(const llama_qfilter_blend_rows
 }
 
 // [n_head*n_rows + n_chunks*n_embd]: lengths and sums
-static void llama_qfilter_blend_op_sums(ggml_tensor * dst, int ith, int nth, void *) {
-    const auto rows = llama_qfilter_blend_rows_of(dst->src);
+static void llama_qfilter_blend_op_sums(ggml_tensor * dst, int ith, int nth, void * n_head) {
+    const auto rows = llama_qfilter_blend_rows_of(dst->src, n_head);
 
     auto buf = llama_qfilter_blend_buf(rows);
 
@@ -237,8 +236,8 @@ static void llama_qfilter_blend_op_sums(ggml_tensor * dst, int ith, int nth, voi
 }
 
 // [n_embd]: means of keys at unit length and of values, each thread those of some columns
-static void llama_qfilter_blend_op_means(ggml_tensor * dst, int ith, int nth, void *) {
-    const auto rows = llama_qfilter_blend_rows_of(dst->src);
+static void llama_qfilter_blend_op_means(ggml_tensor * dst, int ith, int nth, void * n_head) {
+    const auto rows = llama_qfilter_blend_rows_of(dst->src, n_head);
 
     const float * sums = (const float *) dst->src[LLAMA_QFILTER_BLEND_SUMS]->data + rows.n_head*rows.n_rows;
 
@@ -261,8 +260,8 @@ static void llama_qfilter_blend_op_means(ggml_tensor * dst, int ith, int nth, vo
 }
 
 // [n_rows, n_head, n_parts]
-static void llama_qfilter_blend_op_parts(ggml_tensor * dst, int ith, int nth, void *) {
-    const auto rows = llama_qfilter_blend_rows_of(dst->src);
+static void llama_qfilter_blend_op_parts(ggml_tensor * dst, int ith, int nth, void * n_head) {
+    const auto rows = llama_qfilter_blend_rows_of(dst->src, n_head);
 
     const auto * f = dst->src[LLAMA_QFILTER_BLEND_F];
 
@@ -275,23 +274,23 @@ static void llama_qfilter_blend_op_parts(ggml_tensor * dst, int ith, int nth, vo
     }
 }
 
-static std::vector<ggml_tensor *> llama_qfilter_blend_ops(
+std::vector<ggml_tensor *> llama_qfilter_blend_parts_cpu(
         ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f, ggml_tensor * idx, int64_t n_head) {
-    ggml_tensor * src[LLAMA_QFILTER_BLEND_N] = { k, idx, ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_head), v ? v : k, nullptr, nullptr, f };
+    void * arg = (void *) (intptr_t) n_head;
 
-    ggml_set_input(src[LLAMA_QFILTER_BLEND_SHAPE]);
+    ggml_tensor * src[LLAMA_QFILTER_BLEND_N] = { k, v ? v : k, idx, nullptr, nullptr, f };
 
-    const auto rows = llama_qfilter_blend_rows_of(src);
+    const auto rows = llama_qfilter_blend_rows_of(src, arg);
 
     const int n_parts = f ? 3 : 2;
 
     src[LLAMA_QFILTER_BLEND_SUMS] = ggml_custom_4d(ctx, GGML_TYPE_F32, n_head*rows.n_rows + rows.n_chunks()*rows.n_embd(), 1, 1, 1,
-            src, LLAMA_QFILTER_BLEND_SUMS, llama_qfilter_blend_op_sums, GGML_N_TASKS_MAX, nullptr);
+            src, LLAMA_QFILTER_BLEND_SUMS, llama_qfilter_blend_op_sums, GGML_N_TASKS_MAX, arg);
     src[LLAMA_QFILTER_BLEND_MEANS] = ggml_custom_4d(ctx, GGML_TYPE_F32, rows.n_embd(), 1, 1, 1,
-            src, LLAMA_QFILTER_BLEND_MEANS, llama_qfilter_blend_op_means, GGML_N_TASKS_MAX, nullptr);
+            src, LLAMA_QFILTER_BLEND_MEANS, llama_qfilter_blend_op_means, GGML_N_TASKS_MAX, arg);
 
     ggml_tensor * parts = ggml_custom_4d(ctx, GGML_TYPE_F32, rows.n_rows, n_head, n_parts, 1,
-            src, LLAMA_QFILTER_BLEND_F + (f ? 1 : 0), llama_qfilter_blend_op_parts, GGML_N_TASKS_MAX, nullptr);
+            src, LLAMA_QFILTER_BLEND_F + (f ? 1 : 0), llama_qfilter_blend_op_parts, GGML_N_TASKS_MAX, arg);
 
     std::vector<ggml_tensor *> res;
     for (int i = 0; i < n_parts; ++i) {
@@ -301,21 +300,15 @@ static std::vector<ggml_tensor *> llama_qfilter_blend_ops(
     return res;
 }
 
-std::vector<ggml_tensor *> llama_qfilter_blend_parts_cpu(
-        ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f, ggml_tensor * idx, int64_t n_head) {
-    return llama_qfilter_blend_ops(ctx, k, v, f, idx, n_head);
-}
-
 std::vector<ggml_tensor *> llama_qfilter_score_keydiff_cpu(
         ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f, ggml_tensor * idx, int64_t n_head) {
     GGML_UNUSED(v);
     GGML_UNUSED(f);
 
-    return { ggml_scale(ctx, llama_qfilter_blend_ops(ctx, k, nullptr, nullptr, idx, n_head)[1], -1.0f) };
+    return { ggml_scale(ctx, llama_qfilter_blend_parts_cpu(ctx, k, nullptr, nullptr, idx, n_head)[1], -1.0f) };
 }
 
-// y += weight*(x less its mean, divided by its deviation)
-static void llama_qfilter_blend_add(const float * x, uint32_t n, float weight, float * y) {
+void llama_qfilter_add_standardized(const float * x, uint32_t n, float weight, float * y) {
     double sum = 0.0;
     for (uint32_t i = 0; i < n; ++i) {
         sum += x[i];
@@ -343,11 +336,11 @@ void llama_qfilter_blend(const float * parts, size_t n_stride, uint32_t n_parts,
         tmp[i] = 0.0f;
     }
 
-    llama_qfilter_blend_add(out, n, 1.0f, tmp);
+    llama_qfilter_add_standardized(out, n, 1.0f, tmp);
     if (n_parts > 2) {
-        llama_qfilter_blend_add(parts + n_stride, n, weight, tmp);
+        llama_qfilter_add_standardized(parts + n_stride, n, weight, tmp);
     }
-    llama_qfilter_blend_add(parts + (n_parts - 1)*n_stride, n, n_parts > 2 ? -weight : -2.0f*weight, tmp);
+    llama_qfilter_add_standardized(parts + (n_parts - 1)*n_stride, n, n_parts > 2 ? -weight : -2.0f*weight, tmp);
 
     for (uint32_t i = 0; i < n; ++i) {
         const uint32_t i0 = i - std::min(i, reach);

@@ -63,6 +63,7 @@ ggml_tensor * llama_qfilter_square(ggml_context * ctx, ggml_tensor * x);
 // |v - mean|^2, <k, f> if there are filters, and how like the others the key is
 std::vector<ggml_tensor *> llama_qfilter_blend_parts(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f);
 
+// v: nullptr, the first part means nothing
 std::vector<ggml_tensor *> llama_qfilter_blend_parts_cpu(
         ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f, ggml_tensor * idx, int64_t n_head);
 
@@ -73,3 +74,6 @@ std::vector<ggml_tensor *> llama_qfilter_score_keydiff_cpu(
 // one score of the parts of a head's rows
 //   parts: n_parts times [n], n_stride apart, tmp: [n], out: [n]
 void llama_qfilter_blend(const float * parts, size_t n_stride, uint32_t n_parts, uint32_t n, float * tmp, float * out);
+
+// y += weight*(x less its mean, divided by its deviation)
+void llama_qfilter_add_standardized(const float * x, uint32_t n, float weight, float * y);

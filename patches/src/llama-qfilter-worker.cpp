@@ -12,6 +12,11 @@
 // graph nodes and leaves per group of heads, at most
 static const size_t LLAMA_QFILTER_MAX_TENSORS = 96;
 
+// pieces of a layer's rows that are moved on their own: those of each head, or whole rows where all heads keep the same
+static uint32_t llama_qfilter_n_moved(const llama_qfilter_layer & layer, bool same) {
+    return same ? 1 : layer.n_head;
+}
+
 //
 // llama_qfilter_threads
 //
@@ -304,28 +309,14 @@ public:
 
 private:
     void move_rows(ggml_tensor * t, const llama_qfilter_layer & layer, const llama_qfilter_selection & sel) {
-        const size_t row_size = t->nb[1]/layer.n_head;
+        const uint32_t n_moved  = llama_qfilter_n_moved(layer, sel.same);
+        const size_t   row_size = t->nb[1]/n_moved;
 
         uint8_t * data = (uint8_t *) t->data;
         uint8_t * dst  = in_place ? data : buf.data();
 
-        if (sel.same) {
-            // in runs of cells that lie side by side
-            for (uint32_t i = 0, n = 0; i < sel.n_keep(); i += n) {
-                const uint32_t cell = sel.order.cells[sel.rank(layer.head0, i)];
-
-                n = 1;
-                while (i + n < sel.n_keep() && sel.order.cells[sel.rank(layer.head0, i + n)] == cell + n) {
-                    n++;
-                }
-                if (!in_place || cell != i) {
-                    memmove(dst + i*t->nb[1], data + cell*t->nb[1], n*t->nb[1]);
-                }
-            }
-        }
-
-        for (uint32_t i = 0; i < sel.n_keep() && !sel.same; ++i) {
-            for (uint32_t ih = 0; ih < layer.n_head; ++ih) {
+        for (uint32_t i = 0; i < sel.n_keep(); ++i) {
+            for (uint32_t ih = 0; ih < n_moved; ++ih) {
                 const uint32_t cell = sel.order.cells[sel.rank(layer.head0 + ih, i)];
 
                 if (!in_place || cell != i) {
@@ -412,13 +403,13 @@ public:
         std::vector<size_t>  begin(layers.size(), 0); // of each layer's
 
         for (size_t i = 1; i < layers.size(); ++i) {
-            begin[i] = begin[i - 1] + sel.n_keep()*n_moved(layers[i - 1], sel.same);
+            begin[i] = begin[i - 1] + sel.n_keep()*llama_qfilter_n_moved(layers[i - 1], sel.same);
         }
 
         const bool done = threads.run(layers.size(), [&](size_t i, int) {
             const auto & layer = layers[i];
 
-            const uint32_t n_head = n_moved(layer, sel.same);
+            const uint32_t n_head = llama_qfilter_n_moved(layer, sel.same);
 
             int32_t * dst = data.data() + begin[i];
 
@@ -460,18 +451,13 @@ private:
         return res;
     }
 
-    // pieces of a layer's rows that are moved on their own: those of each head, or whole rows where all heads keep the same
-    static uint32_t n_moved(const llama_qfilter_layer & layer, bool same) {
-        return same ? 1 : layer.n_head;
-    }
-
     // input: [n_moved*n_rows] I32 for each layer, cell*n_moved + head in the order of the destination
     void build_move(uint32_t is, uint32_t n_rows, bool same) {
         auto * ctx = graph.start(layers.size()*LLAMA_QFILTER_MAX_TENSORS);
 
         int64_t n_idx = 0;
         for (const auto & layer : layers) {
-            n_idx += n_rows*n_moved(layer, same);
+            n_idx += n_rows*llama_qfilter_n_moved(layer, same);
         }
 
         ggml_tensor * idx_all = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_idx);
@@ -482,7 +468,7 @@ private:
         size_t offset = 0;
 
         for (const auto & layer : layers) {
-            const int64_t n = n_moved(layer, same);
+            const int64_t n = llama_qfilter_n_moved(layer, same);
 
             ggml_tensor * idx = ggml_view_1d(ctx, idx_all, n*n_rows, offset);
 
