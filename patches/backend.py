@@ -4,6 +4,7 @@ The source tree is put together from the source distribution named in `upstream.
 scikit-build-core, upstream's own backend, builds it. `CMAKE_ARGS` works as it does there.
 
     QFLLAMA_SDIST=/path.tar.gz   use this file instead of downloading (checked against the pin)
+    QFLLAMA_UI=/path/dist   put this web page into llama-server (`make ui` builds upstream's)
     --config-settings build-dir=DIR   keep the source tree and the build in DIR, so that the next
                                       build compiles only what changed (`make native`)
 
@@ -142,6 +143,16 @@ def copy_converter(tree: Path) -> None:
             shutil.copyfile(source, target)
 
 
+def copy_page(tree: Path) -> None:
+    """Puts the page that QFLLAMA_UI names where upstream's build looks for one."""
+    page, target = os.environ.get("QFLLAMA_UI"), tree / "vendor/llama.cpp/tools/ui/dist"
+    shutil.rmtree(target, ignore_errors=True)
+    if page and not (Path(page) / "index.html").is_file():
+        fail(f"QFLLAMA_UI={page} has no index.html: give the absolute path that `make ui` wrote")
+    if page:
+        shutil.copytree(page, target)
+
+
 def assemble(tree: Path) -> None:
     """Makes `tree` the patched source; one left by an earlier build is brought up to date."""
     recipe = hashlib.sha256(b"".join(file.read_bytes() for file in [PIN, *series()])).hexdigest()
@@ -157,6 +168,7 @@ def assemble(tree: Path) -> None:
         copy_converter(tree)
         stamp.write_text(recipe)
     copy_own_files(tree)
+    copy_page(tree)
 
 
 def need_compiler() -> None:
