@@ -4,9 +4,9 @@ The source tree is put together from the source distribution named in `upstream.
 scikit-build-core, upstream's own backend, builds it. `CMAKE_ARGS` works as it does there.
 
     QFLLAMA_SDIST=/path.tar.gz   use this file instead of downloading (checked against the pin)
-    QFLLAMA_UI=/path/dist   put this web page into llama-server (`make ui` builds upstream's)
     --config-settings build-dir=DIR   keep the source tree and the build in DIR, so that the next
                                       build compiles only what changed (`make native`)
+    QFLLAMA_UI=/path/dist        put this web page into llama-server (`make ui` builds upstream's)
 
 `python backend.py [SDIST]` applies the series to a source distribution, by default the pinned
 one, and says for each patch whether it fits: the first step of an upgrade.
@@ -146,11 +146,14 @@ def copy_converter(tree: Path) -> None:
 def copy_page(tree: Path) -> None:
     """Puts the page that QFLLAMA_UI names where upstream's build looks for one."""
     page, target = os.environ.get("QFLLAMA_UI"), tree / "vendor/llama.cpp/tools/ui/dist"
+    mark = tree / "llama_cpp/llama-server.ui"  # tells `qfllama serve` that the server has a page
     shutil.rmtree(target, ignore_errors=True)
+    mark.unlink(missing_ok=True)
     if page and not (Path(page) / "index.html").is_file():
         fail(f"QFLLAMA_UI={page} has no index.html: give the absolute path that `make ui` wrote")
     if page:
         shutil.copytree(page, target)
+        mark.touch()
 
 
 def assemble(tree: Path) -> None:

@@ -82,39 +82,6 @@ def test_a_patch_that_does_not_apply_is_named(backend, tmp_path, monkeypatch):
     assert "0001-version.patch does not apply" in message(error)
 
 
-def test_the_upgrade_check_says_for_each_patch_whether_it_fits(backend, tmp_path, capsys):
-    version = (
-        '# a new line\nfrom .llama_cpp import *\nfrom .llama import *\n\n__version__ = "0.3.36"\n'
-    )
-    sdist = pack(tmp_path / "sdist.tar.gz", {"llama_cpp/__init__.py": version})
-    assert backend.check(str(sdist)) == 1
-    lines = capsys.readouterr().out.splitlines()
-    verdicts = [line for line in lines if not line.startswith(" ")]
-    assert verdicts[0] == "applies  0001-version.patch"
-    assert len(verdicts) == len(backend.series())
-    assert all(line.startswith("FAILS") for line in verdicts[1:])
-    assert any("llama_cpp/llama.py: does not exist" in line for line in lines)
-
-
-def test_a_missing_compiler_is_said_before_anything_is_downloaded(backend, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(SystemExit) as error:
-        backend.build_wheel(str(tmp_path))
-    assert "no C++ compiler found" in message(error)
-
-
-def test_the_series_changes_few_upstream_lines(backend):
-    """Upgrades stay cheap only as long as the logic is in our own files."""
-    changed = [
-        line
-        for patch in backend.series()
-        for line in patch.read_text().splitlines()
-        if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")
-    ]
-    assert 0 < len(changed) <= 56
-
-
 def page(folder: Path, text: str) -> Path:
     folder.mkdir()
     (folder / "index.html").write_text(text)
@@ -126,13 +93,17 @@ def test_the_page_that_the_environment_names_is_what_upstream_builds_in(
 ):
     """Also in a tree that an earlier build left: with another page, and with none."""
     dist = tmp_path / "source/vendor/llama.cpp/tools/ui/dist"
+    mark = tmp_path / "source/llama_cpp/llama-server.ui"
+    mark.parent.mkdir(parents=True)
     for text in ("one", "two"):
         monkeypatch.setenv("QFLLAMA_UI", str(page(tmp_path / text, text)))
         backend.copy_page(tmp_path / "source")
         assert (dist / "index.html").read_text() == text
+        assert mark.exists()
     monkeypatch.setenv("QFLLAMA_UI", "")
     backend.copy_page(tmp_path / "source")
     assert not dist.exists()
+    assert not mark.exists()
 
 
 def test_a_folder_without_a_page_is_not_built_in(backend, tmp_path, monkeypatch):
@@ -182,3 +153,36 @@ def test_a_page_that_npm_did_not_build_takes_no_other_ones_place(ui, tmp_path, s
     assert "npm" in message(error)
     assert (before / "index.html").read_text() == "the page of another version"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dist", "npm.sh", "sdist.tar.gz"]
+
+
+def test_the_upgrade_check_says_for_each_patch_whether_it_fits(backend, tmp_path, capsys):
+    version = (
+        '# a new line\nfrom .llama_cpp import *\nfrom .llama import *\n\n__version__ = "0.3.36"\n'
+    )
+    sdist = pack(tmp_path / "sdist.tar.gz", {"llama_cpp/__init__.py": version})
+    assert backend.check(str(sdist)) == 1
+    lines = capsys.readouterr().out.splitlines()
+    verdicts = [line for line in lines if not line.startswith(" ")]
+    assert verdicts[0] == "applies  0001-version.patch"
+    assert len(verdicts) == len(backend.series())
+    assert all(line.startswith("FAILS") for line in verdicts[1:])
+    assert any("llama_cpp/llama.py: does not exist" in line for line in lines)
+
+
+def test_a_missing_compiler_is_said_before_anything_is_downloaded(backend, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(SystemExit) as error:
+        backend.build_wheel(str(tmp_path))
+    assert "no C++ compiler found" in message(error)
+
+
+def test_the_series_changes_few_upstream_lines(backend):
+    """Upgrades stay cheap only as long as the logic is in our own files."""
+    changed = [
+        line
+        for patch in backend.series()
+        for line in patch.read_text().splitlines()
+        if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")
+    ]
+    assert 0 < len(changed) <= 56
