@@ -8,7 +8,7 @@ FILTERED := models/smollm2-qfilters.gguf
 BIN    := $(VENV)/bin
 NATIVE := $(VENV)/.native
 INSTALLED := $(VENV)/.installed
-PATCHES := $(wildcard patches/*.patch patches/*.py patches/*.t* patches/series patches/src/* patches/include/*)
+PATCHES := $(wildcard patches/*.patch patches/*.py patches/*.t* patches/series $(addprefix patches/,src/* include/* common/* server/*))
 
 .PHONY: help demo test lint native bench bench-gpu quality figures docs upgrade-check clean \
 	ui wheel test-slow test-all fuzz sanitize test-rpc test-vulkan test-cuda

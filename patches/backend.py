@@ -4,6 +4,7 @@ The source tree is put together from the source distribution named in `upstream.
 scikit-build-core, upstream's own backend, builds it. `CMAKE_ARGS` works as it does there.
 
     QFLLAMA_SDIST=/path.tar.gz   use this file instead of downloading (checked against the pin)
+    QFLLAMA_SERVER=off           leave out llama-server, which takes half of the time
     --config-settings build-dir=DIR   keep the source tree and the build in DIR, so that the next
                                       build compiles only what changed (`make native`)
     QFLLAMA_UI=/path/dist        put this web page into llama-server (`make ui` builds upstream's)
@@ -30,10 +31,21 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PIN = HERE / "upstream.txt"
-OWN_FILES = {"include": "vendor/llama.cpp/include", "src": "vendor/llama.cpp/src"}
+OWN_FILES = {
+    "include": "vendor/llama.cpp/include",
+    "src": "vendor/llama.cpp/src",
+    "common": "vendor/llama.cpp/common",
+    "server": "vendor/llama.cpp/tools/server",
+}
 CONVERTER = ("convert_hf_to_gguf.py", "conversion", "gguf-py/gguf")
 """Upstream's Hugging Face converter goes into the wheel, as llama_cpp/converter."""
-DEFAULT_CMAKE_ARGS = {"LLAVA_BUILD": "OFF", "LLAMA_BUILD_COMMON": "OFF"}
+DEFAULT_CMAKE_ARGS = {
+    "LLAVA_BUILD": "OFF",
+    "LLAMA_BUILD_COMMON": "OFF",
+    "LLAMA_BUILD_SERVER": "ON",
+    "LLAMA_OPENSSL": "OFF",
+    "LLAMA_USE_PREBUILT_UI": "OFF",  # nothing is downloaded but from the package index
+}
 
 
 def fail(message: str) -> None:
@@ -223,7 +235,9 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
 
     wheel_directory = str(Path(wheel_directory).resolve())
     settings = dict(config_settings or {})
-    for name, value in DEFAULT_CMAKE_ARGS.items():
+    without_server = os.environ.get("QFLLAMA_SERVER", "").lower() in ("off", "0", "no", "false")
+    defaults = DEFAULT_CMAKE_ARGS | ({"LLAMA_BUILD_SERVER": "OFF"} if without_server else {})
+    for name, value in defaults.items():
         settings.setdefault(f"cmake.define.{name}", value)
     with source_tree(settings) as tree, inside(tree):
         return build_wheel(wheel_directory, settings)

@@ -22,6 +22,7 @@ COMMANDS = {  # qfllama/commands/<name>.py, each with a `command`
     "eval": "Measure what a bounded cache costs in quality: perplexity, needles, RULER tasks.",
     "export": "Write the filters of a GGUF file for kvpress and other programs.",
     "inspect": "Show which filters a GGUF file has.",
+    "serve": "Serve a model to many conversations at once, over HTTP.",
 }
 
 

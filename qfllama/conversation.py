@@ -126,6 +126,14 @@ class Conversation:
         Raises:
             QFilterError: the template doesn't put the document where a message begins.
         """
+        return self._tokenize_all(self.document_header() + self.document)
+
+    def document_header(self) -> str:
+        """What the template puts before the document.
+
+        Raises:
+            QFilterError: the template doesn't put the document where a message begins.
+        """
         mark = self._document_mark()
         before, found, _ = self._render(
             [*self.messages, {"role": "user", "content": f"{mark}\n\n{self._mark}"}]
@@ -134,7 +142,7 @@ class Conversation:
             raise QFilterError(
                 "the model's chat template has no place for a document: use chat with --file"
             )
-        return self._tokenize_all(before + self.document)
+        return before
 
     def _document_mark(self) -> str:
         return f"{self._mark}-document-"

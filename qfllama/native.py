@@ -84,6 +84,8 @@ FLAG_SMALL_PARTS = 2
 """Score the archive in parts of a few rows (tests)."""
 STATE_RESIZE = 1
 """Load a sequence into a cache of another size."""
+STATE_KEEP_ARCHIVE = 2
+"""The state is of the same sequence at an earlier position: its archive stays, up to there."""
 
 
 class Vectors(ctypes.Structure):

@@ -15,7 +15,7 @@ from bounded import HOW, Bounded, load
 from bounded import config as small_config
 
 from qfllama import QFilterConfig, QFilterError, QFilterWarning
-from qfllama.native import FLAG_GRAPH_GATHER
+from qfllama.native import FLAG_GRAPH_GATHER, STATE_KEEP_ARCHIVE
 
 BLOCK = 256  # positions of a block of the archive
 N_LAYER, N_HEAD = 2, 2
@@ -276,6 +276,28 @@ def test_an_archive_goes_with_its_state_where_that_is_wanted(open_cache):
     assert stored(other, 99) == rows[:99], "what was refused has changed nothing"
     assert not open_cache(archive=False).restore_archive(archive)
     assert open_cache(archive=False).archive_state() == b""
+
+
+def test_an_earlier_state_of_the_same_sequence_keeps_the_archive(open_cache):
+    """What was evicted up to there has been archived since, and only that stays."""
+    llm, tokens = open_cache(), some(700)
+    llm.read(tokens[:400])
+    state, archive = llm.state(), llm.archive_state()
+    llm.read(tokens[400:])
+    rows = stored(llm, 600)
+    assert llm.restore(state, flags=STATE_KEEP_ARCHIVE)
+    assert llm.n_past() == 400 and llm.rewind_limit() == 0
+    assert llm.archived_row(400, 0) is None
+    check_cells(llm, rows)
+    other = open_cache()
+    assert other.restore(state, archive)
+    for cache in (llm, other):
+        cache.question()
+        cache.read(some(6, seed=2))
+        assert cache.recall() == 6
+    assert llm.recalled().tolist() == other.recalled().tolist() != []
+    assert llm.restore(state), "without the flag it starts one"
+    assert llm.seq_stats().n_archived == 0
 
 
 def test_rows_that_no_archive_has_stay(open_cache):

@@ -219,6 +219,8 @@ enum llama_qfilter_state_flag {
     // the state may come from a context with another n_cells, n_keep and n_window, if its cells fit; policy, vectors and
     // n_sink have to be the same if it was ever evicted
     LLAMA_QFILTER_STATE_RESIZE = 1,
+    // the state is of the same sequence at an earlier position: the archive of what it held until now stays, up to there
+    LLAMA_QFILTER_STATE_KEEP_ARCHIVE = 2,
 };
 
 // like llama_state_seq_set_data(); flags: enum llama_qfilter_state_flag. 0: refused, the sequence is cleared unless the

@@ -117,6 +117,14 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
 
     lctx->memory_update(false); // or they would be made later, over what is restored now
 
+    // an earlier point of the same sequence: what was evicted up to there is in its archive
+    stream before;
+    const bool keep = seq_id != -1 && keep_archive;
+    if (keep) {
+        archive_sync();
+        before = streams[seq_id];
+    }
+
     // upstream leaves the old cells when the state has none
     forget(seq_id);
 
@@ -132,6 +140,12 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
 
     for (auto & st : read) {
         st.incomplete = st.table.p1 > 0; // what was evicted is not in a state
+
+        if (keep) {
+            st.archive    = std::move(before.archive);
+            st.incomplete = before.incomplete && st.incomplete;
+            st.archive.rm(kv.seq_pos_max(seq_id) + 1, std::numeric_limits<llama_pos>::max());
+        }
     }
 
     std::move(read.begin(), read.end(), streams.begin() + std::max(seq_id, 0));

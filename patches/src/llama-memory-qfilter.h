@@ -146,6 +146,9 @@ public:
     // the next state_read() may be of a cache of another size
     bool resize = false;
 
+    // the next state_read() is of the same sequence at an earlier position: it keeps its archive
+    bool keep_archive = false;
+
 private:
     // model.create_memory(), with an attention cache of n_cells cells
     static std::unique_ptr<llama_memory_i> create(

@@ -435,11 +435,13 @@ size_t llama_qfilter_state_seq_set_data(llama_context * ctx, const uint8_t * src
         return 0;
     }
 
-    qf->resize = flags & LLAMA_QFILTER_STATE_RESIZE;
+    qf->resize       = flags & LLAMA_QFILTER_STATE_RESIZE;
+    qf->keep_archive = flags & LLAMA_QFILTER_STATE_KEEP_ARCHIVE;
 
     const size_t res = llama_state_seq_set_data(ctx, src, size, seq_id);
 
-    qf->resize = false;
+    qf->resize       = false;
+    qf->keep_archive = false;
 
     if (res == 0 && llama_qfilter_error.empty()) {
         llama_qfilter_error = "llama.cpp refused the state: its log says why";

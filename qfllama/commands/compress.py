@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from qfllama import Llama
 
 
-def document_tokens(model: Path, system: str | None, document: str) -> list[int]:
-    """What the model reads up to the end of the document, in its chat template."""
+def document_tokens(model: Path, system: str | None, document: str) -> tuple[list[int], str]:
+    """What the model reads up to the end of the document, and what its chat template puts before
+    the document."""
     from qfllama import Conversation, engine_log
 
     if not document.strip():
@@ -30,7 +31,8 @@ def document_tokens(model: Path, system: str | None, document: str) -> list[int]
     with engine_log.errors():  # a context without a model behind it warns about its length
         tokenizer = open_model(model, None, vocab_only=True, verbose=False)
     try:
-        return Conversation(tokenizer, system, document).document_tokens()
+        conversation = Conversation(tokenizer, system, document)
+        return conversation.document_tokens(), conversation.document_header()
     finally:
         tokenizer.close()
 
@@ -159,7 +161,7 @@ def command(
         check_target(model, output, force=force, whole=True)
         if output.exists() and output.samefile(document):
             raise QFilterError(f"{output} is the document itself: give another output file")
-        tokens = document_tokens(model, system, text)
+        tokens, header = document_tokens(model, system, text)
         n_ctx = n_ctx or model_shape(model).n_ctx_train
         if len(tokens) >= n_ctx:
             raise QFilterError(
@@ -191,7 +193,9 @@ def command(
         )  # fmt: skip
     seconds = read(llm, tokens)
     before, after = compress(llm, wanted, score)
-    n_bytes = llm.save_prompt(output, {"chat": {"system": system}}, archive=archive)
+    n_bytes = llm.save_prompt(
+        output, {"chat": {"system": system, "header": header}}, archive=archive
+    )
     click.echo(
         f"{output}: {before:,} tokens in {after:,} cells, {n_bytes / MIB:.1f} MiB "
         f"(read at {before / seconds:.0f} tok/s)"

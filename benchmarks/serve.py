@@ -1,0 +1,318 @@
+"""`qfllama serve` under load, and beside the same server with its stock cache.
+
+    python benchmarks/serve.py speed MODEL --json docs/serve_speed.json
+    python benchmarks/serve.py load MODEL --minutes 10 --json docs/serve_load.json
+
+speed: --parallel conversations at once read a text of --tokens each, then --predict tokens are
+generated for each of them. Once with the bounded cache, once with the stock one, on this machine,
+one after the other.
+
+load: --clients clients share --parallel slots. Each request is a text that ends with the client's
+own marker, several times; a model goes on with it, so an answer of another slot would be seen. A
+tenth of the requests are cancelled, one in twenty is malformed. Meanwhile /health is asked every
+second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import http.client
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from qfllama.machine import n_threads, provenance
+
+TEXT = (
+    "harbour stone winter letter garden wagon copper river silver market candle forest teacher "
+    "bridge morning island painter valley thunder basket"
+)
+WORDS = TEXT.split()
+START_SECONDS = 120
+
+
+def text(n_words: int, chance: random.Random) -> str:
+    return " ".join(chance.choices(WORDS, k=n_words))
+
+
+class Server:
+    """A server of `qfllama serve` at a port of this machine."""
+
+    def __init__(self, port: int, process: subprocess.Popen):
+        self.port, self.process = port, process
+
+    def open(self, method: str, path: str, body: str | None = None, timeout: float = 1200):
+        """The answer of a request, before it is read; the connection is closed with it."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        connection.request(method, path, body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        answer.connection = connection
+        return answer
+
+    def get(self, path: str, timeout: float = 60) -> str:
+        answer = self.open("GET", path, timeout=timeout)
+        try:
+            if answer.status != 200:
+                raise RuntimeError(f"{path}: status {answer.status}")
+            return answer.read().decode()
+        finally:
+            answer.connection.close()
+
+    def stream(self, body: dict, stop_after: int | None = None):
+        """(text, seconds to the first token, seconds in all, timings) of a streamed completion."""
+        start, first, pieces, timings = time.perf_counter(), None, [], {}
+        answer = self.open("POST", "/completion", json.dumps({**body, "stream": True}))
+        try:
+            if answer.status != 200:
+                raise RuntimeError(f"status {answer.status}: {answer.read()[:200]}")
+            for line in answer:
+                if not line.startswith(b"data: "):
+                    continue
+                event = json.loads(line[6:])
+                if event.get("content"):
+                    first = first or time.perf_counter() - start
+                    pieces.append(event["content"])
+                timings = event.get("timings", timings)
+                if stop_after is not None and len(pieces) >= stop_after:
+                    break
+        finally:
+            answer.connection.close()
+        return "".join(pieces), first or 0.0, time.perf_counter() - start, timings
+
+    def resident_mib(self) -> float:
+        """RssAnon of the server: what it allocated, without the mapped weights."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1024
+
+    def figures(self) -> dict[str, float]:
+        """/metrics, without the prefix of the names."""
+        lines = [line.split() for line in self.get("/metrics").splitlines() if line[:1] != "#"]
+        return {name.removeprefix("llamacpp:"): float(value) for name, value in lines}
+
+
+@contextmanager
+def serving(model: Path, port: int, *arguments):
+    """`qfllama serve` with these arguments, once it answers."""
+    command = [sys.executable, "-c", "from qfllama.cli import main; main()", "serve", str(model)]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [*command, "--port", str(port), "--metrics", *map(str, arguments)],
+            stdout=log, stderr=log,
+        )  # fmt: skip
+        server = Server(port, process)
+        try:
+            end = time.monotonic() + START_SECONDS
+            while True:
+                try:
+                    server.get("/health", 5)
+                    break
+                except (OSError, RuntimeError, http.client.HTTPException):
+                    if process.poll() is not None or time.monotonic() > end:
+                        log.seek(0)
+                        sys.exit(f"the server did not start:\n{log.read()[-3000:]}")
+                    time.sleep(0.2)
+            yield server
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def quantile(values, share: float) -> float:
+    """Of at least one value, by rank."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+# -- speed
+
+
+def speed_of(server: Server, prompts: list[str], n_predict: int) -> dict:
+    """All prompts at once."""
+    start = time.perf_counter()
+    body = {"n_predict": n_predict, "temperature": 0, "ignore_eos": True}
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(lambda prompt: server.stream({**body, "prompt": prompt}), prompts))
+    seconds = time.perf_counter() - start
+    firsts = [first for _, first, _, _ in answers]
+    timings = [timing for _, _, _, timing in answers]
+    n_read = sum(t["prompt_n"] for t in timings)
+    # from when the last one has its first token on, all of them generate
+    last = max(firsts)
+    n_late = sum(
+        n_predict * min(1.0, (total - last) / max(1e-9, total - first))
+        for _, first, total, _ in answers
+    )
+    figures = server.figures()
+    return {
+        "prompt_tokens": n_read,
+        "seconds": round(seconds, 2),
+        "read_per_second": round(n_read / last, 1),
+        "generated_per_second": round(n_late / max(1e-9, seconds - last), 1),
+        "first_token_p50": round(quantile(firsts, 0.5), 2),
+        "first_token_p95": round(quantile(firsts, 0.95), 2),
+        "resident_mib": round(server.resident_mib(), 1),
+        "kv_mib": round(figures.get("kv_bytes", 0) / (1 << 20), 1),
+        "evictions": int(figures.get("kv_evictions_total", 0)),
+        "recalled": sum(t.get("recalled", 0) for t in timings),
+    }
+
+
+def speed(args) -> dict:
+    chance = random.Random(args.seed)
+    prompts = [text(args.tokens * 3, chance) for _ in range(args.parallel)]
+    shared = ("--parallel", args.parallel, "--n-ctx", args.n_ctx, "--threads", args.threads)
+    rows = []
+    for name, arguments in (
+        ("bounded", ("--max-length", args.max_length)),
+        ("stock", ("--full",)),
+    ):
+        with serving(args.model, args.port, *shared, *arguments) as server:
+            tokens = [
+                json.loads(server.open("POST", "/tokenize", json.dumps({"content": p})).read())
+                for p in prompts
+            ]
+            found = speed_of(server, [t["tokens"][: args.tokens] for t in tokens], args.predict)
+        rows.append({"cache": name, **found})
+        print(rows[-1], flush=True)
+    return {"rows": rows}
+
+
+# -- load
+
+
+class Load:
+    """What clients saw."""
+
+    def __init__(self, server: Server, args):
+        self.server, self.args = server, args
+        self.end = time.monotonic() + 60 * args.minutes
+        self.lock = threading.Lock()
+        self.counts = dict.fromkeys(
+            ("answered", "own_marker", "cancelled", "malformed_refused", "wrong", "failed"), 0
+        )
+        self.errors: list[str] = []
+        self.tokens = 0
+
+    def count(self, name: str, error: str | None = None) -> None:
+        with self.lock:
+            self.counts[name] += 1
+            if error is not None:
+                self.errors.append(error)
+
+    def client(self, number: int) -> None:
+        chance = random.Random(self.args.seed * 1000 + number)
+        marker = f"{number:02d}-{chance.randrange(10**5):05d}"
+        while time.monotonic() < self.end:
+            kind = chance.random()
+            try:
+                if kind < 0.05:
+                    self.malformed(chance)
+                else:
+                    self.ask(number, marker, chance, cancel=kind < 0.15)
+            except Exception as error:  # noqa: BLE001 - whatever a client meets is a result
+                self.count("failed", f"client {number}: {type(error).__name__}: {error}")
+                time.sleep(1)
+
+    def malformed(self, chance) -> None:
+        body = chance.choice(("{", '{"prompt": {"x": 1}}', '{"prompt": [1, -5]}', "[]", ""))
+        answer = self.server.open("POST", "/completion", body)
+        answer.read()
+        answer.connection.close()
+        if 400 <= answer.status < 600:
+            self.count("malformed_refused")
+        else:
+            self.count("failed", f"malformed {body!r}: status {answer.status}")
+
+    def ask(self, number: int, marker: str, chance, cancel: bool) -> None:
+        # from 50 to 6,000 tokens, as many of each magnitude
+        n_words = int(50 * (4000 / 50) ** chance.random() / 1.3)
+        prompt = f"{text(n_words, chance)}\n" + f"code {marker}\n" * 8
+        body = {"prompt": prompt, "n_predict": 24, "temperature": 0, "ignore_eos": True}
+        found, _, _, timings = self.server.stream(body, 1 if cancel else None)
+        if cancel:
+            return self.count("cancelled")
+        others = [m for m in re.findall(r"code (\d\d)-", found) if int(m) != number]
+        with self.lock:
+            self.counts["answered"] += 1
+            self.counts["own_marker"] += marker in found
+            self.tokens += timings.get("prompt_n", 0) + timings.get("predicted_n", 0)
+        if others:
+            self.count("wrong", f"client {number} got {found!r}")
+        return None
+
+    def run(self) -> dict:
+        resident, healthy, asked = [], 0, 0
+        threads = [
+            threading.Thread(target=self.client, args=(i,), daemon=True)
+            for i in range(self.args.clients)
+        ]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            asked += 1
+            try:
+                self.server.get("/health", 10)
+                healthy += 1
+            except (OSError, RuntimeError, http.client.HTTPException) as error:
+                self.errors.append(f"/health: {error}")
+            resident.append(self.server.resident_mib())
+            if self.server.process.poll() is not None:
+                sys.exit(f"the server ended with code {self.server.process.returncode}")
+            time.sleep(1)
+        tenth = max(1, len(resident) // 10)
+        figures = self.server.figures()
+        return {
+            **self.counts,
+            "tokens": self.tokens,
+            "health_asked": asked,
+            "health_answered": healthy,
+            "resident_mib": [round(resident[i], 1) for i in range(0, len(resident), tenth)],
+            "evictions": int(figures["kv_evictions_total"]),
+            "recalls": int(figures["kv_recalls_total"]),
+            "reread": int(figures["kv_reread_tokens_total"]),
+            "errors": self.errors[:20],
+        }
+
+
+def load(args) -> dict:
+    with serving(
+        args.model, args.port, "--parallel", args.parallel, "--n-ctx", args.n_ctx,
+        "--max-length", args.max_length, "--threads", args.threads,
+    ) as server:  # fmt: skip
+        found = Load(server, args).run()
+    print(json.dumps(found, indent=1))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("speed", "load"))
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--parallel", type=int, default=8)
+    parser.add_argument("--n-ctx", type=int, default=8192)
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=n_threads())
+    parser.add_argument("--tokens", type=int, default=7936, help="speed: of each prompt")
+    parser.add_argument("--predict", type=int, default=64, help="speed: tokens of each answer")
+    parser.add_argument("--clients", type=int, default=64, help="load")
+    parser.add_argument("--minutes", type=float, default=10, help="load")
+    parser.add_argument("--port", type=int, default=8097)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    about = provenance(args.threads) | {"model": args.model.name}
+    found = {"speed": speed, "load": load}[args.what](args)
+    if args.json:
+        args.json.write_text(json.dumps({"about": about, **found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

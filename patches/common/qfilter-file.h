@@ -1,0 +1,20 @@
+// the vectors that `qfllama convert` puts into a GGUF file, see qfllama/schema.py
+#pragma once
+
+#include "qfilter.h"
+
+#include <string>
+#include <vector>
+
+struct common_qfilter_file {
+    int32_t policy = -1; // enum llama_qfilter_policy
+
+    std::vector<llama_qfilter_vectors> vectors; // of data
+
+    std::vector<std::vector<float>> data;
+};
+
+// read what a policy needs from the file of a model; an empty name: the policy that the file names, else qblend
+// throws std::runtime_error, with one line that says what to do, for a file without filters, of a newer version, damaged, or
+// made for other weights
+common_qfilter_file common_qfilter_read(const llama_model * model, const std::string & path, const std::string & policy);

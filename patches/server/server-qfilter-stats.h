@@ -1,0 +1,38 @@
+// what a bounded cache did, for `timings`, /metrics and /props
+#pragma once
+
+#include "json.h"
+#include "llama.h"
+#include "qfilter.h"
+
+#include <cstdint>
+#include <string>
+
+struct common_params;
+
+// of one request
+struct server_qfilter_stats {
+    bool bounded = false;
+
+    uint64_t n_cells    = 0; // that the conversation uses
+    uint64_t n_reread   = 0; // tokens that had been read before, and had to be read again
+    uint64_t n_recalled = 0; // positions that came back for the answer
+
+    int64_t t_recall_us = 0; // with reading the question once more
+
+    void add_to(common_json & timings) const;
+};
+
+// of the server, taken after a decode: the context must not be asked while it computes
+struct server_qfilter_metrics {
+    llama_qfilter_stats stats = {};
+
+    uint64_t n_reread   = 0;
+    uint64_t n_recalled = 0;
+
+    // Prometheus text; empty: the cache is not bounded
+    std::string to_metrics() const;
+};
+
+// null: the cache is not bounded
+common_json server_qfilter_props(const common_params & params);

@@ -1,0 +1,246 @@
+"""`qfllama serve`: llama.cpp's own server on the bounded cache."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qfllama.commands.console import MIB, note
+from qfllama.commands.options import IN_FILE, archive_of, model_argument, option
+from qfllama.config import QFilterConfig, QFilterError
+
+if TYPE_CHECKING:
+    from qfllama.filters import Filters
+    from qfllama.shape import ModelShape
+
+LARGEST_PROMPT_CACHE = 8192
+"""MiB of conversations that wait in host memory for a slot, at most: llama-server's own default."""
+CHECKPOINTS = 2
+"""Of each conversation, where there is no archive: each takes as much as the conversation's cells."""
+PAGE = Path(__file__).parents[1] / "serving" / "page"
+"""Our own page, for a server that was built without upstream's."""
+
+
+def server_program() -> Path:
+    """llama-server beside the engine's libraries.
+
+    Raises:
+        QFilterError: the engine was built without it.
+    """
+    import llama_cpp
+
+    name = "llama-server.exe" if os.name == "nt" else "llama-server"
+    program = Path(llama_cpp.__file__).parent / "lib" / name
+    if not program.is_file():
+        raise QFilterError(
+            "this engine was built without llama-server: build it again with `pip install ./patches`, "
+            "without QFLLAMA_SERVER=off"
+        )
+    return program
+
+
+def filters_of(model: Path, config: QFilterConfig) -> tuple[QFilterConfig, Filters | None]:
+    """The config with the policy of the file, if nobody chose one; and the file's filters if the
+    policy needs them.
+
+    Raises:
+        QFilterError: the file lacks what the policy needs, or is damaged.
+    """
+    from qfllama import needs, schema
+    from qfllama.policies import CALIBRATED
+
+    filters = schema.read(model) if config.policy in CALIBRATED else None
+    config = config.for_file(filters)
+    needs.check_policy(model, filters, config.policy)
+    return config, filters
+
+
+def check_state(path: Path, model: Path, settings: dict) -> None:
+    """Does a file of `qfllama compress` belong to this model and these settings?
+
+    Raises:
+        QFilterError: no, or it holds no document for a chat.
+    """
+    from qfllama import state
+
+    saved = state.read_prompt(path)
+    if why := state.mismatch(saved.settings, {"model": state.model_identity(model), **settings}):
+        raise QFilterError(f"{path} can't be used: {why}; make it again with `qfllama compress`")
+    chat = saved.extra.get("chat")
+    if not isinstance(chat, dict) or not isinstance(chat.get("header"), str):
+        raise QFilterError(
+            f"{path} does not say where its document begins: make it again with `qfllama compress`"
+        )
+
+
+def cache_arguments(config: QFilterConfig) -> list[str]:
+    """What llama-server is told about the bounded cache."""
+    from qfllama.archive import limit_bytes
+
+    arguments = [
+        "--max-length", config.max_length, "--window-length", config.window_length,
+        "--sinks", config.sinks, "--interval", config.interval, "--policy", config.policy,
+    ]  # fmt: skip
+    if not config.archive:
+        arguments += ["--no-archive", "--ctx-checkpoints", CHECKPOINTS]
+    else:
+        arguments += ["--archive-limit", max(1, limit_bytes(config) // MIB)]
+        if isinstance(config.archive, str):
+            arguments += ["--archive-dir", config.archive]
+        arguments += ["--recall" if config.recall else "--no-recall"]
+        arguments += ["--recall-queries", config.recall_queries]
+    return [str(argument) for argument in arguments]
+
+
+def summary(shape: ModelShape, n_ctx: int, n_slots: int, n_cells: int, types: dict) -> str:
+    """What the caches take, and how many more conversations fit into this machine's memory."""
+    from qfllama.machine import available_bytes
+    from qfllama.offload import Cache, devices, kv_bytes
+
+    of_one = sum(kv_bytes(shape, [Cache(n_cells, **types)]))
+    whole = sum(kv_bytes(shape, [Cache(n_ctx, **types)]))
+    text = (
+        f"{n_slots} conversation{'s' if n_slots > 1 else ''} of up to {n_ctx:,} tokens at once, "
+        f"{n_cells:,} cells each: {of_one / MIB:.1f} MiB each, {n_slots * of_one / MIB:.1f} MiB in all"
+    )
+    if whole > of_one:
+        text += f" (the whole cache: {n_slots * whole / MIB:,.1f})"
+    free = available_bytes()
+    if free is not None and not devices():
+        text += f"; {free // max(1, of_one):,} would fit into {free / MIB:,.0f} MiB of free memory"
+    return text
+
+
+def prompt_cache_mib() -> int:
+    """For conversations that wait for a slot: a quarter of what is free, and not more than
+    llama-server takes by itself."""
+    from qfllama.machine import available_bytes
+
+    free = available_bytes()
+    return LARGEST_PROMPT_CACHE if free is None else min(LARGEST_PROMPT_CACHE, free // 4 // MIB)
+
+
+def run(command: list[str]) -> int:
+    """Become this program; where that can't be done, run it to its end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.name == "posix":
+        os.execv(command[0], command)
+    return subprocess.call(command)
+
+
+@click.command("serve")
+@model_argument
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0: all."
+)
+@click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True)
+@click.option(
+    "--parallel",
+    type=click.IntRange(1, 256),
+    default=4,
+    show_default=True,
+    help="Conversations that are answered at once, each in cells of its own.",
+)
+@option("n-ctx")
+@option("max-length")
+@option("window-length")
+@option("sinks")
+@option("interval")
+@option("policy")
+@option("archive")
+@option("archive-limit")
+@click.option(
+    "--recall",
+    type=click.Choice(("prompt", "off")),
+    help="Bring evicted rows back, before an answer, that the end of its prompt looks at.  "
+    "[default: prompt]",
+)
+@click.option("--full", is_flag=True, help="The stock cache of n_ctx cells, for comparison.")
+@option("type-k")
+@option("type-v")
+@option("n-gpu-layers")
+@option("threads")
+@click.option(
+    "--state",
+    type=IN_FILE,
+    help="Start every conversation from a document that `qfllama compress` has read.",
+)
+@click.option(
+    "--slot-save-path",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder for POST /slots/{id}?action=save and restore.",
+)
+@click.option("--api-key", help="A key that clients have to send.")
+@click.option("--metrics", is_flag=True, help="Serve figures for Prometheus at /metrics.")
+@click.option(
+    "--rpc", metavar="HOST:PORT,...", help="Other machines that run llama.cpp's rpc-server."
+)
+@click.argument("server_args", nargs=-1, type=click.UNPROCESSED, metavar="[-- ARGS]")
+def command(
+    model, host, port, parallel, n_ctx, max_length, window_length, sinks, interval, policy, archive,
+    archive_limit, recall, full, type_k, type_v, n_gpu_layers, n_threads, state, slot_save_path, api_key, metrics,
+    rpc, server_args,
+):  # fmt: skip
+    """Serve MODEL, a GGUF file made by `qfllama convert`, to many conversations at once.
+
+    This is llama.cpp's llama-server: a page at http://HOST:PORT, the HTTP interface of OpenAI at
+    /v1, and its own. What follows `--` goes to it unchanged.
+    """
+    from qfllama.commands.chat import bound
+    from qfllama.context import cache_type
+    from qfllama.shape import model_shape
+    from qfllama.state import filters_identity, read_prompt
+
+    program = server_program()
+    shape = model_shape(model)
+    saved = read_prompt(state, header_only=True) if state is not None else None
+    if saved is not None and full:
+        raise click.UsageError("--state has a bounded cache; leave out --full")
+    if saved is not None:
+        type_k = type_k or saved.settings.get("type_k")
+        type_v = type_v or saved.settings.get("type_v")
+    types = {
+        name: cache_type(value) for name, value in (("type_k", type_k), ("type_v", type_v)) if value
+    }
+    config = bound(
+        {"max_length": max_length, "window_length": window_length, "sinks": sinks,
+         "interval": interval, "policy": policy, **archive_of(archive, archive_limit, recall)},
+        full, saved,
+    )  # fmt: skip
+    n_ctx = -(-(n_ctx or shape.n_ctx_train) // 256) * 256
+    arguments = [
+        "-m", str(model), "--host", host, "--port", str(port), "-np", str(parallel),
+        "-c", str(n_ctx * parallel), "-t", str(n_threads), "--cache-ram", str(prompt_cache_mib()),
+        "--jinja",
+    ]  # fmt: skip
+    if config is not None:
+        config, filters = filters_of(model, config)
+        if saved is not None:
+            settings = {
+                "filters": filters_identity(filters), "type_k": type_k or "f16",
+                "type_v": type_v or "f16", "policy": config.policy, "sinks": config.sinks,
+            }  # fmt: skip
+            check_state(state, model, settings)
+            arguments += ["--state", str(state)]
+        arguments += cache_arguments(config)
+        n_cells = min(config.max_length, n_ctx)
+    else:
+        arguments += ["--no-kv-unified"]
+        n_cells = n_ctx
+    note(summary(shape, n_ctx, parallel, n_cells, types))
+    for name, value in (
+        ("-ctk", type_k), ("-ctv", type_v), ("--api-key", api_key), ("--rpc", rpc),
+        ("-ngl", {"auto": None, -1: "all"}.get(n_gpu_layers, n_gpu_layers)),
+        ("--slot-save-path", slot_save_path),
+    ):  # fmt: skip
+        arguments += [name, str(value)] if value is not None else []
+    arguments += ["--metrics"] if metrics else []
+    if not program.with_suffix(".ui").is_file() and PAGE.is_dir():
+        arguments += ["--path", str(PAGE)]
+    return run([str(program), *arguments, *server_args])
