@@ -19,10 +19,9 @@ from playwright.sync_api import Page, expect, sync_playwright  # noqa: E402
 
 PAGE = Path(__file__).parent.parent / "qfllama" / "serving" / "page"
 CELLS = 512
-FACT = "The keeper of the lighthouse is called Magnus Olafsen, and he was born in 1931."
 SHORT = 10_000
 """Milliseconds in which a page shows what it knows."""
-LONG = 600_000
+LONG = 300_000
 """Milliseconds in which a slow machine reads a document."""
 
 
@@ -77,7 +76,7 @@ def running(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def document(model):
-    """5,000 tokens, and one fact in them."""
+    """5,000 tokens of sentences that say who did what, and when."""
     who = "The captain,The baker,The old teacher,A young sailor,The miller,The painter,A merchant"
     did = (
         "walked to,looked for,wrote about,waited near,painted,came back from,spoke of,slept beside"
@@ -86,7 +85,6 @@ def document(model):
     when = "in the morning,before the rain,after supper,on a cold evening,when the bells rang"
     lists, rng = [words.split(",") for words in (who, did, what, when)], random.Random(1)
     sentences = [" ".join(map(rng.choice, lists)) + "." for _ in range(1000)]
-    sentences.insert(120, FACT)
     llm = Llama(str(model), vocab_only=True, verbose=False)
     found = llm.detokenize(llm.tokenize(" ".join(sentences).encode(), add_bos=False)[:5000])
     llm.close()
@@ -125,10 +123,7 @@ def streamed(response) -> str:
 @pytest.mark.slow
 def test_a_document_is_read_once_and_asked_two_questions(page, running, document):
     """$QFLLAMA_SCREENSHOT keeps a picture of the end."""
-    questions = (
-        "In which year was the keeper of the lighthouse born?",
-        "What did the miller paint?",
-    )
+    questions = ("What did the miller paint?", "Who wrote about the harbour?")
     sent = []
     page.on("response", lambda response: "/chat/" in response.url and sent.append(response))
     open_page(page, running)
@@ -208,7 +203,7 @@ def test_a_conversation_that_is_too_long_is_refused_in_plain_words(page, running
 
 
 def test_a_key_is_asked_for_and_a_server_that_has_gone_is_named(page, model, tmp_path):
-    limits = ("-np", 1, "-c", 2048, "--max-length", CELLS, "-n", 4)
+    limits = ("-np", 1, "-c", 2048, "--max-length", CELLS, "-n", 4, "--temp", 0)
     with server(model, tmp_path, *limits, "--path", PAGE, "--api-key", "secret") as running:
         # /health answers without a key, so the helper above can wait for it
         open_page(page, running)
@@ -219,7 +214,7 @@ def test_a_key_is_asked_for_and_a_server_that_has_gone_is_named(page, model, tmp
         key.fill("secret")
         key.press("Enter")
         expect(key).to_be_hidden()
-        ask(page, "Hello?")
+        ask(page, "Write a long letter about the sea.")
         expect(page.get_by_text("it reached the limit of tokens")).to_be_visible(timeout=LONG)
         assert len(answers(page).inner_text()) > 0
     ask(page, "Are you there?")
