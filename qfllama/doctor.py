@@ -53,7 +53,7 @@ def examine(
     else:
         found["checks"] = [_check("engine", "", True, "it has the C API that this qfllama needs")]
         found |= _hardware()
-        types = {"type_k": type_k, "type_v": type_v}
+        types = _types(type_k, type_v)
         found["checks"] += _self_test(n_threads, types)
         if model is not None:
             facts, checks = _model(model, types, n_threads, n_gpu_layers)
@@ -132,6 +132,15 @@ def _hardware() -> dict:
             for device in backends.devices()
         ],
     }
+
+
+def _types(type_k: str | None, type_v: str | None) -> dict[str, str | None]:
+    """The types by their fields of llama_context_params; QFilterError for one that there is not."""
+    from qfllama.context import cache_type
+
+    for name in (type_k, type_v):
+        cache_type(name)
+    return {"type_k": type_k, "type_v": type_v}
 
 
 def _self_test(n_threads: int, types: dict) -> list[dict]:

@@ -47,7 +47,7 @@ class Layers:
     Attributes:
         rows: one of each layer.
         n_window: positions that a windowed layer sees; 0: there are none.
-        recurrent: has it layers with a state of fixed size?
+        recurrent: has it states of fixed size, too, which the header doesn't tell?
         softcap: of the logits of attention; 0.0: none.
     """
 
@@ -121,8 +121,8 @@ def layers_of(model: Model) -> Layers:
     def row(il: int) -> LayerRows:
         kind, (n_head, n_head_kv) = EVICTS, shape.heads(il)
         if il not in evicting:
-            others = UNKNOWN if hybrid else WINDOW if n_window else NOTHING
-            kind = others if n_head_kv > 0 and il < n_own else NOTHING
+            own_keys = n_head_kv > 0 and il < n_own and n_window > 0
+            kind = UNKNOWN if hybrid else WINDOW if own_keys else NOTHING
         dim_k, dim_v = dims[WINDOW if kind == WINDOW else EVICTS]
         return LayerRows(kind, n_head_kv * dim_k, n_head_kv * dim_v, n_head, n_head_kv)
 

@@ -60,11 +60,10 @@ def command(model, memory, n_ctx, max_length, slots, type_k, type_v, n_gpu_layer
 def figures(plan: Plan) -> dict:
     """The plan as JSON has it; sizes in bytes, None for what is not known."""
     from qfllama.context import CACHE_TYPES
-    from qfllama.layers import EVICTS, PAD, UNKNOWN
+    from qfllama.layers import EVICTS, PAD
 
     sizes, names = plan.sizes, {number: name for name, number in CACHE_TYPES.items()}
     rows, n_cells = sizes.layers.rows, plan.max_length or min(PAD, sizes.n_ctx)
-    known = all(row.kind != UNKNOWN for row in rows)
     return {
         "model": sizes.shape.name,
         "architecture": sizes.shape.architecture,
@@ -77,7 +76,7 @@ def figures(plan: Plan) -> dict:
         "layers": len(rows),
         "evicting_layers": sum(row.kind == EVICTS for row in rows),
         "cell_bytes": sizes.cell_bytes,
-        "fixed_bytes": sizes.fixed_bytes(n_cells) if known else None,
+        "fixed_bytes": None if sizes.layers.recurrent else sizes.fixed_bytes(n_cells),
         "buffer_bytes_estimated": sizes.buffers + sizes.working_bytes(n_cells),
         "memory": plan.place.name,
         "memory_free_bytes": plan.place.free,
