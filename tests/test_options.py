@@ -8,7 +8,8 @@ from qfllama.cli import COMMANDS, main
 from qfllama.commands.options import SHARED, CommaList, GpuLayers, MaxLength
 
 RUNS_A_MODEL = [
-    "bench", "chat", "compress", "convert", "doctor", "eval needle", "eval ppl", "eval ruler", "plan"
+    "bench", "chat", "compress", "convert", "doctor", "eval needle", "eval ppl", "eval ruler", "plan",
+    "serve",
 ]  # fmt: skip
 """Commands that run a model, or say how it would run."""
 

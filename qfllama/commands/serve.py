@@ -155,12 +155,7 @@ def run(command: list[str]) -> int:
 @option("policy")
 @option("archive")
 @option("archive-limit")
-@click.option(
-    "--recall",
-    type=click.Choice(("prompt", "off")),
-    help="Bring evicted rows back, before an answer, that the end of its prompt looks at.  "
-    "[default: prompt]",
-)
+@option("recall")
 @click.option("--full", is_flag=True, help="The stock cache of n_ctx cells, for comparison.")
 @option("type-k")
 @option("type-v")
@@ -197,6 +192,8 @@ def command(
     from qfllama.shape import model_shape
     from qfllama.state import filters_identity, read_prompt
 
+    if recall == "always":
+        raise click.UsageError("the server recalls after prompts only: use --recall prompt")
     program = server_program()
     shape = model_shape(model)
     saved = read_prompt(state, header_only=True) if state is not None else None
