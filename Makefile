@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 PATCHES := $(wildcard patches/*.patch patches/*.py patches/*.t* patches/series $(addprefix patches/,src/* include/* common/* server/*))
 
 .PHONY: help demo test lint native bench bench-gpu quality figures docs upgrade-check clean \
-	test-slow test-all fuzz sanitize test-rpc test-vulkan test-cuda
+	ui wheel test-slow test-all fuzz sanitize test-rpc test-vulkan test-cuda
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,17 @@ native: $(VENV)/bin/python  ## build the patched llama.cpp again, only what chan
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install -q --no-build-isolation --no-deps \
 		--force-reinstall -C build-dir="$(abspath build/native)" ./patches
 	touch -c $(NATIVE) $(INSTALLED)
+
+UI := build/ui/dist
+
+ui: $(UI)/index.html  ## upstream's web page with npm, for the wheel; without it the server has a small page
+
+$(UI)/index.html: patches/upstream.txt patches/ui.py
+	$(PYTHON) patches/ui.py $(UI)
+	touch $@
+
+wheel: $(VENV)/bin/python  ## wheels of both packages in dist/, with upstream's web page if `make ui` built it
+	QFLLAMA_UI="$(if $(wildcard $(UI)/index.html),$(abspath $(UI)))" $(BIN)/pip wheel -q --no-deps -w dist ./patches .
 
 N    ?= 20000
 SEED ?= 0

@@ -7,6 +7,7 @@ scikit-build-core, upstream's own backend, builds it. `CMAKE_ARGS` works as it d
     QFLLAMA_SERVER=off           leave out llama-server, which takes half of the time
     --config-settings build-dir=DIR   keep the source tree and the build in DIR, so that the next
                                       build compiles only what changed (`make native`)
+    QFLLAMA_UI=/path/dist        put this web page into llama-server (`make ui` builds upstream's)
 
 `python backend.py [SDIST]` applies the series to a source distribution, by default the pinned
 one, and says for each patch whether it fits: the first step of an upgrade.
@@ -154,6 +155,19 @@ def copy_converter(tree: Path) -> None:
             shutil.copyfile(source, target)
 
 
+def copy_page(tree: Path) -> None:
+    """Puts the page that QFLLAMA_UI names where upstream's build looks for one."""
+    page, target = os.environ.get("QFLLAMA_UI"), tree / "vendor/llama.cpp/tools/ui/dist"
+    mark = tree / "llama_cpp/llama-server.ui"  # tells `qfllama serve` that the server has a page
+    shutil.rmtree(target, ignore_errors=True)
+    mark.unlink(missing_ok=True)
+    if page and not (Path(page) / "index.html").is_file():
+        fail(f"QFLLAMA_UI={page} has no index.html: give the absolute path that `make ui` wrote")
+    if page:
+        shutil.copytree(page, target)
+        mark.touch()
+
+
 def assemble(tree: Path) -> None:
     """Makes `tree` the patched source; one left by an earlier build is brought up to date."""
     recipe = hashlib.sha256(b"".join(file.read_bytes() for file in [PIN, *series()])).hexdigest()
@@ -169,6 +183,7 @@ def assemble(tree: Path) -> None:
         copy_converter(tree)
         stamp.write_text(recipe)
     copy_own_files(tree)
+    copy_page(tree)
 
 
 def need_compiler() -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -79,6 +80,79 @@ def test_a_patch_that_does_not_apply_is_named(backend, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as error:
         backend.assemble(tmp_path / "source")
     assert "0001-version.patch does not apply" in message(error)
+
+
+def page(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    (folder / "index.html").write_text(text)
+    return folder
+
+
+def test_the_page_that_the_environment_names_is_what_upstream_builds_in(
+    backend, tmp_path, monkeypatch
+):
+    """Also in a tree that an earlier build left: with another page, and with none."""
+    dist = tmp_path / "source/vendor/llama.cpp/tools/ui/dist"
+    mark = tmp_path / "source/llama_cpp/llama-server.ui"
+    mark.parent.mkdir(parents=True)
+    for text in ("one", "two"):
+        monkeypatch.setenv("QFLLAMA_UI", str(page(tmp_path / text, text)))
+        backend.copy_page(tmp_path / "source")
+        assert (dist / "index.html").read_text() == text
+        assert mark.exists()
+    monkeypatch.setenv("QFLLAMA_UI", "")
+    backend.copy_page(tmp_path / "source")
+    assert not dist.exists()
+    assert not mark.exists()
+
+
+def test_a_folder_without_a_page_is_not_built_in(backend, tmp_path, monkeypatch):
+    monkeypatch.setenv("QFLLAMA_UI", str(tmp_path))
+    with pytest.raises(SystemExit) as error:
+        backend.copy_page(tmp_path / "source")
+    assert str(tmp_path) in message(error)
+    assert "make ui" in message(error)
+
+
+@pytest.fixture
+def ui(tmp_path, monkeypatch):
+    """ui.py with a source distribution of one file, and `npm` replaced by npm.sh in tmp_path."""
+    monkeypatch.syspath_prepend(PATCHES)
+    module = importlib.import_module("ui")
+    sdist = pack(
+        tmp_path / "sdist.tar.gz", {"vendor/llama.cpp/tools/ui/package.json": "the page's"}
+    )
+    monkeypatch.setattr(module, "fetch", lambda folder: sdist)
+    monkeypatch.setattr(module.shutil, "which", lambda name: str(tmp_path / "npm.sh"))
+    yield module
+    for name in ("ui", "backend"):
+        sys.modules.pop(name, None)
+
+
+def npm(folder: Path, script: str) -> None:
+    (folder / "npm.sh").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "npm.sh").chmod(0o755)
+
+
+def test_npm_builds_the_page_from_upstreams_sources(ui, tmp_path):
+    npm(
+        tmp_path,
+        'echo "$1 $(cat package.json)" >> log.txt\n'
+        'if [ "$1" = run ]; then mkdir -p "$LLAMA_UI_OUT_DIR"; mv log.txt "$LLAMA_UI_OUT_DIR/index.html"; fi',
+    )
+    ui.build(page(tmp_path / "dist", "the page of another version"))
+    assert (tmp_path / "dist/index.html").read_text() == "ci the page's\nrun the page's\n"
+
+
+@pytest.mark.parametrize("script", ["exit 1", "exit 0"])
+def test_a_page_that_npm_did_not_build_takes_no_other_ones_place(ui, tmp_path, script):
+    npm(tmp_path, script)
+    before = page(tmp_path / "dist", "the page of another version")
+    with pytest.raises(SystemExit) as error:
+        ui.build(before)
+    assert "npm" in message(error)
+    assert (before / "index.html").read_text() == "the page of another version"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dist", "npm.sh", "sdist.tar.gz"]
 
 
 def test_the_upgrade_check_says_for_each_patch_whether_it_fits(backend, tmp_path, capsys):
