@@ -76,7 +76,8 @@ def kld_command(texts, length, first, **chosen):
     """KL divergence of the next-token distributions from those of llama.cpp's full f16 cache.
 
     A text streams through all caches. `full` is llama.cpp's own cache of each type, the other
-    policies are ours. `KLD`: the mean, in nats; then percentiles; `same top`: the share of tokens
+    policies are ours. `rounding` is the full f16 cache again, read 8 tokens at a time: smaller
+    differences say nothing about a cache. `KLD`: the mean, in nats; then percentiles; `same top`: the share of tokens
     after which both have the same first choice."""
     with dies_of_ctrl_c():
         from qfllama.evaluation import kld, perplexity, plots
@@ -95,10 +96,11 @@ def kld_command(texts, length, first, **chosen):
     with Session(
         "kld", "stream", kld.KEY, length, chosen, types=pairs, n_open=1 + kld.TOGETHER
     ) as session:
+        plan = replace(session.plan, variants=(kld.FLOOR, *session.plan.variants))
         pieces = perplexity.texts(session.model, session.text, texts, length)
         with session.results() as results:
-            kld.run(session.model, pieces, session.plan, results)
-            records = kld.records(pieces, session.plan, results)
+            kld.run(session.model, pieces, plan, results)
+            records = kld.records(pieces, plan, results)
         rows = kld.rows(records, session.model, first)
         session.report(rows, titles(records), kld.report, plots.kld)
 

@@ -28,8 +28,8 @@ MIB = 1 << 20
 def caches(
     policy: str, ratios: list[float], types: list[str], stock_types: list[str]
 ) -> tuple[Variant, ...]:
-    """llama.cpp's own of every type, then ours, K and V of one type."""
-    stock = [Variant(FULL, types=(name, name)) for name in stock_types]
+    """llama.cpp's own of every type, then ours, K and V of one type; first what rounding alone does."""
+    stock = [kld.FLOOR] + [Variant(FULL, types=(name, name)) for name in stock_types]
     ours = [Variant(policy, ratio, types=(name, name)) for name in types for ratio in ratios]
     return tuple(stock + ours)
 
@@ -53,10 +53,10 @@ def run(
     """
     asked = {
         variant: [
-            replace(variant, recall=recall)
-            for recall in ([False] if variant.policy == FULL else recalls)
+            replace(variant, recall=recall) for recall in ([False] if variant.whole else recalls)
         ]
         for variant in plan.variants
+        if variant != kld.FLOOR
     }
     for pair in dict.fromkeys(variant.types for variant in plan.variants):
         of_type = tuple(v for all_v in asked.values() for v in all_v if v.types == pair)
@@ -68,7 +68,7 @@ def run(
     for variant, divergence in zip(plan.variants, found, strict=True):
         needles = {
             "on" if v.recall else "off": needle.summary(asking.answers(documents, v, results))
-            for v in asked[variant]
+            for v in asked.get(variant, ())
         }
         rows.append(row(model, variant, divergence, needles))
     return rows
@@ -96,7 +96,7 @@ def kind(variant: Variant, position: int) -> Kind:
     Raises:
         QFilterError: it is too small for the default window and interval.
     """
-    if variant.policy == FULL:
+    if variant.whole:
         return Kind(variant.types[0])
     QFilterConfig(max_length=variant.cells(position))
     return Kind(variant.types[0], variant.cells(position))

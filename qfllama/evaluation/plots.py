@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qfllama.evaluation.kld import ROUNDING
 from qfllama.evaluation.needle import BINS
 from qfllama.figures import figure_class, save_figure
 
@@ -90,6 +91,8 @@ def kld(path, rows: list[dict], titles: list[str], about: str) -> None:
         values = row["kld_by_position"]
         ends = [min((i + 1) * row["bucket"], row["length"]) for i in range(len(values))]
         style = {"linestyle": "--"} if row["policy"] == "full" else {}
+        if row["policy"] == ROUNDING:
+            style = {"color": "0.5", "linestyle": ":"}
         axes.plot(ends, values, label=f"{title} ({row['kld']:.2g})", **style)
     axes.set_yscale("log")
     axes.axvline(row["first"], color="0.8", zorder=0)
@@ -108,6 +111,9 @@ def ladder(path, rows: list[dict], titles: list[str], about: str) -> None:
     left, right = figure.subplots(1, 2)
     lines: dict[str, list[dict]] = {}
     for row in rows:
+        if row["policy"] == ROUNDING:
+            left.axhline(row["kld"]["kld"], color="0.5", linestyle=":", label="rounding alone")
+            continue
         stock = row["policy"] == "full"
         lines.setdefault("llama.cpp" if stock else f"{row['policy']} {row['type_k']}", []).append(
             row

@@ -55,15 +55,20 @@ class Variant:
         return " ".join(word for word in [*words, "recall" * self.recall] if word)
 
     @property
+    def whole(self) -> bool:
+        """Does it keep everything?"""
+        return self.ratio is None and self.max_length is None
+
+    @property
     def size(self) -> str:
         """`x4` or `512 cells`."""
-        if self.policy == FULL:
+        if self.whole:
             return ""
         return f"x{self.ratio:g}" if self.ratio else f"{self.max_length:,} cells"
 
     def cells(self, n_tokens: int) -> int:
         """Cells for n_tokens."""
-        if self.policy == FULL:
+        if self.whole:
             return n_tokens
         return min(n_tokens, cells_wanted(n_tokens, self.ratio, self.max_length))
 
@@ -128,7 +133,7 @@ class Plan:
         Raises:
             QFilterError: what is kept can't hold sinks and window, or in `stream` an interval.
         """
-        if variant.policy == FULL:
+        if variant.whole:
             return self.whole(n_tokens + extra)
         if self.setting == "stream":
             return self._stream_config(variant, n_tokens)
