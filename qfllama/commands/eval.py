@@ -37,11 +37,11 @@ length_option = click.option("--length", type=click.IntRange(64), default=2048, 
                              help="Tokens of a text.")  # fmt: skip
 
 
-def type_list(name: str, what: str):
+def type_list(name: str, other: str):
     """--type-k or --type-v of several caches."""
-    return click.option(
-        f"--type-{name}", type=CommaList(),
-        help=f"Types of the cached {what}; with --type-{'kv'[name == 'k']} as many, or one for all.  "
+    return option(
+        f"type-{name}", type=CommaList(),
+        help=f"Types of the cached {name.upper()}; as many as of --type-{other}, or one for all.  "
              "[default: f16]")  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def type_pairs(type_k: tuple[str, ...] | None, type_v: tuple[str, ...] | None) -
 
 
 @command.command("kld", short_help="Distributions beside those of the stock full f16 cache.")
-@options(type_k=type_list("k", "K"), type_v=type_list("v", "V"))
+@options(type_k=type_list("k", "v"), type_v=type_list("v", "k"))
 @click.option("--recall", "recalls", type=CommaList(choices=("off", "prompt", "always")),
               default="off", show_default=True,
               help="off: what is evicted is gone; always: rows come back at every eviction.")  # fmt: skip
@@ -111,11 +111,13 @@ def kld_command(texts, length, first, **chosen):
     ratio=click.option("--ratio", type=CommaList(float, least=1), default="2,4,8,16,32",
                        show_default=True, help="Our caches keep 1 of so many tokens."),
     max_length=None,
-    type_k=click.option("--types", type=CommaList(), default="f16,q8_0,q4_0", show_default=True,
-                        help="Types of our caches."),
-    type_v=click.option("--stock-types", type=CommaList(), default="f16,q8_0,q5_0,q4_0",
-                        show_default=True, help="Types of llama.cpp's full caches."),
+    type_k=None,
+    type_v=None,
 )  # fmt: skip
+@click.option("--types", type=CommaList(), default="f16,q8_0,q4_0", show_default=True,
+              help="Types of our caches.")  # fmt: skip
+@click.option("--stock-types", type=CommaList(), default="f16,q8_0,q5_0,q4_0", show_default=True,
+              help="Types of llama.cpp's full caches.")  # fmt: skip
 @recall
 @texts_option
 @click.option("--length", type=click.IntRange(128), default=4096, show_default=True,
