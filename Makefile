@@ -72,10 +72,11 @@ sanitize: build/sanitize/.built  ## engine tests and fuzz in a build with ASan a
 	$(SANITIZED) $(BIN)/python -m pytest -p no:cacheprovider $(SANITIZE_TESTS)
 
 # the device tests in the build build/NAME; its own device is required, others are skipped
-DEVICE_TESTS = PYTHONPATH="$(abspath build/$(1)/lib)" QFLLAMA_TEST_BACKEND=$(2) $(BIN)/python -m pytest tests/test_devices.py
+DEVICE_TESTS = PYTHONPATH="$(abspath build/$(1)/lib)" QFLLAMA_TEST_BACKEND=$(2) $(BIN)/python -m pytest $(or $(3),tests/test_devices.py)
 
-test-rpc: build/rpc/.built  ## layers on an RPC server of llama.cpp on this machine
+test-rpc: build/rpc/.built  ## layers on RPC servers of llama.cpp on this machine
 	$(call DEVICE_TESTS,rpc,RPC)
+	$(call DEVICE_TESTS,rpc,RPC,tests/test_serve.py -k two_machines)
 
 test-vulkan: export GGML_VK_VISIBLE_DEVICES ?= 0
 test-vulkan: build/vulkan/.built  ## layers on a Vulkan device, or a software driver (docs/testing.md)

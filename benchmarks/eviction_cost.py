@@ -7,11 +7,16 @@ of an eviction mean something. With `--shape 8b` the other matrices are those of
 the time that decoding one interval takes beside it.
 
     python benchmarks/eviction_cost.py --shape 8b --json docs/eviction_cost.json
+    python benchmarks/eviction_cost.py --graph --json docs/eviction_cost_graph.json
+
+`--graph` has the CPU do what devices do, with graphs of ggml: select_ms is then what the host does
+for a device.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import tempfile
@@ -23,10 +28,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from qfllama import Llama, QFilterConfig, gguf_copy
+from qfllama import Llama, QFilterConfig, gguf_copy, llama
 from qfllama.files import write_json
 from qfllama.filters import Filters
 from qfllama.machine import provenance
+from qfllama.native import FLAG_GRAPH_GATHER
 
 MIB = 1 << 20
 PARTS = ("score_us", "select_us", "gather_us")
@@ -67,6 +73,7 @@ def parse() -> argparse.Namespace:
         "--threads",
         default=f"1,{os.cpu_count()}",  # comma-separated
     )
+    parser.add_argument("--graph", action="store_true", help="evict as on a device")
     parser.add_argument("--evictions", type=int, default=5)
     parser.add_argument("--decode-tokens", type=int, default=16)
     parser.add_argument("--json", type=Path)
@@ -156,9 +163,21 @@ def add_filters(plain: Path, path: Path, n_layer: int, n_head: int, rank: int) -
     gguf_copy.write(plain, path, Filters(vectors, layout="norm"))
 
 
+class OnGraphs(Llama):
+    """Its cache takes the CPU for a device."""
+
+    def _make_context(self, **kwargs):
+        made = llama.Context
+        llama.Context = functools.partial(made, flags=FLAG_GRAPH_GATHER)
+        try:
+            return super()._make_context(**kwargs)
+        finally:
+            llama.Context = made
+
+
 def measure(path: Path, args, type_kv: str, policy: str, threads: int) -> Row:
     config = QFilterConfig(max_length=args.max_length, policy=policy, archive=False)
-    llm = Llama(
+    llm = (OnGraphs if args.graph else Llama)(
         str(path),
         n_ctx=args.max_length + (args.evictions + 2) * config.interval,
         qfilters=config,

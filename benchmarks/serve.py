@@ -2,6 +2,7 @@
 
     python benchmarks/serve.py speed MODEL --json docs/serve_speed.json
     python benchmarks/serve.py load MODEL --minutes 10 --json docs/serve_load.json
+    python benchmarks/serve.py book MODEL --tokens 7000 --json docs/serve_book.json
 
 speed: --parallel conversations at once read a text of --tokens each, then --predict tokens are
 generated for each of them. Once with the bounded cache, once with the stock one, on this machine,
@@ -11,6 +12,9 @@ load: --clients clients share --parallel slots. Each request is a text that ends
 own marker, several times; a model goes on with it, so an answer of another slot would be seen. A
 tenth of the requests are cancelled, one in twenty is malformed. Meanwhile /health is asked every
 second.
+
+book: a document of --tokens is compressed once (`qfllama compress`), then --questions questions are
+asked by as many conversations, all of which start from it.
 """
 
 from __future__ import annotations
@@ -185,6 +189,55 @@ def speed(args) -> dict:
     return {"rows": rows}
 
 
+# -- a document for all
+
+
+def book(args) -> dict:
+    chance = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        document, state = Path(folder, "book.txt"), Path(folder, "book.qfstate")
+        document.write_text(text(int(args.tokens / 1.3), chance))
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-c", "from qfllama.cli import main; main()", "compress", str(args.model),
+             "--file", str(document), "-o", str(state), "--n-ctx", str(args.n_ctx), "--ratio", "8",
+             "--archive", "--threads", str(args.threads), "--force"],
+            check=True,
+        )  # fmt: skip
+        read_seconds = time.perf_counter() - start
+        with serving(
+            args.model, args.port, "--parallel", args.parallel, "--n-ctx", args.n_ctx, "--threads",
+            args.threads, "--state", state,
+        ) as server:  # fmt: skip
+
+            def ask(i: int) -> tuple[dict, float]:
+                begin = time.perf_counter()
+                question = {"role": "user", "content": f"{i}: which of these words comes first?"}
+                body = {"messages": [question], "max_tokens": 16, "temperature": 0}
+                answer = server.open("POST", "/v1/chat/completions", json.dumps(body))
+                timings = json.loads(answer.read())["timings"]
+                answer.connection.close()
+                return timings, time.perf_counter() - begin
+
+            with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
+                answers = list(pool.map(ask, range(args.questions)))
+    seconds = [t for _, t in answers]
+    timings = [t for t, _ in answers]
+    found = {
+        "document_tokens": min(t["cache_n"] for t in timings),
+        "compress_seconds": round(read_seconds, 1),
+        "questions": len(timings),
+        "read_tokens": sum(t["prompt_n"] for t in timings),
+        "read_tokens_most": max(t["prompt_n"] for t in timings),
+        "reread": sum(t["reread"] for t in timings),
+        "recalled": sum(t["recalled"] for t in timings),
+        "answer_seconds_p50": round(quantile(seconds, 0.5), 2),
+        "answer_seconds_p95": round(quantile(seconds, 0.95), 2),
+    }
+    print(json.dumps(found, indent=1))
+    return found
+
+
 # -- load
 
 
@@ -294,22 +347,23 @@ def load(args) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("speed", "load"))
+    parser.add_argument("what", choices=("speed", "load", "book"))
     parser.add_argument("model", type=Path)
     parser.add_argument("--parallel", type=int, default=8)
     parser.add_argument("--n-ctx", type=int, default=8192)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=n_threads())
-    parser.add_argument("--tokens", type=int, default=7936, help="speed: of each prompt")
+    parser.add_argument("--tokens", type=int, default=7936, help="speed, book: of each prompt")
     parser.add_argument("--predict", type=int, default=64, help="speed: tokens of each answer")
     parser.add_argument("--clients", type=int, default=64, help="load")
     parser.add_argument("--minutes", type=float, default=10, help="load")
+    parser.add_argument("--questions", type=int, default=100, help="book")
     parser.add_argument("--port", type=int, default=8097)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     about = provenance(args.threads) | {"model": args.model.name}
-    found = {"speed": speed, "load": load}[args.what](args)
+    found = {"speed": speed, "load": load, "book": book}[args.what](args)
     if args.json:
         args.json.write_text(json.dumps({"about": about, **found}, indent=1) + "\n")
 

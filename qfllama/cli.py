@@ -1,7 +1,8 @@
 """The `qfllama` command: one lazily imported module per verb, one place where errors become text.
 
-Exit codes: 0 done, 1 not one message of a piped chat could be answered, 2 something the user can
-fix (one line on stderr), 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 done but to no good end (not one message of a piped chat could be answered, a
+check of doctor failed, nothing fits in a plan), 2 something the user can fix (one line on stderr),
+130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ COMMANDS = {  # qfllama/commands/<name>.py, each with a `command`
     "chat": "Talk to a model in a bounded cache.",
     "compress": "Read a document once and keep the best of it in a file to chat about.",
     "convert": "Make filters for a model and write them into a GGUF file.",
+    "doctor": "Check the engine, its devices and a model, with a real run.",
     "eval": "Measure what a bounded cache costs in quality: perplexity, needles, RULER tasks.",
     "export": "Write the filters of a GGUF file for kvpress and other programs.",
     "inspect": "Show which filters a GGUF file has.",
+    "plan": "Say how long a cache can be: what weights, cells and archive take, what fits.",
     "serve": "Serve a model to many conversations at once, over HTTP.",
 }
 

@@ -26,6 +26,8 @@ from qfllama.context import (
 from qfllama.filters import Filters
 from qfllama.shape import ModelShape, model_shape
 
+NO_MMAP = 0  # enum llama_load_mode; not among the names of llama-cpp-python
+
 __all__ = [
     "Context",
     "Model",
@@ -92,6 +94,17 @@ class Model(internals.LlamaModel):
                     params.n_gpu_layers,
                     "give another file",
                 ) from None
+
+    @classmethod
+    def from_header(cls, path) -> Model:
+        """The model without its weights: llama.cpp reads the header of the file and nothing else, so
+        a model of any size opens. It answers questions about itself; no context is made of it.
+
+        Raises:
+            QFilterError: no model, or llama.cpp does not know its architecture (in its own words).
+        """
+        model_shape(path)  # has a clear word about a file that is no model
+        return cls(path, no_alloc=True, load_mode=NO_MMAP, use_extra_bufts=False)
 
     @functools.cached_property
     def shape(self) -> ModelShape:

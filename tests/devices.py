@@ -21,6 +21,7 @@ from qfllama import native
 from qfllama.context import cache_type
 
 BACKENDS = ["graph", "RPC", "Vulkan", "CUDA"]
+RPC_LIBRARY = _ggml.libggml_base_path / "libggml-rpc.so"
 REQUIRED = os.environ.get("QFLLAMA_TEST_BACKEND")
 """A backend whose tests must not be skipped: the make recipe of its build sets this."""
 
@@ -118,10 +119,9 @@ start(sys.argv[1].encode(), None, 1, 1, devices)
 
 
 @contextmanager
-def rpc_device():
-    """The device of an RPC server on this machine: another process, whose memory is not ours."""
-    library = _ggml.libggml_base_path / "libggml-rpc.so"
-    if not library.is_file():
+def rpc_server():
+    """HOST:PORT of an RPC server on this machine: another process, whose memory is not ours."""
+    if not RPC_LIBRARY.is_file():
         missing("RPC", "llama.cpp was built without it: `make test-rpc`")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -138,12 +138,19 @@ def rpc_device():
                     break
             assert server.poll() is None, "the server ended"
             time.sleep(0.1)
-        add_server = ctypes.CDLL(str(library)).ggml_backend_rpc_add_server
-        add_server.restype, add_server.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
-        yield device_of(add_server(f"127.0.0.1:{port}".encode()))
+        yield f"127.0.0.1:{port}"
     finally:
         server.terminate()
         server.wait()
+
+
+@contextmanager
+def rpc_device():
+    """The device of an RPC server."""
+    with rpc_server() as address:
+        add_server = ctypes.CDLL(str(RPC_LIBRARY)).ggml_backend_rpc_add_server
+        add_server.restype, add_server.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+        yield device_of(add_server(address.encode()))
 
 
 def load(path, device=None, n_layers=0) -> internals.LlamaModel:

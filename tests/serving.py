@@ -88,7 +88,9 @@ def command(model: Path, port: int, *arguments) -> list[str]:
 
 
 @contextmanager
-def server(model: Path, folder: Path, *arguments, program: list[str] | None = None):
+def server(
+    model: Path, folder: Path, *arguments, program: list[str] | None = None, environ: dict | None = None
+):  # fmt: skip
     """A llama-server with these arguments that answers; its log and nothing else is in `folder`."""
     need_server()
     port = free_port()
@@ -98,7 +100,7 @@ def server(model: Path, folder: Path, *arguments, program: list[str] | None = No
             [*program, "--port", str(port), *map(str, arguments)]
             if program
             else command(model, port, *arguments),
-            stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})},
         )  # fmt: skip
     running = Server(process, port, log)
     try:

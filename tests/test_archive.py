@@ -290,7 +290,8 @@ def test_an_earlier_state_of_the_same_sequence_keeps_the_archive(open_cache):
     assert llm.archived_row(400, 0) is None
     check_cells(llm, rows)
     other = open_cache()
-    assert other.restore(state, archive)
+    assert other.restore(state)
+    assert other.restore_archive(archive)
     for cache in (llm, other):
         cache.question()
         cache.read(some(6, seed=2))

@@ -5,9 +5,11 @@ import pytest
 
 from qfllama import policies
 from qfllama.cli import COMMANDS, main
-from qfllama.commands.options import SHARED, CommaList, GpuLayers
+from qfllama.commands.options import SHARED, CommaList, GpuLayers, MaxLength
 
-RUNS_A_MODEL = ["bench", "chat", "compress", "convert", "eval needle", "eval ppl", "eval ruler"]
+EVALUATIONS = ["eval kld", "eval ladder", "eval needle", "eval ppl", "eval ruler"]
+RUNS_A_MODEL = ["bench", "chat", "compress", "convert", "doctor", *EVALUATIONS, "plan", "serve"]
+"""Commands that run a model, or say how it would run."""
 
 
 def commands() -> dict[str, click.Command]:
@@ -39,7 +41,8 @@ def test_an_option_that_means_the_same_everywhere_is_the_same_everywhere(name):
     for command, option in found.items():
         assert option.default == attributes.get("default", option.default), command
         assert option.name == found[next(iter(found))].name, command
-        assert option.type.name == found[next(iter(found))].type.name, command
+        if not isinstance(option.type, CommaList):  # the types of several caches
+            assert option.type.name == found[next(iter(found))].type.name, command
 
 
 def test_every_command_that_runs_a_model_chooses_its_layers_on_the_gpu():
@@ -50,16 +53,16 @@ def test_every_command_that_runs_a_model_chooses_its_layers_on_the_gpu():
 
 @pytest.mark.parametrize("name", sorted(SHARED))
 def test_no_command_has_an_option_of_its_own_under_a_shared_name(name):
-    """Those that differ (eval's lists, inspect's switches) do so in the type of their value."""
+    """Those that differ (eval's lists, chat's auto, switches) do so in the type of their value."""
     made = {id(option.type) for option in options(name).values()}
     _, attributes = SHARED[name]
     known = {id(attributes["type"])} if "type" in attributes else made
     others = {
         command
         for command, option in options(name).items()
-        if id(option.type) not in known and not isinstance(option.type, CommaList)
+        if id(option.type) not in known and not isinstance(option.type, (CommaList, MaxLength))
     }
-    assert others <= {"inspect", "convert", "bench"}, others
+    assert others <= {"inspect", "convert", "bench", "doctor", "plan"}, others
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,8 @@ def test_no_command_has_an_option_of_its_own_under_a_shared_name(name):
         (CommaList(float, least=1), "2,4.5", (2.0, 4.5)),
         (CommaList(choices=("a", "b")), "b,a", ("b", "a")),
         (CommaList(int, least=1, none=True), "none", ()),
+        (MaxLength(1), "auto", "auto"),
+        (MaxLength(1), "512", 512),
         (GpuLayers(), "auto", "auto"),
         (GpuLayers(), "all", -1),
         (GpuLayers(), "-1", -1),

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from devices import rpc_server
 from serving import need_server, refusal, server
 
 from qfllama import Llama, QFilterConfig
@@ -50,7 +51,10 @@ def bounded(model, tmp_path_factory):
 def unarchived(model, tmp_path_factory):
     """The same without an archive."""
     folder = tmp_path_factory.mktemp("unarchived")
-    with server(model, folder, *CACHE, "--no-archive", "--ctx-checkpoints", 0) as running:
+    environ = {"LLAMA_ARG_QF_MAX_LENGTH": "256", "LLAMA_ARG_QF_ARCHIVE": "off"}
+    with server(
+        model, folder, "-np", 2, "-c", 2 * 4096, "--ctx-checkpoints", 0, environ=environ
+    ) as running:
         yield running
 
 
@@ -107,6 +111,19 @@ def test_without_a_bound_it_is_the_stock_server(model, tokens, tmp_path):
         assert "kv_cells" not in answer["timings"]
         assert running.get("/props")["qfilter"] is None
     assert answer["tokens"] == expected
+
+
+@pytest.mark.slow
+def test_presets_take_the_options(model, tokens, tmp_path):
+    """The router starts a server of its own for each model that is asked for."""
+    presets = tmp_path / "presets.ini"
+    presets.write_text(
+        f"[mine]\nmodel = {model}\nmax-length = 256\nctx-size = 4096\nparallel = 1\nthreads = 1\n"
+    )
+    program = [str(need_server()), "--models-preset", str(presets)]
+    with server(model, tmp_path, program=program) as running:
+        answer = running.complete(tokens[:400], 4, model="mine")
+    assert answer["timings"]["kv_cells"] <= 256
 
 
 # -- what a conversation goes on from
@@ -383,3 +400,18 @@ def test_a_state_of_another_model_is_refused(smollm2, model, book):
         serve, [str(model), "--state", str(book), "--type-k", "q8_0"], standalone_mode=False
     )
     assert "type_k" in str(found.exception)
+
+
+# -- more than one machine
+
+
+def test_a_model_on_two_machines(model, tokens, tmp_path):
+    """Two RPC servers on this one hold the layers between them; they compute with the CPU's code."""
+    with rpc_server() as first, rpc_server() as second:
+        split = ("--rpc", f"{first},{second}", "-ngl", "all", "-ts", "1,1", "-lv", 4)
+        with server(model, tmp_path, *CACHE, *split) as running:
+            answer = running.complete(tokens[:600], 12)
+            log = running.log.read_text()
+    assert "RPC0" in log and "RPC1" in log, log[-3000:]
+    assert answer["timings"]["kv_cells"] <= 256
+    assert answer["tokens"] == greedy(model, tokens[:600], 12, **SIZES)

@@ -228,6 +228,7 @@ void llama_qfilter_worker::init(uint32_t n_cells) {
     for (const bool by_group : { true, false }) {
         this->by_group = by_group;
 
+        build_score(0, 0, n_cells); // n_parts is known then
         build_score(0, 0, n_cells);
 
         bad = graph.unsupported(backend);
@@ -345,8 +346,18 @@ public:
 
     bool is_cpu() const override { return false; }
 
-    // all in one graph: to launch a graph costs more than to compute it
-    size_t n_layers_at_once() const override { return layers.size(); }
+    // all in one graph: to launch a graph costs more than to compute it. beside a quantized cache the scores, which are there
+    // twice, would be large
+    size_t n_layers_at_once() const override {
+        const auto & layer = layers[0];
+        if (!ggml_is_quantized(layer.k[0]->type)) {
+            return layers.size();
+        }
+
+        const size_t n_bytes_scores = layer.n_head*n_parts*sizeof(float); // for each row
+
+        return std::clamp<size_t>((layer.k[0]->nb[1] + layer.v[0]->nb[1])/(3*n_bytes_scores), 1, layers.size());
+    }
 
     // the copies that an eviction makes, beside the scores, shall not take more memory than K and V of four layers; all heads
     // at once of an F16 cache, where each node costs more than what it computes

@@ -19,7 +19,7 @@ from qfllama.commands.console import (
     show_progress,
 )
 from qfllama.commands.opening import open_model, read_document
-from qfllama.commands.options import IN_FILE, Finite, archive_of, model_argument, option
+from qfllama.commands.options import IN_FILE, Finite, MaxLength, archive_of, model_argument, option
 from qfllama.config import QFilterConfig, QFilterError
 from qfllama.terminal import escaped
 
@@ -205,9 +205,26 @@ def bound(cache: dict, full: bool, saved: Prompt | None) -> QFilterConfig | None
     return config_for(saved, **cache)
 
 
+def fill_memory(cache: dict, **options) -> int:
+    """Put the largest max_length that fits into `cache` (names of QFilterConfig), with a note;
+    returns the layers on the GPU that go with it. options: of `plan.make_plan`."""
+    from qfllama.plan import make_plan, needed
+
+    in_ram = cache["archive"] in (None, True)
+    plan = needed(make_plan(archive=in_ram, **options))
+    cache["max_length"] = plan.max_length
+    note(f"max_length {plan.max_length:,} (auto: what fits into the memory of {plan.place.name})")
+    return plan.n_gpu_layers or 0
+
+
 @click.command()
 @model_argument
-@option("max-length")
+@option(
+    "max-length",
+    type=MaxLength(1),
+    metavar="number|auto",
+    help="Cells of the cache; auto: as many as fit, see `qfllama plan`.  [default: 4096]",
+)
 @option("window-length")
 @option("sinks")
 @option("interval")
@@ -259,14 +276,19 @@ def command(
         if saved is not None:
             type_k = type_k or saved.settings.get("type_k")
             type_v = type_v or saved.settings.get("type_v")
-        config = bound(
-            {"max_length": max_length, "window_length": window_length, "sinks": sinks,
-             "interval": interval, "policy": policy,
-             **archive_of(archive, archive_limit, recall)},
-            full, saved,
-        )  # fmt: skip
+        cache = {
+            "max_length": max_length, "window_length": window_length, "sinks": sinks,
+            "interval": interval, "policy": policy, **archive_of(archive, archive_limit, recall),
+        }  # fmt: skip
+        if max_length == "auto" and not full:
+            n_gpu_layers = fill_memory(
+                cache, model=model, n_ctx=n_ctx, type_k=type_k, type_v=type_v,
+                n_gpu_layers=n_gpu_layers,
+            )  # fmt: skip
+        config = bound(cache, full, saved)
         llm = open_model(
-            model, config, may_be_whole=saved is not None and max_length is None,
+            model, config,
+            may_be_whole=max_length == "auto" or (saved is not None and max_length is None),
             n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=n_threads,
             n_threads_batch=n_threads, type_k=type_k, type_v=type_v, verbose=verbose,
         )  # fmt: skip

@@ -63,6 +63,15 @@ class GpuLayers(click.ParamType):
         return number
 
 
+class MaxLength(click.IntRange):
+    """A number of cells, or auto."""
+
+    name = "number or auto"
+
+    def convert(self, value, param, ctx) -> str | int:
+        return value if value == "auto" else super().convert(value, param, ctx)
+
+
 UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import click
 
 from qfllama.commands.console import MIB, note
-from qfllama.commands.options import IN_FILE, archive_of, model_argument, option
+from qfllama.commands.options import IN_FILE, MaxLength, archive_of, model_argument, option
 from qfllama.config import QFilterConfig, QFilterError
 
 if TYPE_CHECKING:
     from qfllama.filters import Filters
-    from qfllama.shape import ModelShape
+    from qfllama.plan import Sizes
 
 LARGEST_PROMPT_CACHE = 8192
 """MiB of conversations that wait in host memory for a slot, at most: llama-server's own default."""
@@ -97,15 +97,14 @@ def cache_arguments(config: QFilterConfig) -> list[str]:
     return [str(argument) for argument in arguments]
 
 
-def summary(shape: ModelShape, n_ctx: int, n_slots: int, n_cells: int, types: dict) -> str:
+def summary(sizes: Sizes, n_slots: int, n_cells: int) -> str:
     """What the caches take, and how many more conversations fit into this machine's memory."""
     from qfllama.machine import available_bytes
-    from qfllama.offload import Cache, devices, kv_bytes
+    from qfllama.offload import devices
 
-    of_one = sum(kv_bytes(shape, [Cache(n_cells, **types)]))
-    whole = sum(kv_bytes(shape, [Cache(n_ctx, **types)]))
+    of_one, whole = (sum(sizes.kv_bytes(n)) for n in (n_cells, sizes.n_ctx))
     text = (
-        f"{n_slots} conversation{'s' if n_slots > 1 else ''} of up to {n_ctx:,} tokens at once, "
+        f"{n_slots} conversation{'s' if n_slots > 1 else ''} of up to {sizes.n_ctx:,} tokens at once, "
         f"{n_cells:,} cells each: {of_one / MIB:.1f} MiB each, {n_slots * of_one / MIB:.1f} MiB in all"
     )
     if whole > of_one:
@@ -148,19 +147,19 @@ def run(command: list[str]) -> int:
     help="Conversations that are answered at once, each in cells of its own.",
 )
 @option("n-ctx")
-@option("max-length")
+@option(
+    "max-length",
+    type=MaxLength(1),
+    metavar="number|auto",
+    help="Cells of each conversation; auto: as many as fit, see `qfllama plan`.  [default: 4096]",
+)
 @option("window-length")
 @option("sinks")
 @option("interval")
 @option("policy")
 @option("archive")
 @option("archive-limit")
-@click.option(
-    "--recall",
-    type=click.Choice(("prompt", "off")),
-    help="Bring evicted rows back, before an answer, that the end of its prompt looks at.  "
-    "[default: prompt]",
-)
+@option("recall")
 @click.option("--full", is_flag=True, help="The stock cache of n_ctx cells, for comparison.")
 @option("type-k")
 @option("type-v")
@@ -192,28 +191,31 @@ def command(
     This is llama.cpp's llama-server: a page at http://HOST:PORT, the HTTP interface of OpenAI at
     /v1, and its own. What follows `--` goes to it unchanged.
     """
-    from qfllama.commands.chat import bound
-    from qfllama.context import cache_type
-    from qfllama.shape import model_shape
+    from qfllama.commands.chat import bound, fill_memory
+    from qfllama.plan import sizes_of
     from qfllama.state import filters_identity, read_prompt
 
+    if recall == "always":
+        raise click.UsageError("the server recalls after prompts only: use --recall prompt")
     program = server_program()
-    shape = model_shape(model)
     saved = read_prompt(state, header_only=True) if state is not None else None
     if saved is not None and full:
         raise click.UsageError("--state has a bounded cache; leave out --full")
     if saved is not None:
         type_k = type_k or saved.settings.get("type_k")
         type_v = type_v or saved.settings.get("type_v")
-    types = {
-        name: cache_type(value) for name, value in (("type_k", type_k), ("type_v", type_v)) if value
-    }
-    config = bound(
-        {"max_length": max_length, "window_length": window_length, "sinks": sinks,
-         "interval": interval, "policy": policy, **archive_of(archive, archive_limit, recall)},
-        full, saved,
-    )  # fmt: skip
-    n_ctx = -(-(n_ctx or shape.n_ctx_train) // 256) * 256
+    sizes = sizes_of(model, n_ctx, type_k, type_v)
+    n_ctx = sizes.n_ctx
+    cache = {
+        "max_length": max_length, "window_length": window_length, "sinks": sinks,
+        "interval": interval, "policy": policy, **archive_of(archive, archive_limit, recall),
+    }  # fmt: skip
+    if max_length == "auto" and not full:
+        n_gpu_layers = fill_memory(
+            cache, model=model, n_slots=parallel, n_ctx=n_ctx, type_k=type_k, type_v=type_v,
+            n_gpu_layers=n_gpu_layers,
+        )  # fmt: skip
+    config = bound(cache, full, saved)
     arguments = [
         "-m", str(model), "--host", host, "--port", str(port), "-np", str(parallel),
         "-c", str(n_ctx * parallel), "-t", str(n_threads), "--cache-ram", str(prompt_cache_mib()),
@@ -233,7 +235,7 @@ def command(
     else:
         arguments += ["--no-kv-unified"]
         n_cells = n_ctx
-    note(summary(shape, n_ctx, parallel, n_cells, types))
+    note(summary(sizes, parallel, n_cells))
     for name, value in (
         ("-ctk", type_k), ("-ctv", type_v), ("--api-key", api_key), ("--rpc", rpc),
         ("-ngl", {"auto": None, -1: "all"}.get(n_gpu_layers, n_gpu_layers)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qfllama.evaluation.kld import ROUNDING
 from qfllama.evaluation.needle import BINS
 from qfllama.figures import figure_class, save_figure
 
@@ -79,6 +80,67 @@ def perplexity(path, rows: list[dict], titles: list[str], about: str) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.set_title(about, fontsize=8, parse_math=False)
+    save_figure(figure, path, dpi=150)
+
+
+def kld(path, rows: list[dict], titles: list[str], about: str) -> None:
+    """Divergence by position for every row of `kld.rows` that has any."""
+    figure = figure_class(path)(figsize=(7.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for row, title in zip(rows, titles, strict=True):
+        values = row["kld_by_position"]
+        ends = [min((i + 1) * row["bucket"], row["length"]) for i in range(len(values))]
+        style = {"linestyle": "--"} if row["policy"] == "full" else {}
+        if row["policy"] == ROUNDING:
+            style = {"color": "0.5", "linestyle": ":"}
+        axes.plot(ends, values, label=f"{title} ({row['kld']:.2g})", **style)
+    axes.set_yscale("log")
+    axes.axvline(row["first"], color="0.8", zorder=0)
+    axes.set_xlabel("position (tokens); what is right of the line counts")
+    axes.set_ylabel("KL divergence (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_title(about, fontsize=8, parse_math=False)
+    save_figure(figure, path, dpi=150)
+
+
+def ladder(path, rows: list[dict], titles: list[str], about: str) -> None:
+    """Divergence and needles over bytes per token of context for all rows of `ladder.run`: a line
+    for llama.cpp's own caches, one for ours of each type, dashed with recall."""
+    figure = figure_class(path)(figsize=(10, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    lines: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["policy"] == ROUNDING:
+            left.axhline(row["kld"]["kld"], color="0.5", linestyle=":", label="rounding alone")
+            continue
+        stock = row["policy"] == "full"
+        lines.setdefault("llama.cpp" if stock else f"{row['policy']} {row['type_k']}", []).append(
+            row
+        )
+    for i, (label, mine) in enumerate(lines.items()):
+        style = {"color": "black" if mine[0]["policy"] == "full" else f"C{i}", "marker": "o"}
+        bytes_ = [row["bytes_per_token"] for row in mine]
+        klds = [row["kld"]["kld"] or float("nan") for row in mine]  # 0 has no place on a log scale
+        left.plot(bytes_, klds, label=label, **style)
+        for word, dash in (("off", "-"), ("on", "--")):
+            points = [
+                (x, 100 * row["needles"][word]["digits"])
+                for x, row in zip(bytes_, mine, strict=True)
+                if word in row["needles"]
+            ]
+            if points:
+                right.plot(*zip(*points, strict=True), linestyle=dash, **style)
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_xlabel("bytes of K and V per token of context")
+        axes.grid(alpha=0.3)
+    left.set_yscale("log")
+    left.set_ylabel("KL divergence from the f16 cache (nats)")
+    right.set_ylabel("digits of needles right, % (dashed: with recall)")
+    right.set_ylim(0, 102)
+    left.legend(frameon=False, fontsize=8)
+    figure.suptitle(about, fontsize=8, parse_math=False)
     save_figure(figure, path, dpi=150)
 
 

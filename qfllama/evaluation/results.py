@@ -111,8 +111,21 @@ def bootstrap(groups: list[list[float]]) -> tuple[float, float]:
     one document, or tokens of one text, are not independent."""
     sums = np.array([np.sum(group) for group in groups])
     sizes = np.array([len(group) for group in groups])
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(0, len(groups), (RESAMPLES, len(groups)))
+    drawn = _draws(len(groups))
     means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def bootstrap_percentiles(groups: np.ndarray, percents: list[float]) -> np.ndarray:
+    """The same of percentiles of all values: groups [n, values of each] -> float64 [percents, 2]."""
+    found = [
+        np.percentile(groups[drawn].reshape(len(drawn), -1), percents, axis=1)
+        for drawn in np.array_split(_draws(len(groups)), 20)  # not all copies at once
+    ]
+    return np.percentile(np.concatenate(found, axis=1), [2.5, 97.5], axis=1).T
+
+
+def _draws(n: int) -> np.ndarray:
+    """Which of n groups are drawn each time: [RESAMPLES, n]."""
+    return np.random.default_rng(0).integers(0, n, (RESAMPLES, n))

@@ -32,42 +32,53 @@ REPLAY = "replay"
 SETTINGS = ("prefill", "stream")
 KEY = ("task", "length", "document", "question", "policy", "ratio", "max_length", "recall")
 """What tells results of questions apart."""
+TYPES = ("type_k", "type_v")
+"""Names of the types of a cache."""
 WINDOW = 64
 """Default of window_length in `prefill`; in `stream` it is that of QFilterConfig."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A policy and how much it keeps: one of `ratio` and `max_length`, neither for FULL; and whether
-    what a question looks at comes back from the archive."""
+    """A policy and how much it keeps: one of `ratio` and `max_length`, neither for FULL; whether what
+    a question looks at comes back from the archive; and the types of K and V, None: the plan's."""
 
     policy: str
     ratio: float | None = None
     max_length: int | None = None
     recall: bool = False
+    types: tuple[str, str] | None = None
 
     @property
     def title(self) -> str:
-        if self.policy == FULL:
-            return FULL
-        return f"{self.policy} {self.size}" + " recall" * self.recall
+        words = [self.policy, self.size, "/".join(dict.fromkeys(self.types or ()))]
+        return " ".join(word for word in [*words, "recall" * self.recall] if word)
+
+    @property
+    def whole(self) -> bool:
+        """Does it keep everything?"""
+        return self.ratio is None and self.max_length is None
 
     @property
     def size(self) -> str:
         """`x4` or `512 cells`."""
-        if self.policy == FULL:
+        if self.whole:
             return ""
         return f"x{self.ratio:g}" if self.ratio else f"{self.max_length:,} cells"
 
     def cells(self, n_tokens: int) -> int:
         """Cells for n_tokens."""
-        if self.policy == FULL:
+        if self.whole:
             return n_tokens
         return min(n_tokens, cells_wanted(n_tokens, self.ratio, self.max_length))
 
     def key(self) -> dict:
         key = {"policy": self.policy, "ratio": self.ratio, "max_length": self.max_length}
-        return key | {"recall": True} if self.recall else key
+        if self.recall:
+            key["recall"] = True
+        if self.types:
+            key |= dict(zip(TYPES, self.types, strict=True))
+        return key
 
 
 def variants(
@@ -75,14 +86,16 @@ def variants(
     ratios: list[float] | None,
     max_lengths: list[int] | None,
     recalls: Iterable[bool] = (False,),
+    types: Iterable[tuple[str, str] | None] = (None,),
 ) -> list[Variant]:
-    """All combinations, FULL once."""
+    """All combinations, FULL once for each of the types."""
     sizes = [{"ratio": ratio} for ratio in ratios or ()]
     sizes += [{"max_length": length} for length in max_lengths or ()]
     sizes = [size | {"recall": recall} for recall in recalls for size in sizes]
     result = []
     for policy in policies:
-        result += [Variant(FULL)] if policy == FULL else [Variant(policy, **size) for size in sizes]
+        for size in [{}] if policy == FULL else sizes:
+            result += [Variant(policy, **size, types=pair) for pair in types]
     return list(dict.fromkeys(result))
 
 
@@ -120,7 +133,7 @@ class Plan:
         Raises:
             QFilterError: what is kept can't hold sinks and window, or in `stream` an interval.
         """
-        if variant.policy == FULL:
+        if variant.whole:
             return self.whole(n_tokens + extra)
         if self.setting == "stream":
             return self._stream_config(variant, n_tokens)

@@ -76,6 +76,36 @@ def nll(logits: np.ndarray, targets) -> np.ndarray:
     return result
 
 
+def divergence(logits: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far other distributions are from these: KL(softmax(logits) || softmax(others)) in nats, and
+    whether both have the same first choice.
+
+    Args:
+        logits, others: float32 [n, n_vocab].
+
+    Returns:
+        float64 [n], bool [n]. Rounding leaves about 1e-7; equal logits give exactly 0.
+    """
+    result = np.empty(len(logits))
+    for i in range(0, len(logits), ROWS):
+        ours, theirs = logits[i : i + ROWS], others[i : i + ROWS]
+        weights, log_total = _softmax(ours)
+        _, their_log_total = _softmax(theirs)
+        mean = (weights * (ours - theirs)).sum(axis=1, dtype=np.float64)
+        result[i : i + ROWS] = mean - log_total + their_log_total
+    return result, logits.argmax(axis=1) == others.argmax(axis=1)
+
+
+def _softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities float32 [n, n_vocab], and the logarithm of what they were divided by:
+    float64 [n]."""
+    top = logits.max(axis=1)
+    weights = np.exp(logits - top[:, None])
+    total = weights.sum(axis=1, dtype=np.float64)
+    weights /= total[:, None]
+    return weights, top + np.log(total)
+
+
 def score(context: Context, question: list[int], answer: list[int]) -> Score:
     """Read question and answer; how likely each token of the answer was."""
     losses, n_right, done = [], 0, 0
