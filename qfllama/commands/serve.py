@@ -287,6 +287,6 @@ def command(
     ):  # fmt: skip
         arguments += [name, str(value)] if value is not None else []
     arguments += ["--metrics"] if metrics else []
-    if not program.with_suffix(".ui").is_file() and PAGE.is_dir():
+    if not (program.parents[1] / "llama-server.ui").is_file():
         arguments += ["--path", str(PAGE)]
     return run([str(program), *arguments, *server_args])
