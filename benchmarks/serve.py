@@ -11,7 +11,8 @@ one after the other.
 load: --clients clients share --parallel slots. Each request is a text that ends with the client's
 own marker, several times; a model goes on with it, so an answer of another slot would be seen. A
 tenth of the requests are cancelled, one in twenty is malformed. Meanwhile /health is asked every
-second.
+second. The archive and the conversations that wait in memory have small limits here, which are soon
+reached: memory must not grow from then on.
 
 book: a document of --tokens is compressed once (`qfllama compress`), then --questions questions are
 asked by as many conversations, all of which start from it.
@@ -338,7 +339,8 @@ class Load:
 def load(args) -> dict:
     with serving(
         args.model, args.port, "--parallel", args.parallel, "--n-ctx", args.n_ctx,
-        "--max-length", args.max_length, "--threads", args.threads,
+        "--max-length", args.max_length, "--archive-limit", "512M", "--threads", args.threads,
+        "--", "--cache-ram", 256,
     ) as server:  # fmt: skip
         found = Load(server, args).run()
     print(json.dumps(found, indent=1))

@@ -168,6 +168,23 @@ def test_without_an_archive_checkpoints_save_reading_again(model, tokens, tmp_pa
         assert running.alive()
 
 
+def test_a_checkpoint_of_another_prompt_is_not_gone_on_from(model, tokens, tmp_path):
+    """B leaves A just before A's checkpoint, C goes on from B; nothing is evicted yet."""
+    a, rest = tokens[:205], tokens[500:]
+    b = [*a[:200], *rest[:30]]
+    c = [*b[:220], *rest[100:120]]
+    with server(model, tmp_path, *CACHE, "--no-archive", "--ctx-checkpoints", 8) as running:
+        for prompt in (a, b):
+            running.complete(prompt, 2, id_slot=0)
+        gone_on = running.complete(c, 8, id_slot=0, n_probs=1)
+        fresh = running.complete(c, 8, id_slot=1, n_probs=1, cache_prompt=False)
+    first, second = (
+        answer["completion_probabilities"][0]["logprob"] for answer in (gone_on, fresh)
+    )
+    assert gone_on["tokens"] == fresh["tokens"]
+    assert abs(first - second) < 0.02
+
+
 def test_conversations_that_wait_in_memory_keep_their_archive(model, tokens, tmp_path):
     others = [*tokens[450:], *tokens[:450]]
     with server(model, tmp_path, "-np", 1, "-c", 4096, "--max-length", 256) as running:
@@ -267,6 +284,26 @@ def test_a_prompt_beyond_n_ctx_is_refused_alone(bounded, tokens):
     )
     assert status == 400 and answer["error"]["type"] == "exceed_context_size_error"
     assert bounded.complete(tokens[:50], 2)["timings"]["predicted_n"] == 2
+
+
+def test_a_request_for_a_busy_slot_waits_and_changes_nothing(bounded, tokens):
+    """Also where the prompt cache has something that is nearer to it than what the slot holds."""
+    import concurrent.futures
+
+    alone = bounded.complete(tokens[:200], 60, id_slot=0, cache_prompt=False)
+    other = tokens[300:700]
+    bounded.complete(other, 2, id_slot=0)  # goes to the prompt cache with the next one
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(
+            bounded.complete, tokens[:200], 60, id_slot=0, cache_prompt=False, t_max_predict_ms=0
+        )
+        end = time.monotonic() + 60
+        while not bounded.get("/slots")[0]["is_processing"]:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        second = pool.submit(bounded.complete, [*other, *tokens[:50]], 4, id_slot=0)
+        assert first.result()["tokens"] == alone["tokens"]
+        assert second.result()["timings"]["predicted_n"] == 4
 
 
 # -- seen from outside
@@ -388,6 +425,42 @@ def test_a_document_is_read_once_for_all_conversations(model, book, tmp_path):
         expected = "".join(conversation.ask(question, max_tokens=12, temp=0))
         assert answer["choices"][0]["message"]["content"] == expected
     llm.close()
+
+
+def test_a_state_with_other_tokens_is_refused(model, book, tmp_path):
+    from dataclasses import replace
+
+    from qfllama.state import read_prompt, write_prompt
+
+    saved = read_prompt(book)
+    bounds = ("--max-length", 1024, "-c", 4096, "-np", 1)
+    for tokens in (saved.tokens[:-50], np.r_[saved.tokens[:-1], 10**6].astype(np.int32)):
+        write_prompt(tmp_path / "other.qfstate", replace(saved, tokens=tokens))
+        said = refusal(model, *bounds, "--state", tmp_path / "other.qfstate")
+        assert "tokens" in said and "qfllama compress" in said
+    data = bytearray(book.read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "damaged.qfstate").write_bytes(data)
+    assert "damaged" in refusal(model, *bounds, "--state", tmp_path / "damaged.qfstate")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--parallel", "100", "--max-length", "256"], ["100 conversations", "64", "--parallel"]),
+        (["--parallel", "256", "--n-ctx", "100000000"], ["256 conversations", "--n-ctx"]),
+        (["--host", "203.0.113.1"], ["203.0.113.1:8080", "--host"]),
+        (["--recall", "always"], ["--recall prompt"]),
+    ],
+)
+def test_serve_refuses_before_the_server_does(model, arguments, words):
+    from click.testing import CliRunner
+
+    from qfllama.commands.serve import command as serve
+
+    need_server()
+    found = CliRunner().invoke(serve, [str(model), *arguments], standalone_mode=False)
+    assert all(word in str(found.exception) for word in words), found.exception
 
 
 def test_a_state_of_another_model_is_refused(smollm2, model, book):

@@ -162,7 +162,13 @@ bool common_qfilter_prepare(common_params & params) {
 }
 
 uint32_t common_qfilter_n_ctx_fit(const common_params & params, uint32_t n_ctx) {
-    return params.qfilter.bounded() ? params.qfilter.max_length*params.n_parallel : n_ctx;
+    if (!params.qfilter.bounded()) {
+        return n_ctx;
+    }
+
+    const int64_t n_cells = (int64_t) params.qfilter.max_length*params.n_parallel;
+
+    return n_ctx > 0 ? std::min<int64_t>(n_cells, n_ctx) : std::min<int64_t>(n_cells, INT32_MAX);
 }
 
 // host memory for the archive

@@ -6,6 +6,7 @@
 #include "log.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <fstream>
 #include <stdexcept>
@@ -135,7 +136,7 @@ bool server_qfilter::init(llama_context * ctx, const common_params & params, int
     n_cells         = qf.max_length;
     interval        = qf.interval;
     n_bytes_archive = stats.n_bytes_archive_limit;
-    recall_queries  = qf.recall && n_bytes_archive > 0 ? qf.recall_queries : 0;
+    recall_queries  = qf.recall && n_bytes_archive > 0 ? std::min(qf.recall_queries, std::max(1, n_cells/2)) : 0;
 
     questions.assign(n_slots, -1);
 
@@ -151,8 +152,28 @@ bool server_qfilter::init(llama_context * ctx, const common_params & params, int
     return true;
 }
 
-// the file is described in qfllama/state.py; `qfllama serve` has checked that it belongs to the model. here sizes are checked,
-// and the engine checks the state
+// as zlib has it
+static uint32_t server_qfilter_crc32(uint32_t crc, const void * data, size_t size) {
+    static const auto table = [] {
+        std::array<uint32_t, 256> res;
+        for (uint32_t i = 0; i < res.size(); ++i) {
+            res[i] = i;
+            for (int j = 0; j < 8; ++j) {
+                res[i] = (res[i] >> 1) ^ (res[i] & 1 ? 0xedb88320u : 0);
+            }
+        }
+        return res;
+    }();
+
+    crc = ~crc;
+    for (size_t i = 0; i < size; ++i) {
+        crc = (crc >> 8) ^ table[(crc ^ ((const uint8_t *) data)[i]) & 0xff];
+    }
+    return ~crc;
+}
+
+// the file is described in qfllama/state.py; `qfllama serve` has checked that it belongs to the model, the engine checks the
+// state
 void server_qfilter::load_start(const std::string & path) {
     std::ifstream in(path, std::ios::binary);
 
@@ -208,6 +229,21 @@ void server_qfilter::load_start(const std::string & path) {
         throw std::runtime_error(path + " holds no document for a chat: make one with `qfllama compress`");
     }
 
+    uint32_t crc = 0;
+    crc = server_qfilter_crc32(crc, sizes,                n_sizes*sizeof(sizes[0]));
+    crc = server_qfilter_crc32(crc, about.data(),         sizes[0]);
+    crc = server_qfilter_crc32(crc, start.data(),         sizes[1]);
+    crc = server_qfilter_crc32(crc, start_state.data(),   sizes[2]);
+    crc = server_qfilter_crc32(crc, start_archive.data(), sizes[3]);
+    if (crc != head[1] || start.empty()) {
+        throw std::runtime_error(path + " is truncated or damaged: make it again with `qfllama compress`");
+    }
+
+    const int32_t n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(ctx)));
+    if (std::any_of(start.begin(), start.end(), [&](llama_token token) { return token < 0 || token >= n_vocab; })) {
+        throw std::runtime_error(path + " has tokens that the model does not have: make it again with `qfllama compress`");
+    }
+
     if (start.size() >= llama_n_ctx_seq(ctx)) {
         throw std::runtime_error(string_format("%s has %zu tokens, a conversation %u: use a larger -c", path.c_str(), start.size(), llama_n_ctx_seq(ctx)));
     }
@@ -219,7 +255,12 @@ void server_qfilter::load_start(const std::string & path) {
     if (llama_qfilter_state_seq_set_data(ctx, start_state.data(), start_state.size(), 0, LLAMA_QFILTER_STATE_RESIZE) == 0) {
         throw std::runtime_error(path + " can't be used: " + llama_qfilter_last_error());
     }
+    const bool fits_tokens = llama_memory_seq_pos_max(llama_get_memory(ctx), 0) + 1 == (llama_pos) start.size();
+
     llama_memory_seq_rm(llama_get_memory(ctx), 0, -1, -1);
+    if (!fits_tokens) {
+        throw std::runtime_error(path + " has another number of tokens than its state: make it again with `qfllama compress`");
+    }
 
     SRV_INF("conversations start from %s: %zu tokens\n", path.c_str(), start.size());
 }
@@ -251,7 +292,9 @@ llama_pos server_qfilter::rewind_limit(int32_t id) const {
 bool server_qfilter::may_recall(int32_t id, int32_t n) const {
     const auto stats = seq_stats(id);
 
-    return recall_queries > 0 && (stats.n_archived > 0 || (int64_t) stats.n_cells_used + n > n_cells);
+    const bool incomplete = stats.pos_max + 1 > (int64_t) stats.n_cells_used;
+
+    return recall_queries > 0 && (incomplete || (int64_t) stats.n_cells_used + n > n_cells);
 }
 
 bool server_qfilter::begins_with_start(const server_tokens & input) const {
@@ -377,6 +420,9 @@ int32_t server_qfilter::reuse(int32_t id, server_prompt & prompt, const server_t
         questions[id] = n - std::min(recall_queries, n - n_past);
     }
 
+    // those that have tokens of the old prompt
+    prompt.checkpoints.remove_if([&](const auto & checkpoint) { return checkpoint.n_tokens > n_past; });
+
     return n_past;
 }
 
@@ -415,7 +461,7 @@ bool server_qfilter::decode(int32_t id, const server_tokens & input, int32_t beg
     return true;
 }
 
-void server_qfilter::recall(int32_t id, std::vector<common_adapter_lora_info> & lora, const server_tokens & input, server_qfilter_stats & stats) {
+bool server_qfilter::recall(int32_t id, std::vector<common_adapter_lora_info> & lora, const server_tokens & input, server_qfilter_stats & stats) {
     const int32_t n      = input.size();
     const int32_t n_done = questions[id];
 
@@ -425,36 +471,45 @@ void server_qfilter::recall(int32_t id, std::vector<common_adapter_lora_info> & 
 
     const int64_t t_start = ggml_time_us();
 
-    if (llama_qfilter_question(ctx, id) < 0) {
+    auto * mem = llama_get_memory(ctx);
+
+    bool done = llama_qfilter_question(ctx, id) >= 0;
+    if (done) {
+        done = decode(id, input, n_done, n);
+        if (done) {
+            const int32_t n_again = llama_qfilter_recall(ctx, id, 0);
+
+            done = n_again >= 0;
+
+            stats.n_recalled = n_again > 0 ? std::max(0, llama_qfilter_recalled(ctx, id, nullptr, 0)) : 0;
+        } else {
+            llama_qfilter_question(ctx, -1);
+        }
+    }
+    if (!done) {
         SRV_WRN("slot %d: no recall: %s\n", id, llama_qfilter_last_error());
-        return;
     }
 
-    const bool ok = decode(id, input, n_done, n);
-
-    int32_t n_again = ok ? llama_qfilter_recall(ctx, id, 0) : -1;
-    if (!ok) {
-        llama_qfilter_question(ctx, -1);
-    }
-
-    const std::string why = n_again < 0 ? llama_qfilter_last_error() : "";
-
-    // nothing was brought back: the question is still there, and is read once more all the same
-    if (n_again <= 0 && !llama_memory_seq_rm(llama_get_memory(ctx), id, n_done, -1)) {
-        n_again = -2;
-    }
-    if (n_again == -2 || llama_memory_seq_pos_max(llama_get_memory(ctx), id) != n_done - 1) {
-        throw std::runtime_error("what a question looks at could not be brought back" + (why.empty() ? "" : ": " + why));
-    }
-    if (n_again < 0) {
-        SRV_WRN("slot %d: no recall: %s\n", id, why.c_str());
-        return;
-    }
-
-    stats.n_recalled  = n_again > 0 ? std::max(0, llama_qfilter_recalled(ctx, id, nullptr, 0)) : 0;
     stats.t_recall_us = ggml_time_us() - t_start;
-
     n_recalled += stats.n_recalled;
+
+    // where nothing was brought back, the question is still there, and is read once more all the same
+    const llama_pos pos_next = llama_memory_seq_pos_max(mem, id) + 1;
+
+    if (pos_next == n_done || (pos_next > n_done && llama_memory_seq_rm(mem, id, n_done, -1))) {
+        return true;
+    }
+
+    stats.n_reread += n_done;
+    n_reread       += n_done;
+
+    return false;
+}
+
+std::string server_qfilter::reason() {
+    const std::string why = llama_qfilter_last_error();
+
+    return why.empty() ? "" : " (" + why + ")";
 }
 
 //

@@ -30,8 +30,8 @@ struct server_qfilter {
     bool asks(int32_t id, int32_t n_done) const { return bounded && n_done == questions[id]; }
 
     // read it, and bring back what it looks at. the sequence then is as if the question had not been read yet
-    // throws std::runtime_error if the engine fails
-    void recall(int32_t id, std::vector<common_adapter_lora_info> & lora, const server_tokens & input, server_qfilter_stats & stats);
+    // false: it could not be made so, all has to be read again
+    bool recall(int32_t id, std::vector<common_adapter_lora_info> & lora, const server_tokens & input, server_qfilter_stats & stats);
 
     // make checkpoints? an archive makes them unnecessary where no layer is windowed
     bool needs_checkpoints() const { return bounded && n_bytes_archive == 0; }
@@ -44,6 +44,9 @@ struct server_qfilter {
     // of the first n_same tokens of a prompt, which a new one shares, so many need not be read again. id: of the slot that has
     // it, -1: it is in the prompt cache
     static size_t n_reusable(llama_context * ctx, int32_t id, const server_prompt & prompt, size_t n_same);
+
+    // why the engine refused something, in brackets, or nothing
+    static std::string reason();
 
     //
     // states, with their archives behind them; like upstream's functions if the cache is not bounded

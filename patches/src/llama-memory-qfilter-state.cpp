@@ -119,7 +119,7 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
 
     // an earlier point of the same sequence: what was evicted up to there is in its archive
     stream before;
-    const bool keep = seq_id != -1 && keep_archive;
+    const bool keep = seq_id != -1 && (keep_archive || (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY));
     if (keep) {
         archive_sync();
         before = streams[seq_id];

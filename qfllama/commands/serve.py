@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ LARGEST_PROMPT_CACHE = 8192
 """MiB of conversations that wait in host memory for a slot, at most: llama-server's own default."""
 CHECKPOINTS = 2
 """Of each conversation, where there is no archive: each takes as much as the conversation's cells."""
+MOST_POSITIONS = (1 << 31) - 1
+"""Of all conversations: llama-server's -c is an int32."""
 PAGE = Path(__file__).parents[1] / "serving" / "page"
 """Our own page, for a server that was built without upstream's."""
 
@@ -124,6 +127,45 @@ def prompt_cache_mib() -> int:
     return LARGEST_PROMPT_CACHE if free is None else min(LARGEST_PROMPT_CACHE, free // 4 // MIB)
 
 
+def check_address(host: str, port: int) -> None:
+    """QFilterError if the server could not listen there. A path (`*.sock`) is left to it."""
+    if host.endswith(".sock"):
+        return
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, number) as listening:
+            if os.name == "posix":  # as the server does: a port of an ended server is free
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+    except OSError as error:
+        raise QFilterError(
+            f"cannot listen at {host}:{port}: {error.strerror}; use another --host or --port"
+        ) from None
+
+
+def check_sizes(parallel: int, n_ctx: int, config: QFilterConfig | None, rpc: str | None) -> None:
+    """QFilterError for what the server would refuse in more words."""
+    from llama_cpp._ggml import libggml_base_path
+
+    if n_ctx * parallel > MOST_POSITIONS:
+        raise QFilterError(
+            f"{parallel} conversations of {n_ctx:,} tokens are more than {MOST_POSITIONS:,}: use a "
+            "smaller --n-ctx or --parallel"
+        )
+    if config is not None and parallel > config.interval:
+        raise QFilterError(
+            f"{parallel} conversations do not fit into a batch of {config.interval} tokens: use a "
+            "larger --max-length or --interval, or a smaller --parallel"
+        )
+    if rpc is not None and not list(libggml_base_path.glob("*ggml-rpc*")):
+        raise QFilterError(
+            "this engine was built without RPC: build it again with "
+            '`CMAKE_ARGS="-DGGML_RPC=ON" pip install ./patches`'
+        )
+
+
 def run(command: list[str]) -> int:
     """Become this program; where that can't be done, run it to its end."""
     sys.stdout.flush()
@@ -216,6 +258,8 @@ def command(
             n_gpu_layers=n_gpu_layers,
         )  # fmt: skip
     config = bound(cache, full, saved)
+    check_sizes(parallel, n_ctx, config, rpc)
+    check_address(host, port)
     arguments = [
         "-m", str(model), "--host", host, "--port", str(port), "-np", str(parallel),
         "-c", str(n_ctx * parallel), "-t", str(n_threads), "--cache-ram", str(prompt_cache_mib()),
