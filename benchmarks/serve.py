@@ -310,7 +310,7 @@ class Load:
         ]
         for thread in threads:
             thread.start()
-        while any(thread.is_alive() for thread in threads):
+        while time.monotonic() < self.end:  # what is not answered then is left
             asked += 1
             try:
                 self.server.get("/health", 10)
@@ -323,8 +323,10 @@ class Load:
             time.sleep(1)
         tenth = max(1, len(resident) // 10)
         figures = self.server.figures()
+        with self.lock:
+            counts = dict(self.counts)
         return {
-            **self.counts,
+            **counts,
             "tokens": self.tokens,
             "health_asked": asked,
             "health_answered": healthy,
