@@ -127,7 +127,11 @@ def serving(model: Path, port: int, *arguments):
             yield server
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                print("the server did not end within 60 s of SIGTERM: killed", file=sys.stderr)
+                process.kill()
 
 
 def quantile(values, share: float) -> float:
