@@ -9,10 +9,9 @@ import warnings
 import llama_cpp
 import numpy as np
 
-from qfllama import engine_log, native, needs, offload, schema
+from qfllama import engine_log, native, needs, offload
 from qfllama.compressing import Compressing
 from qfllama.config import (
-    CALIBRATED,
     MAX_LENGTH,
     QFilterConfig,
     QFilterError,
@@ -130,9 +129,7 @@ class Llama(Compressing, Recalling, SavedStates):
                 QFilterWarning,
                 stacklevel=3,
             )
-        self._filters = schema.read(model_path) if config.policy in CALIBRATED else None
-        self.qfilter_config = config = config.for_file(self._filters)
-        needs.check_policy(model_path, self._filters, config.policy)
+        self.qfilter_config, self._filters = needs.of_file(model_path, config)
 
     def _open(self, model_path: str, kwargs: dict) -> None:
         """Upstream's constructor; again with fewer layers on the GPU where "auto" were too many."""

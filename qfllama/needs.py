@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from . import schema
-from .config import QFilterError
+from .config import QFilterConfig, QFilterError
 from .filters import Filters
-from .policies import BY_NAME
+from .policies import BY_NAME, CALIBRATED
 from .shape import ModelShape
 
 
@@ -61,3 +61,16 @@ def check_policy(path, filters: Filters | None, policy: str) -> None:
         f"(qblend), or calibrate with `qfllama convert {path} -o OUT.gguf --force`, which says "
         "so if this model can have none"
     )
+
+
+def of_file(path, config: QFilterConfig) -> tuple[QFilterConfig, Filters | None]:
+    """The config with the policy of the file at `path`, if nobody chose one; and the file's filters,
+    None if the policy needs none.
+
+    Raises:
+        QFilterError: the file lacks what the policy needs, or is damaged.
+    """
+    filters = schema.read(path) if config.policy in CALIBRATED else None
+    config = config.for_file(filters)
+    check_policy(path, filters, config.policy)
+    return config, filters

@@ -18,15 +18,14 @@ from qfllama.commands.console import (
     note,
     show_progress,
 )
-from qfllama.commands.opening import open_model, read_document
+from qfllama.commands.opening import cache_of, open_model, read_document, types_of
 from qfllama.commands.options import IN_FILE, Finite, MaxLength, archive_of, model_argument, option
-from qfllama.config import QFilterConfig, QFilterError
+from qfllama.config import QFilterError
 from qfllama.terminal import escaped
 
 if TYPE_CHECKING:
     from qfllama import Conversation, Llama
     from qfllama.conversation import Turn
-    from qfllama.state import Prompt
 
 HELP = """\
 /stats     what the cache holds
@@ -186,37 +185,6 @@ def chat(start: Callable[[], Conversation], options: dict) -> int:
     return int(failed > 0 and answered == 0 and not interactive)
 
 
-def bound(cache: dict, full: bool, saved: Prompt | None) -> QFilterConfig | None:
-    """The config from the options in `cache` (names of QFilterConfig); None for the full cache."""
-    cache = {name: value for name, value in cache.items() if value is not None}
-    if full and cache:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in cache)
-        raise QFilterError(f"--full is the cache without bound: leave out {options}")
-    if full:
-        return None
-    if saved is None:
-        return QFilterConfig(**cache)
-    from qfllama.state import config_for
-
-    for name in ("policy", "sinks"):
-        made = saved.settings.get(name)
-        if cache.pop(name, made) != made:
-            raise QFilterError(f"the state was made with {name} {made}: leave out --{name}")
-    return config_for(saved, **cache)
-
-
-def fill_memory(cache: dict, **options) -> int:
-    """Put the largest max_length that fits into `cache` (names of QFilterConfig), with a note;
-    returns the layers on the GPU that go with it. options: of `plan.make_plan`."""
-    from qfllama.plan import make_plan, needed
-
-    in_ram = cache["archive"] in (None, True)
-    plan = needed(make_plan(archive=in_ram, **options))
-    cache["max_length"] = plan.max_length
-    note(f"max_length {plan.max_length:,} (auto: what fits into the memory of {plan.place.name})")
-    return plan.n_gpu_layers or 0
-
-
 @click.command()
 @model_argument
 @option(
@@ -273,19 +241,14 @@ def command(
         from qfllama.state import read_prompt
 
         saved = read_prompt(state, header_only=True) if state is not None else None
-        if saved is not None:
-            type_k = type_k or saved.settings.get("type_k")
-            type_v = type_v or saved.settings.get("type_v")
-        cache = {
-            "max_length": max_length, "window_length": window_length, "sinks": sinks,
-            "interval": interval, "policy": policy, **archive_of(archive, archive_limit, recall),
-        }  # fmt: skip
-        if max_length == "auto" and not full:
-            n_gpu_layers = fill_memory(
-                cache, model=model, n_ctx=n_ctx, type_k=type_k, type_v=type_v,
-                n_gpu_layers=n_gpu_layers,
-            )  # fmt: skip
-        config = bound(cache, full, saved)
+        type_k, type_v = types_of(saved, type_k, type_v)
+        config, n_gpu_layers = cache_of(
+            {"max_length": max_length, "window_length": window_length, "sinks": sinks,
+             "interval": interval, "policy": policy,
+             **archive_of(archive, archive_limit, recall)},
+            full, saved, model=model, n_ctx=n_ctx, type_k=type_k, type_v=type_v,
+            n_gpu_layers=n_gpu_layers,
+        )  # fmt: skip
         llm = open_model(
             model, config,
             may_be_whole=max_length == "auto" or (saved is not None and max_length is None),

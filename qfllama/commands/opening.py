@@ -11,6 +11,7 @@ from qfllama.config import QFilterConfig, QFilterError, QFilterWarning
 
 if TYPE_CHECKING:
     from qfllama import Llama
+    from qfllama.state import Prompt
 
 
 def read_document(path: Path | None) -> str | None:
@@ -59,3 +60,51 @@ def open_model(
         note(f"note: {warning.message}")
     note_offload(llm.offload)
     return llm
+
+
+def types_of(saved: Prompt | None, type_k: str | None, type_v: str | None) -> tuple:
+    """The types of the cache: those that were given, else those of a saved state."""
+    if saved is None:
+        return type_k, type_v
+    return type_k or saved.settings.get("type_k"), type_v or saved.settings.get("type_v")
+
+
+def cache_of(
+    cache: dict, full: bool, saved: Prompt | None, *, n_gpu_layers, **options
+) -> tuple[QFilterConfig | None, int | str]:
+    """The config from the options in `cache` (names of QFilterConfig), None for the full cache; and
+    the layers on the GPU that go with it. options: of `plan.make_plan`, for a max_length of auto."""
+    if cache["max_length"] == "auto" and not full:
+        n_gpu_layers = fill_memory(cache, n_gpu_layers=n_gpu_layers, **options)
+    return bound(cache, full, saved), n_gpu_layers
+
+
+def bound(cache: dict, full: bool, saved: Prompt | None) -> QFilterConfig | None:
+    """The config from the options in `cache` (names of QFilterConfig); None for the full cache."""
+    cache = {name: value for name, value in cache.items() if value is not None}
+    if full and cache:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in cache)
+        raise QFilterError(f"--full is the cache without bound: leave out {options}")
+    if full:
+        return None
+    if saved is None:
+        return QFilterConfig(**cache)
+    from qfllama.state import config_for
+
+    for name in ("policy", "sinks"):
+        made = saved.settings.get(name)
+        if cache.pop(name, made) != made:
+            raise QFilterError(f"the state was made with {name} {made}: leave out --{name}")
+    return config_for(saved, **cache)
+
+
+def fill_memory(cache: dict, **options) -> int:
+    """Put the largest max_length that fits into `cache` (names of QFilterConfig), with a note;
+    returns the layers on the GPU that go with it. options: of `plan.make_plan`."""
+    from qfllama.plan import make_plan, needed
+
+    in_ram = cache["archive"] in (None, True)
+    plan = needed(make_plan(archive=in_ram, **options))
+    cache["max_length"] = plan.max_length
+    note(f"max_length {plan.max_length:,} (auto: what fits into the memory of {plan.place.name})")
+    return plan.n_gpu_layers or 0

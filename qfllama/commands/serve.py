@@ -16,7 +16,6 @@ from qfllama.commands.options import IN_FILE, MaxLength, archive_of, model_argum
 from qfllama.config import QFilterConfig, QFilterError
 
 if TYPE_CHECKING:
-    from qfllama.filters import Filters
     from qfllama.plan import Sizes
 
 LARGEST_PROMPT_CACHE = 8192
@@ -45,22 +44,6 @@ def server_program() -> Path:
             "without QFLLAMA_SERVER=off"
         )
     return program
-
-
-def filters_of(model: Path, config: QFilterConfig) -> tuple[QFilterConfig, Filters | None]:
-    """The config with the policy of the file, if nobody chose one; and the file's filters if the
-    policy needs them.
-
-    Raises:
-        QFilterError: the file lacks what the policy needs, or is damaged.
-    """
-    from qfllama import needs, schema
-    from qfllama.policies import CALIBRATED
-
-    filters = schema.read(model) if config.policy in CALIBRATED else None
-    config = config.for_file(filters)
-    needs.check_policy(model, filters, config.policy)
-    return config, filters
 
 
 def check_state(path: Path, model: Path, settings: dict) -> None:
@@ -233,7 +216,8 @@ def command(
     This is llama.cpp's llama-server: a page at http://HOST:PORT, the HTTP interface of OpenAI at
     /v1, and its own. What follows `--` goes to it unchanged.
     """
-    from qfllama.commands.chat import bound, fill_memory
+    from qfllama import needs
+    from qfllama.commands.opening import cache_of, types_of
     from qfllama.plan import sizes_of
     from qfllama.state import filters_identity, read_prompt
 
@@ -243,21 +227,15 @@ def command(
     saved = read_prompt(state, header_only=True) if state is not None else None
     if saved is not None and full:
         raise click.UsageError("--state has a bounded cache; leave out --full")
-    if saved is not None:
-        type_k = type_k or saved.settings.get("type_k")
-        type_v = type_v or saved.settings.get("type_v")
+    type_k, type_v = types_of(saved, type_k, type_v)
     sizes = sizes_of(model, n_ctx, type_k, type_v)
     n_ctx = sizes.n_ctx
-    cache = {
-        "max_length": max_length, "window_length": window_length, "sinks": sinks,
-        "interval": interval, "policy": policy, **archive_of(archive, archive_limit, recall),
-    }  # fmt: skip
-    if max_length == "auto" and not full:
-        n_gpu_layers = fill_memory(
-            cache, model=model, n_slots=parallel, n_ctx=n_ctx, type_k=type_k, type_v=type_v,
-            n_gpu_layers=n_gpu_layers,
-        )  # fmt: skip
-    config = bound(cache, full, saved)
+    config, n_gpu_layers = cache_of(
+        {"max_length": max_length, "window_length": window_length, "sinks": sinks,
+         "interval": interval, "policy": policy, **archive_of(archive, archive_limit, recall)},
+        full, saved, model=model, n_slots=parallel, n_ctx=n_ctx, type_k=type_k, type_v=type_v,
+        n_gpu_layers=n_gpu_layers,
+    )  # fmt: skip
     check_sizes(parallel, n_ctx, config, rpc)
     check_address(host, port)
     arguments = [
@@ -266,7 +244,7 @@ def command(
         "--jinja",
     ]  # fmt: skip
     if config is not None:
-        config, filters = filters_of(model, config)
+        config, filters = needs.of_file(model, config)
         if saved is not None:
             settings = {
                 "filters": filters_identity(filters), "type_k": type_k or "f16",
