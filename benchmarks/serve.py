@@ -53,6 +53,7 @@ class Server:
 
     def __init__(self, port: int, process: subprocess.Popen):
         self.port, self.process = port, process
+        self.seconds_to_end: float | None = None  # after SIGTERM; None: it had to be killed
 
     def open(self, method: str, path: str, body: str | None = None, timeout: float = 1200):
         """The answer of a request, before it is read; the connection is closed with it."""
@@ -126,9 +127,11 @@ def serving(model: Path, port: int, *arguments):
                     time.sleep(0.2)
             yield server
         finally:
+            start = time.monotonic()
             process.terminate()
             try:
                 process.wait(60)
+                server.seconds_to_end = round(time.monotonic() - start, 1)
             except subprocess.TimeoutExpired:
                 print("the server did not end within 60 s of SIGTERM: killed", file=sys.stderr)
                 process.kill()
@@ -349,6 +352,7 @@ def load(args) -> dict:
         "--", "--cache-ram", 256,
     ) as server:  # fmt: skip
         found = Load(server, args).run()
+    found["seconds_to_end"] = server.seconds_to_end
     print(json.dumps(found, indent=1))
     return found
 

@@ -306,6 +306,25 @@ def test_a_request_for_a_busy_slot_waits_and_changes_nothing(bounded, tokens):
         assert second.result()["timings"]["predicted_n"] == 4
 
 
+def test_a_server_that_ends_tells_those_who_wait(model, tokens, tmp_path):
+    import concurrent.futures
+
+    body = {"prompt": tokens, "n_predict": 3000, "ignore_eos": True}
+    with (
+        server(model, tmp_path, *CACHE, "--slots") as running,
+        concurrent.futures.ThreadPoolExecutor(4) as pool,
+    ):
+        # two in the slots, two before them
+        answers = [pool.submit(running.call, "POST", "/completion", body) for _ in range(4)]
+        end = time.monotonic() + 60
+        while not all(slot["is_processing"] for slot in running.get("/slots")):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        running.process.terminate()
+        assert running.process.wait(60) == 0
+        assert [answer.result()[0] for answer in answers] == [503] * 4
+
+
 # -- seen from outside
 
 

@@ -5,10 +5,13 @@
 #include "llama.h"
 #include "qfilter.h"
 
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <string>
 
 struct common_params;
+struct server_task_result;
 
 // of one request
 struct server_qfilter_stats {
@@ -36,3 +39,6 @@ struct server_qfilter_metrics {
 
 // null: the cache is not bounded
 common_json server_qfilter_props(const common_params & params);
+
+// what a request is told that waits while the server ends
+std::unique_ptr<server_task_result> server_qfilter_stopped();

@@ -571,3 +571,10 @@ size_t server_qfilter::load_archive(llama_context * ctx, llama_seq_id id, const 
     }
     return n + data.size();
 }
+
+std::unique_ptr<server_task_result> server_qfilter_stopped() {
+    auto res = std::make_unique<server_task_result_error>();
+    res->err_type = ERROR_TYPE_UNAVAILABLE;
+    res->err_msg  = "the server is ending";
+    return res;
+}
