@@ -4,9 +4,9 @@
     python benchmarks/serve.py load MODEL --minutes 10 --json docs/serve_load.json
     python benchmarks/serve.py book MODEL --tokens 7000 --json docs/serve_book.json
 
-speed: --parallel conversations at once read a text of --tokens each, then --predict tokens are
-generated for each of them. Once with the bounded cache, once with the stock one, on this machine,
-one after the other.
+speed: --parallel conversations at once read a text of --tokens each; then all of them go on at once
+with a question and --predict tokens of answer. Once with the bounded cache, once with the stock one,
+on this machine, one after the other.
 
 load: --clients clients share --parallel slots. Each request is a text that ends with the client's
 own marker, several times; a model goes on with it, so an answer of another slot would be seen. A
@@ -42,6 +42,7 @@ TEXT = (
 )
 WORDS = TEXT.split()
 START_SECONDS = 120
+QUESTION = "\nWhich word comes first in this text?"
 
 
 def text(n_words: int, chance: random.Random) -> str:
@@ -92,6 +93,13 @@ class Server:
         finally:
             answer.connection.close()
         return "".join(pieces), first or 0.0, time.perf_counter() - start, timings
+
+    def tokens(self, text: str) -> list[int]:
+        answer = self.open("POST", "/tokenize", json.dumps({"content": text}))
+        try:
+            return json.loads(answer.read())["tokens"]
+        finally:
+            answer.connection.close()
 
     def resident_mib(self) -> float:
         """RssAnon of the server: what it allocated, without the mapped weights."""
@@ -146,35 +154,42 @@ def quantile(values, share: float) -> float:
 # -- speed
 
 
-def speed_of(server: Server, prompts: list[str], n_predict: int) -> dict:
-    """All prompts at once."""
+def at_once(server: Server, prompts: list[list[int]], n_predict: int) -> tuple[list, float]:
+    """What `Server.stream` gives for each prompt, each in a slot of its own, and all seconds."""
     start = time.perf_counter()
-    body = {"n_predict": n_predict, "temperature": 0, "ignore_eos": True}
+
+    def ask(slot: int):
+        body = {"prompt": prompts[slot], "n_predict": n_predict, "temperature": 0}
+        return server.stream({**body, "ignore_eos": True, "id_slot": slot})
+
     with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
-        answers = list(pool.map(lambda prompt: server.stream({**body, "prompt": prompt}), prompts))
-    seconds = time.perf_counter() - start
-    firsts = [first for _, first, _, _ in answers]
-    timings = [timing for _, _, _, timing in answers]
-    n_read = sum(t["prompt_n"] for t in timings)
-    # from when the last one has its first token on, all of them generate
-    last = max(firsts)
-    n_late = sum(
-        n_predict * min(1.0, (total - last) / max(1e-9, total - first))
-        for _, first, total, _ in answers
-    )
+        answers = list(pool.map(ask, range(len(prompts))))
+    return answers, time.perf_counter() - start
+
+
+def speed_of(server: Server, prompts: list[list[int]], more: list[int], n_predict: int) -> dict:
+    """All prompts are read at once, then all conversations go on at once, by `more` and an answer."""
+    read, reading = at_once(server, prompts, 1)
+    resumed, answering = at_once(server, [prompt + more for prompt in prompts], n_predict)
+    rates = [timings["predicted_per_second"] for _, _, _, timings in resumed]
     figures = server.figures()
-    return {
-        "prompt_tokens": n_read,
-        "seconds": round(seconds, 2),
-        "read_per_second": round(n_read / last, 1),
-        "generated_per_second": round(n_late / max(1e-9, seconds - last), 1),
-        "first_token_p50": round(quantile(firsts, 0.5), 2),
-        "first_token_p95": round(quantile(firsts, 0.95), 2),
+    row = {
+        "read_tokens": sum(timings["prompt_n"] for _, _, _, timings in read),
+        "read_seconds": round(reading, 2),
+        "answer_tokens": n_predict * len(prompts),
+        "answer_seconds": round(answering, 2),
+        "answer_reads": sum(timings["prompt_n"] for _, _, _, timings in resumed),
+        "per_conversation_per_second": round(sum(rates) / len(rates), 2),
         "resident_mib": round(server.resident_mib(), 1),
         "kv_mib": round(figures.get("kv_bytes", 0) / (1 << 20), 1),
         "evictions": int(figures.get("kv_evictions_total", 0)),
-        "recalled": sum(t.get("recalled", 0) for t in timings),
+        "recalled": sum(timings.get("recalled", 0) for _, _, _, timings in resumed),
     }
+    for name, answers in (("read", read), ("answer", resumed)):
+        firsts = [first for _, first, _, _ in answers]
+        row[f"{name}_first_token_p50"] = round(quantile(firsts, 0.5), 2)
+        row[f"{name}_first_token_p95"] = round(quantile(firsts, 0.95), 2)
+    return row
 
 
 def speed(args) -> dict:
@@ -187,11 +202,10 @@ def speed(args) -> dict:
         ("stock", ("--full",)),
     ):
         with serving(args.model, args.port, *shared, *arguments) as server:
-            tokens = [
-                json.loads(server.open("POST", "/tokenize", json.dumps({"content": p})).read())
-                for p in prompts
-            ]
-            found = speed_of(server, [t["tokens"][: args.tokens] for t in tokens], args.predict)
+            tokens = [server.tokens(prompt) for prompt in (*prompts, QUESTION)]
+            found = speed_of(
+                server, [t[: args.tokens] for t in tokens[:-1]], tokens[-1], args.predict
+            )
         rows.append({"cache": name, **found})
         print(rows[-1], flush=True)
     return {"rows": rows}
@@ -348,8 +362,8 @@ class Load:
 def load(args) -> dict:
     with serving(
         args.model, args.port, "--parallel", args.parallel, "--n-ctx", args.n_ctx,
-        "--max-length", args.max_length, "--archive-limit", "512M", "--threads", args.threads,
-        "--", "--cache-ram", 256,
+        "--max-length", args.max_length, "--archive-limit", "128M", "--threads", args.threads,
+        "--", "--cache-ram", 128,
     ) as server:  # fmt: skip
         found = Load(server, args).run()
     found["seconds_to_end"] = server.seconds_to_end

@@ -385,6 +385,15 @@ def test_filters_of_other_weights_are_refused(model, tmp_path):
 # -- qfllama serve
 
 
+def allowed_origin(running, origin: str) -> str | None:
+    """What a browser is told that has a page of this origin open."""
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+    connection.request("GET", "/props", headers={"Origin": origin})
+    answer = connection.getresponse().getheader("Access-Control-Allow-Origin")
+    connection.close()
+    return answer
+
+
 def test_serve_says_what_it_takes_and_runs_the_server(model, tokens, tmp_path):
     program = [sys.executable, "-c", "from qfllama.cli import main; main()", "serve", str(model)]
     arguments = ("--parallel", 2, "--n-ctx", 2048, "--max-length", 256, "--threads", 1,
@@ -394,6 +403,8 @@ def test_serve_says_what_it_takes_and_runs_the_server(model, tokens, tmp_path):
         assert running.get("/props")["qfilter"]["max_length"] == 256
         assert running.complete(tokens, 4)["timings"]["kv_cells"] <= 256
         assert "<html" in running.get("/")
+        origins = ("http://localhost:3000", "http://example.org")
+        assert [allowed_origin(running, origin) for origin in origins] == [origins[0], None]
         log = running.log.read_text()
     assert "2 conversations of up to 2,048 tokens" in log and "256 cells each" in log
 

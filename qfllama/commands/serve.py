@@ -265,6 +265,8 @@ def command(
     ):  # fmt: skip
         arguments += [name, str(value)] if value is not None else []
     arguments += ["--metrics"] if metrics else []
+    if api_key is None:  # else any web page could ask, and read the answer
+        arguments += ["--cors-origins", "localhost"]
     if not (program.parents[1] / "llama-server.ui").is_file():
         arguments += ["--path", str(PAGE)]
     return run([str(program), *arguments, *server_args])
