@@ -89,6 +89,10 @@ wheel-check:  ## tests of the wheels in dist/: a clean environment, an empty dir
 	cd $(CHECK)/empty && env -u PYTHONPATH PATH=$(CHECK)/venv/bin $(CHECK)/venv/bin/python -m pytest \
 		-p no:cacheprovider -c $(abspath pyproject.toml) -m wheel $(abspath tests/test_wheel.py tests/test_doctor.py)
 
+release: $(VENV)/bin/python  ## check and build a release; says how to publish it, publishes nothing
+	$(BIN)/pip install -q build twine
+	PYTHON=$(BIN)/python .ci/release
+
 N    ?= 20000
 SEED ?= 0
 
