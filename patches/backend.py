@@ -45,6 +45,13 @@ DEFAULT_CMAKE_ARGS = {
     "LLAMA_BUILD_SERVER": "ON",
     "LLAMA_OPENSSL": "OFF",
     "LLAMA_USE_PREBUILT_UI": "OFF",  # nothing is downloaded but from the package index
+    # every library is in the wheel once: under one name, since a zip has no symbolic links, and
+    # where upstream's install rules of the Python package and of llama.cpp agree
+    "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
+    "CMAKE_INSTALL_LIBDIR": "llama_cpp/lib",
+    "CMAKE_INSTALL_BINDIR": "llama_cpp/lib",
+    "CMAKE_INSTALL_INCLUDEDIR": "llama_cpp/include",
+    "CMAKE_INSTALL_RPATH": "@loader_path" if sys.platform == "darwin" else "$ORIGIN",
 }
 
 
@@ -184,6 +191,8 @@ def assemble(tree: Path) -> None:
         stamp.write_text(recipe)
     copy_own_files(tree)
     copy_page(tree)
+    # what an earlier build installed there would go into the wheel, too
+    shutil.rmtree(tree / "llama_cpp" / "lib", ignore_errors=True)
 
 
 def need_compiler() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
-import torch
 
 from qfllama import Llama
 
@@ -34,6 +33,7 @@ def smollm2_filtered() -> Path:
 @pytest.fixture(scope="module")
 def one_thread():
     """torch on one thread: small models gain nothing from more, and lose much beside others."""
+    torch = pytest.importorskip("torch")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

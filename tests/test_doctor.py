@@ -67,6 +67,7 @@ def failed(found):
 # -- where all is well
 
 
+@pytest.mark.wheel
 def test_a_working_engine_passes_with_what_an_issue_should_tell():
     found = found_by()
     assert found["ok"] and found["model"] is None
