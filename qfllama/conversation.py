@@ -61,7 +61,7 @@ def chat_formatter(llm: Llama) -> Jinja2ChatFormatter:
 
 
 class Conversation:
-    """A chat over one `Llama` that reads every token once, however long it gets.
+    """A chat over one `Llama` that reads every token once, however long it gets::
 
         from qfllama import Conversation, Llama
 
