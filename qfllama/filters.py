@@ -24,8 +24,9 @@ class Filters:
     Attributes:
         vectors: kind -> model layer -> array; all kinds have the same layers, ascending:
 
-            - "filters": float32 [n_head_kv, head_dim]; unit vectors averaged over the query heads
-              of a KV head and not normalised again (paper, section 3); large projection = keep
+            - "filters": float32 [n_head_kv, head_dim]; unit vectors (arXiv 2503.02812)
+              averaged over the query heads of a KV head and not normalised again; large
+              projection = keep
             - "queries" (optional): float32 [n_head_kv, head_dim], the mean query before RoPE, mean
               over the query heads of the KV head; not of unit length
             - "moments" (optional): float16 [n_head, 1 + rank, head_dim], for every query head the

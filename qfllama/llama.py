@@ -53,7 +53,8 @@ def cache_figures(stats: native.Stats) -> dict[str, int]:
 class Llama(Compressing, Recalling, SavedStates):
     """A drop-in `llama_cpp.Llama` whose KV cache can be bounded.
 
-    Takes every parameter of `llama_cpp.Llama`, and:
+    Takes every parameter of `llama_cpp.Llama` and has all its methods. The method is that of
+    Q-Filters (arXiv 2503.02812); `docs/policies.md` has what goes beyond it.
 
     Args:
         qfilters: True for the defaults of `QFilterConfig`, or a `QFilterConfig`; without it
@@ -206,7 +207,8 @@ class Llama(Compressing, Recalling, SavedStates):
         """The positions whose keys one KV head of one layer holds.
 
         Args:
-            layer: layer of the model; head: KV head.
+            layer: layer of the model, from 0.
+            head: KV head of this layer, from 0.
 
         Returns:
             int32 [cells_used], ascending.
@@ -220,6 +222,9 @@ class Llama(Compressing, Recalling, SavedStates):
     @in_turn
     def cached_rows(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows of K and V of one layer, as they are stored.
+
+        Args:
+            layer: layer of the model, from 0.
 
         Returns:
             two uint8 arrays [cells_used, row_bytes], in the order of `kept_positions`; a row
@@ -290,6 +295,9 @@ class Llama(Compressing, Recalling, SavedStates):
         as nothing has been evicted; then about `window_length` positions before the last eviction.
         A prompt that shares at least so many tokens with what was read costs only the rest of it.
         Windowed layers can go back only a little, recurrent ones not at all.
+
+        Returns:
+            a position from 0 to `n_tokens`.
 
         Raises:
             QFilterError: this object has no bounded cache.

@@ -45,9 +45,7 @@ OTHER_PROGRAMS = {
     "docker": "there is none",
     "sudo": "changes the machine",
     "serve": "needs Ray: tests/test_ray_serve.py runs the same program",
-    **dict.fromkeys(
-        ("cd", "export", "mkdir", "ln", "for", "do", "done", "grep"), "no program of ours"
-    ),
+    **dict.fromkeys(("cd", "export", "ln", "for", "do", "done", "grep"), "no program of ours"),
 }
 """Commands in shell blocks that nothing is checked of, and why."""
 RUN = ("chat", "compress", "inspect", "plan")
@@ -172,7 +170,12 @@ def check_curl(words: list[str]) -> None:
         json.loads(words[words.index("-d") + 1])
 
 
+def check_mkdir(words: list[str]) -> None:
+    Path(words[-1]).mkdir(exist_ok=True)
+
+
 CHECKS = {
+    "mkdir": check_mkdir,
     "curl": check_curl,
     "qfllama": check_qfllama,
     "make": check_make,
