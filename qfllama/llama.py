@@ -184,15 +184,22 @@ class Llama(Compressing, Recalling, SavedStates):
         """What the bounded cache did and holds.
 
         Returns:
-            evictions, dropped (cells), bytes_moved, score_us, select_us, gather_us
-            (microseconds, all since the context was made); cells_used, cells (the bound),
-            cells_allocated (the bound rounded up to 256); kv_bytes (allocated for K and V, and
-            for windowed and recurrent layers), kv_bytes_full (the same if every position of n_ctx
-            had a cell), scratch_bytes (allocated for evictions and recalls), graph_nodes (that the
-            last eviction computed); archived (positions
-            in the archive), archived_from (from here on they are all there), archive_bytes (memory
-            of the host, or of a file), archive_limit, archive_written (bytes), archive_us; recalls,
-            recall_us; positions (tokens seen).
+            numbers by name. Since the context was made:
+
+            - evictions; dropped: cells that they freed; bytes_moved; score_us, select_us,
+              gather_us: their parts in microseconds; graph_nodes: that the last one computed
+            - archive_written: bytes; archive_us: microseconds
+            - recalls; recall_us: microseconds
+            - positions: tokens seen
+
+            Now, sizes in bytes:
+
+            - cells_used; cells: the bound; cells_allocated: the bound rounded up to 256
+            - kv_bytes: allocated for K and V, and for windowed and recurrent layers;
+              kv_bytes_full: the same if every position of n_ctx had a cell
+            - scratch_bytes: allocated for evictions and recalls
+            - archived: positions in the archive; archived_from: from here on they are all there;
+              archive_bytes: memory of the host, or of a file; archive_limit
 
         Raises:
             QFilterError: this object has no bounded cache.
