@@ -33,13 +33,16 @@ test-slow: $(INSTALLED) $(FILTERED)  ## the slow ones
 test-all: $(INSTALLED) $(FILTERED)  ## all tests
 	$(PYTEST)
 
-lint: $(INSTALLED)  ## ruff, and help texts in docs/ up to date
+lint: $(INSTALLED)  ## ruff, and what is generated in docs/ up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python docs/make_help.py --check
+	$(BIN)/python docs/make_c_api.py --check
 
-docs: $(INSTALLED)  ## docs/help.md from the program's own help texts
+docs: $(INSTALLED)  ## the site in build/site; docs/help.md from the help texts, docs/api/c.md from qfilter.h
 	$(BIN)/python docs/make_help.py
+	$(BIN)/python docs/make_c_api.py
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/site
 
 native: $(VENV)/bin/python  ## build the patched llama.cpp again, only what changed
 	$(BIN)/pip install -q "scikit-build-core[pyproject]>=0.11" "patch-ng>=1.18" cmake ninja

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import llama_cpp
 import llama_cpp._internals as internals
 import numpy as np
 
@@ -38,7 +39,7 @@ def limit_bytes(config: QFilterConfig) -> int:
 
 
 class Archived(internals.LlamaContext):
-    """The part of `context.Context` that is about the archive; it needs the rest."""
+    """The part of `context.Context` that is about the archive and saved states; it needs the rest."""
 
     def question(self, seq: int = 0) -> None:
         """The tokens of a sequence that are read from here on are a question, until `recall`; -1:
@@ -141,6 +142,36 @@ class Archived(internals.LlamaContext):
             native.archived(self.ctx, seq, position, layer, is_v, out, size)
             result.append(out.raw[:size])
         return (result[0], result[1]) if result[0] else None
+
+    def state(self, seq: int = 0) -> bytearray:
+        """What a sequence holds, for `restore` of this or another context of the model.
+
+        Raises:
+            EngineError: llama.cpp failed.
+        """
+        data = bytearray(llama_cpp.llama_state_seq_get_size(self.ctx, seq))
+        n = llama_cpp.llama_state_seq_get_data(self.ctx, native.c_bytes(data), len(data), seq)
+        if n == 0 or n != len(data):
+            raise EngineError("llama_state_seq_get_data failed")
+        return data
+
+    def restore(self, data, archive=b"", *, seq: int = 0, flags: int = native.STATE_RESIZE) -> bool:
+        """Take over the state of a sequence of this or another context of the model, also of
+        another size if its cells fit; one with another policy only if nothing was evicted in it.
+
+        Args:
+            data: what `state` gave, bytes or bytearray.
+            archive: what `archive_state` gave for it.
+            flags: enum llama_qfilter_state_flag; 0: only from a cache of the same size.
+
+        Returns:
+            False: llama.cpp refused it (`native.last_error` says why), the sequence is empty.
+        """
+        view, n = native.c_bytes(data), len(data)
+        if self.config is None:
+            return llama_cpp.llama_state_seq_set_data(self.ctx, view, n, seq) == n
+        done = native.state_seq_set_data(self.ctx, view, n, seq, flags) == n
+        return done and (not archive or self.restore_archive(archive, seq))
 
     def archive_state(self, seq: int = 0) -> bytearray:
         """The archive of a sequence, to be restored after its `state`; b"" if there is none."""

@@ -16,7 +16,12 @@ from qfllama.turns import in_turn
 
 
 class Compressed(NamedTuple):
-    """Cells used before and after `Llama.compress`."""
+    """What `Llama.compress` did.
+
+    Attributes:
+        before: cells used before.
+        after: cells used after.
+    """
 
     before: int
     after: int
@@ -38,7 +43,7 @@ class Compressing(llama_cpp.Llama):
 
         The setting of the paper: the whole prompt is read at full size, then compressed once. For
         that the cache has to hold the prompt, and the window should be small (without a
-        `window_length` in the config it is a quarter of what is left):
+        `window_length` in the config it is a quarter of what is left)::
 
             config = QFilterConfig(max_length=32768, window_length=64)
             llm = Llama("model-qf.gguf", n_ctx=32768, qfilters=config)
@@ -51,6 +56,8 @@ class Compressing(llama_cpp.Llama):
         `save_prompt` gives what is left to a smaller cache.
 
         Args:
+            ratio: how many times fewer cells, at least 1.
+            max_length: cells that are left, in place of `ratio`.
             score: "replay" keeps the rows that a repetition of the text looks at, in place of those
                 that the policy chooses. All that was read is read once more, in parts of up to
                 2,048 tokens, for which the cache needs room beside it; see `replay`.

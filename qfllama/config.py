@@ -137,7 +137,11 @@ class QFilterConfig:
             least = needed
 
     def for_file(self, filters) -> QFilterConfig:
-        """With the policy of a file's `filters.Filters`, or None, if nobody chose one."""
+        """The same with the policy that a file asks for, if nobody chose one.
+
+        Args:
+            filters: `filters.Filters` of the file, or None.
+        """
         chosen = filters.policy if filters is not None else None
         if chosen is None or type(self.policy) is not _DefaultName:
             return self
@@ -154,7 +158,7 @@ class QFilterConfig:
         return self.max_length - self.interval
 
     def window_of(self, n_cells: int) -> int:
-        """The window where a sequence is compressed to n_cells: the one that was given, else a
-        quarter of n_cells."""
+        """Tokens of the window where a sequence is compressed to n_cells: the window that was
+        given, else a quarter of n_cells."""
         given = type(self.window_length) is not _Default
         return self.window_length if given else n_cells // 4

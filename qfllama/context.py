@@ -84,8 +84,19 @@ def context_params(
     type_v: int | str | None = None,
     **fields,
 ):
-    """llama_context_params of a context with Flash Attention for n_seq sequences of n_ctx positions
-    each; type_k and type_v also by name, None: f16; fields: others, by name."""
+    """llama_context_params of a context with Flash Attention.
+
+    Args:
+        n_ctx: positions of each sequence.
+        n_batch: most tokens of a batch, and of a ubatch.
+        n_seq: sequences.
+        n_threads: CPU threads.
+        type_k, type_v: types of the cached K and V, by name or number; None: f16.
+        fields: others of llama_context_params, by name.
+
+    Raises:
+        QFilterError: no such type.
+    """
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_seq_max = n_ctx * n_seq, n_seq
     params.n_batch = params.n_ubatch = n_batch
@@ -320,7 +331,11 @@ class Context(Archived):
 
     def read(self, tokens: list[int], *, logits: bool = False, seq: int = 0) -> None:
         """Read tokens after those that a sequence has; with `logits` those of the last one are
-        there afterwards. EngineError if llama.cpp fails."""
+        there afterwards.
+
+        Raises:
+            EngineError: llama.cpp failed.
+        """
         for _ in self.outputs(tokens, len(tokens) - logits, seq):
             pass
 
@@ -329,7 +344,7 @@ class Context(Archived):
         pointer = llama_cpp.llama_get_logits_ith(self.ctx, i)
         return np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab(),)).copy()
 
-    # -- compressing, saving, restoring
+    # -- compressing
 
     def compress(
         self,
@@ -361,31 +376,8 @@ class Context(Archived):
             raise EngineError(f"llama_qfilter_compress failed: {native.last_error().decode()}")
         return code == 0
 
-    def state(self, seq: int = 0) -> bytearray:
-        """What a sequence holds, for `restore` of this or another context of the model.
-
-        Raises:
-            EngineError: llama.cpp failed.
-        """
-        data = bytearray(llama_cpp.llama_state_seq_get_size(self.ctx, seq))
-        n = llama_cpp.llama_state_seq_get_data(self.ctx, native.c_bytes(data), len(data), seq)
-        if n == 0 or n != len(data):
-            raise EngineError("llama_state_seq_get_data failed")
-        return data
-
-    def restore(self, data, archive=b"", *, seq: int = 0, flags: int = native.STATE_RESIZE) -> bool:
-        """Take over a state (bytes, bytearray) of a context of the model, also of another size if
-        its cells fit; one with another policy only if nothing had been dropped in it. False:
-        llama.cpp refused it (`last_error` says why), the sequence is empty.
-
-        archive: what `archive_state` gave for it; flags: enum llama_qfilter_state_flag; 0: only from a cache of the same size."""
-        view, n = native.c_bytes(data), len(data)
-        if self.config is None:
-            return llama_cpp.llama_state_seq_set_data(self.ctx, view, n, seq) == n
-        done = native.state_seq_set_data(self.ctx, view, n, seq, flags) == n
-        return done and (not archive or self.restore_archive(archive, seq))
-
     def close(self) -> None:
+        """Free the cache."""
         if os.getpid() == self._pid:
             super().close()
         else:  # a copy that fork() made: what the engine works with is the parent's

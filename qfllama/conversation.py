@@ -36,16 +36,27 @@ class ContextFull(QFilterError):
 
 @dataclass
 class Turn:
-    """What one question and its answer cost."""
+    """What one question and its answer cost.
 
-    prompt_tokens: int = 0  # read before the answer began
-    reread_tokens: int = 0  # of these, the ones that had been read before
+    Attributes:
+        prompt_tokens: read before the answer began.
+        reread_tokens: of these, the ones that had been read before.
+        prompt_seconds: from the question to the first token of the answer.
+        answer_tokens: tokens of the answer.
+        steps: tokens generated after the first, the end of the turn included.
+        step_seconds: what they took.
+        recalled: what came back from the archive for the question; None: nothing.
+        ended: "stop", "length" (max_tokens), "context" (n_ctx) or "interrupted".
+    """
+
+    prompt_tokens: int = 0
+    reread_tokens: int = 0
     prompt_seconds: float = 0.0
     answer_tokens: int = 0
-    steps: int = 0  # tokens generated after the first, the end of the turn included
-    step_seconds: float = 0.0  # what they took
-    recalled: Recalled | None = None  # what came back from the archive for the question
-    ended: str = "stop"  # or "length" (max_tokens), "context" (n_ctx), "interrupted"
+    steps: int = 0
+    step_seconds: float = 0.0
+    recalled: Recalled | None = None
+    ended: str = "stop"
 
 
 def chat_formatter(llm: Llama) -> Jinja2ChatFormatter:
@@ -61,7 +72,7 @@ def chat_formatter(llm: Llama) -> Jinja2ChatFormatter:
 
 
 class Conversation:
-    """A chat over one `Llama` that reads every token once, however long it gets.
+    """A chat over one `Llama` that reads every token once, however long it gets::
 
         from qfllama import Conversation, Llama
 
@@ -94,6 +105,7 @@ class Conversation:
     ) -> None:
         """
         Args:
+            llm: the model in its cache; what it has read is forgotten.
             system: the system prompt.
             document: a text that goes before the first user message.
             prompt: a file of `qfllama compress`; its system prompt and document are in the cache
@@ -122,6 +134,9 @@ class Conversation:
 
     def document_tokens(self) -> list[int]:
         """The conversation up to the end of the document: what `qfllama compress` reads.
+
+        Returns:
+            token numbers.
 
         Raises:
             QFilterError: the template doesn't put the document where a message begins.
@@ -178,6 +193,7 @@ class Conversation:
         """Add a user message and yield the answer in pieces of whole characters.
 
         Args:
+            text: the user's message.
             max_tokens: of the answer; None: as many as n_ctx holds.
             stopped: asked between batches and between tokens; what was generated until then stays
                 in the conversation, what was not read yet is read with the next message.
@@ -323,7 +339,8 @@ class Conversation:
             return
 
     def text(self, start: int, end: int) -> str:
-        """The text of the positions [start, end), special tokens in their own spelling."""
+        """The text of the positions from `start` to before `end`, special tokens in their own
+        spelling."""
         return self.llm.detokenize(self.tokens[start:end], special=True).decode(errors="replace")
 
     def _rewind(self) -> int:

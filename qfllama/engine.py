@@ -57,6 +57,7 @@ class Model(internals.LlamaModel):
     ):
         """
         Args:
+            path: of the file, or of any part of a split model.
             n_gpu_layers: a number, negative or "all" for all, or "auto" for as many as fit beside
                 `caches`.
             verbose: show llama.cpp's log.
@@ -108,10 +109,16 @@ class Model(internals.LlamaModel):
 
     @functools.cached_property
     def shape(self) -> ModelShape:
+        """Layers, heads and sizes, from the header of the file."""
         return model_shape(self.path)
 
     @functools.cached_property
     def filters(self) -> Filters | None:
+        """The filters in the file; None: it has none.
+
+        Raises:
+            QFilterError: as `schema.read`.
+        """
         return schema.read(self.path)
 
     @functools.cached_property
@@ -173,6 +180,7 @@ class Model(internals.LlamaModel):
         return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
     def close(self) -> None:
+        """Free the weights; contexts on them have to be closed before."""
         if self._exit_stack is not None:
             super().close()
 

@@ -21,22 +21,25 @@ neox i with i + n_rot/2, the others as neox but with positions of several dimens
 class Filters:
     """Q-filters of one model, in the basis of a row of llama.cpp's K cache (after RoPE).
 
-    vectors: kind -> model layer -> array; all kinds have the same layers, ascending
-        "filters": float32 [n_head_kv, head_dim]; unit vectors averaged over the query heads of a
-            KV head and not normalised again; large projection = keep
-        "queries" (optional): float32 [n_head_kv, head_dim], the mean query before RoPE, mean over
-            the query heads of the KV head; not of unit length
-        "moments" (optional): float16 [n_head, 1 + rank, head_dim], for every query head the rows r
-            with log E[exp(logit of key k)] = k.r[0] + sum_j (k.r[j])^2 over its queries
-        "learned" (optional): float16 [n_head_kv, n_head_kv*(head_dim + head_dim of V)], for the keys
-            of all KV heads before RoPE and their values; the largest number of a filter is 1
-    calibration: provenance, text or whole numbers (qfilters.calibration.*)
-    quality: float32 fit figures (qfilters.quality.*), one number per KV head of all layers in turn;
-        those not in QUALITY may have any size
-    layout: one of LAYOUTS; None: not known, as in files of versions 1 and 2
-    fingerprint: of the tensors these were read beside; None: not known
-    policy: the one that a test found to be best for the model; None: there was no test
-    version: of the schema these were read from
+    Attributes:
+        vectors: kind -> model layer -> array; all kinds have the same layers, ascending:
+
+            - "filters": float32 [n_head_kv, head_dim]; unit vectors (arXiv 2503.02812)
+              averaged over the query heads of a KV head and not normalised again; large
+              projection = keep
+            - "queries" (optional): float32 [n_head_kv, head_dim], the mean query before RoPE, mean
+              over the query heads of the KV head; not of unit length
+            - "moments" (optional): float16 [n_head, 1 + rank, head_dim], for every query head the
+              rows r with log E[exp(logit of key k)] = k.r[0] + sum_j (k.r[j])^2 over its queries
+            - "learned" (optional): float16 [n_head_kv, n_head_kv*(head_dim + head_dim of V)], for
+              the keys of all KV heads before RoPE and their values; the largest number is 1
+        calibration: provenance, text or whole numbers (qfilters.calibration)
+        quality: float32 fit figures (qfilters.quality), one number per KV head of all layers in
+            turn; those not in QUALITY may have any size
+        layout: one of LAYOUTS; None: not known, as in files of versions 1 and 2
+        fingerprint: of the tensors these were read beside; None: not known
+        policy: the one that a test found to be best for the model; None: there was no test
+        version: of the schema these were read from
     """
 
     vectors: dict[str, dict[int, np.ndarray]]

@@ -53,7 +53,8 @@ def cache_figures(stats: native.Stats) -> dict[str, int]:
 class Llama(Compressing, Recalling, SavedStates):
     """A drop-in `llama_cpp.Llama` whose KV cache can be bounded.
 
-    Takes every parameter of `llama_cpp.Llama`, and:
+    Takes every parameter of `llama_cpp.Llama` and has all its methods. The method is that of
+    Q-Filters (arXiv 2503.02812); `docs/policies.md` has what goes beyond it.
 
     Args:
         qfilters: True for the defaults of `QFilterConfig`, or a `QFilterConfig`; without it
@@ -183,15 +184,22 @@ class Llama(Compressing, Recalling, SavedStates):
         """What the bounded cache did and holds.
 
         Returns:
-            evictions, dropped (cells), bytes_moved, score_us, select_us, gather_us
-            (microseconds, all since the context was made); cells_used, cells (the bound),
-            cells_allocated (the bound rounded up to 256); kv_bytes (allocated for K and V, and
-            for windowed and recurrent layers), kv_bytes_full (the same if every position of n_ctx
-            had a cell), scratch_bytes (allocated for evictions and recalls), graph_nodes (that the
-            last eviction computed); archived (positions
-            in the archive), archived_from (from here on they are all there), archive_bytes (memory
-            of the host, or of a file), archive_limit, archive_written (bytes), archive_us; recalls,
-            recall_us; positions (tokens seen).
+            numbers by name. Since the context was made:
+
+            - evictions; dropped: cells that they freed; bytes_moved; score_us, select_us,
+              gather_us: their parts in microseconds; graph_nodes: that the last one computed
+            - archive_written: bytes; archive_us: microseconds
+            - recalls; recall_us: microseconds
+            - positions: tokens seen
+
+            Now, sizes in bytes:
+
+            - cells_used; cells: the bound; cells_allocated: the bound rounded up to 256
+            - kv_bytes: allocated for K and V, and for windowed and recurrent layers;
+              kv_bytes_full: the same if every position of n_ctx had a cell
+            - scratch_bytes: allocated for evictions and recalls
+            - archived: positions in the archive; archived_from: from here on they are all there;
+              archive_bytes: memory of the host, or of a file; archive_limit
 
         Raises:
             QFilterError: this object has no bounded cache.
@@ -206,7 +214,8 @@ class Llama(Compressing, Recalling, SavedStates):
         """The positions whose keys one KV head of one layer holds.
 
         Args:
-            layer: layer of the model; head: KV head.
+            layer: layer of the model, from 0.
+            head: KV head of this layer, from 0.
 
         Returns:
             int32 [cells_used], ascending.
@@ -220,6 +229,9 @@ class Llama(Compressing, Recalling, SavedStates):
     @in_turn
     def cached_rows(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows of K and V of one layer, as they are stored.
+
+        Args:
+            layer: layer of the model, from 0.
 
         Returns:
             two uint8 arrays [cells_used, row_bytes], in the order of `kept_positions`; a row
@@ -290,6 +302,9 @@ class Llama(Compressing, Recalling, SavedStates):
         as nothing has been evicted; then about `window_length` positions before the last eviction.
         A prompt that shares at least so many tokens with what was read costs only the rest of it.
         Windowed layers can go back only a little, recurrent ones not at all.
+
+        Returns:
+            a position from 0 to `n_tokens`.
 
         Raises:
             QFilterError: this object has no bounded cache.

@@ -157,8 +157,14 @@ class Plan:
 
 
 def cells_that_fit(model, **options) -> int:
-    """The largest max_length that fits, at most n_ctx; see `make_plan` for the options, among them
-    `n_slots`.
+    """The largest max_length that fits.
+
+    Args:
+        model: a GGUF file; only its header is read.
+        options: those of `make_plan`, for example `n_slots`, `n_ctx` or `memory`.
+
+    Returns:
+        cells of each conversation, at most n_ctx.
 
     Raises:
         QFilterError: not even the smallest cache fits, or as `make_plan`.
@@ -187,9 +193,10 @@ def make_plan(
     found: list[Device] | None = None,
     free: int | None = None,
 ) -> Plan:
-    """What of the GGUF file `model` fits where. Only its header is read.
+    """What of a model fits where.
 
     Args:
+        model: a GGUF file; only its header is read.
         n_slots: conversations at the same time, each with cells of its own.
         n_ctx: positions of a conversation; 0 for what the model was trained for.
         max_length: what `Plan.slots` is counted for; by default that of `QFilterConfig`.

@@ -20,7 +20,11 @@ class SavedStates(llama_cpp.Llama):
 
     @in_turn
     def settings(self) -> dict:
-        """What a saved cache depends on, as plain JSON values; see `qfllama.state.mismatch`."""
+        """What a saved cache depends on, as plain JSON values; see `qfllama.state.mismatch`.
+
+        Raises:
+            QFilterError: this object has no bounded cache.
+        """
         self._need_bound()
         if self._settings is None:
             self._settings = self._read_settings()
@@ -69,7 +73,11 @@ class SavedStates(llama_cpp.Llama):
     @in_turn
     def save_state(self) -> LlamaState:
         """As upstream, without what a restored context doesn't need: a bounded cache's state takes
-        about the bytes of its used cells."""
+        about the bytes of its used cells. The archive is not in it.
+
+        Raises:
+            RuntimeError: the engine failed.
+        """
         if self.qfilter_config is None:
             return super().save_state()
         self._need_bound()

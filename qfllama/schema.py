@@ -84,13 +84,19 @@ ROUNDING = 1e-3
 
 
 def read(path, *, compare=True) -> Filters | None:
-    """Filters stored in the GGUF file at `path` (for a split model, of which `path` may be any
-    part: in its first part), None if there are none.
+    """The filters in a GGUF file; `docs/metadata.md` describes its keys.
 
-    compare: refuse filters that were made for other tensors than those in the file
+    Args:
+        path: of the file, or of any part of a split model.
+        compare: refuse filters that were made for other tensors than those in the file.
 
-    Raises QFilterError for a file that is no GGUF, is truncated, or whose filters are newer than
-    this program, incomplete, of an impossible shape, not finite or zero, or of other tensors."""
+    Returns:
+        the filters; None: the file has none.
+
+    Raises:
+        QFilterError: the file is no GGUF or truncated, or its filters are newer than this program,
+            incomplete, of an impossible shape, not finite, zero, or of other tensors.
+    """
     path, header = gguf_header.scan_first(path)
     keys = [key for key in header.fields if key.startswith(PREFIX)]
     if not keys:
