@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -95,9 +96,13 @@ class Turns:
             if self._thread == me:
                 self._depth += 1
                 return
+            patience = 1.0
             while self._thread is not None or self._stream not in (None, stream):
-                if self._thread is not None or not self._end_own(self._stream):
-                    self._changed.wait()
+                if self._thread is None and self._end_own(self._stream):
+                    continue
+                if not self._changed.wait(patience):
+                    self._free_left_streams()
+                    patience *= 2
             if stream is not None:
                 if stream.ended:
                     raise QFilterError(
@@ -107,6 +112,15 @@ class Turns:
                 self._stream = stream
                 self._mark(stream)
             self._thread, self._depth = me, 1
+
+    def _free_left_streams(self) -> None:
+        """Free what nobody can use any more: a stream in a cycle of references, as web servers leave
+        it when a client goes away, ends only then. Without the lock: anything may be freed."""
+        self._changed.release()
+        try:
+            gc.collect()
+        finally:
+            self._changed.acquire()
 
     def _end(self) -> None:
         with self._changed:

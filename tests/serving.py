@@ -89,10 +89,13 @@ def command(model: Path, port: int, *arguments) -> list[str]:
 
 @contextmanager
 def server(
-    model: Path, folder: Path, *arguments, program: list[str] | None = None, environ: dict | None = None
+    model: Path, folder: Path, *arguments, program: list[str] | None = None, environ: dict | None = None,
+    ready: str = "/health",
 ):  # fmt: skip
-    """A llama-server with these arguments that answers; its log and nothing else is in `folder`."""
-    need_server()
+    """A llama-server with these arguments that answers at `ready`, or another `program`; its log and
+    nothing else is in `folder`."""
+    if program is None:
+        need_server()
     port = free_port()
     log = folder / f"server-{port}.log"
     with open(log, "w") as out:
@@ -108,7 +111,7 @@ def server(
         while True:
             assert process.poll() is None, f"it ended:\n{log.read_text()[-4000:]}"
             try:
-                if running.call("GET", "/health")[0] == 200:
+                if running.call("GET", ready)[0] == 200:
                     break
             except OSError:
                 pass

@@ -138,6 +138,21 @@ def test_another_thread_gets_its_turn_when_a_stream_is_left(llm, expected, end):
     assert results == [expected[PROMPTS[1]]]
 
 
+def test_a_stream_that_was_left_in_a_cycle_of_references_keeps_nobody_out(llm, expected):
+    gc.disable()  # it might run by chance
+    try:
+        pieces = stream(llm, PROMPTS[0])
+        next(pieces)
+        cycle = [pieces]
+        cycle.append(cycle)
+        del pieces, cycle
+        thread, results = started(lambda: answer(llm, PROMPTS[1]))
+        assert ends(thread)
+    finally:
+        gc.enable()
+    assert results == [expected[PROMPTS[1]]]
+
+
 def test_code_that_leaves_its_own_stream_ends_it_with_its_next_call(llm, expected):
     for piece in (pieces := stream(llm, PROMPTS[0])):
         assert text(piece)
