@@ -218,7 +218,7 @@ def book(args) -> dict:
     chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         document, state = Path(folder, "book.txt"), Path(folder, "book.qfstate")
-        document.write_text(text(int(args.tokens / 1.3), chance))
+        document.write_text(text(args.tokens, chance))
         start = time.perf_counter()
         subprocess.run(
             [sys.executable, "-c", "from qfllama.cli import main; main()", "compress", str(args.model),
@@ -307,8 +307,8 @@ class Load:
             self.count("failed", f"malformed {body!r}: status {answer.status}")
 
     def ask(self, number: int, marker: str, chance, cancel: bool) -> None:
-        # from 50 to 6,000 tokens, as many of each magnitude
-        n_words = int(50 * (4000 / 50) ** chance.random() / 1.3)
+        # from 50 to 6,000 words, which are tokens of most models, as many of each magnitude
+        n_words = int(50 * (6000 / 50) ** chance.random())
         prompt = f"{text(n_words, chance)}\n" + f"code {marker}\n" * 8
         body = {"prompt": prompt, "n_predict": 24, "temperature": 0, "ignore_eos": True}
         found, _, _, timings = self.server.stream(body, 1 if cancel else None)
@@ -379,7 +379,7 @@ def main() -> None:
     parser.add_argument("--n-ctx", type=int, default=8192)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=n_threads())
-    parser.add_argument("--tokens", type=int, default=7936, help="speed, book: of each prompt")
+    parser.add_argument("--tokens", type=int, default=7936, help="speed, book: of each prompt; book: words")
     parser.add_argument("--predict", type=int, default=64, help="speed: tokens of each answer")
     parser.add_argument("--clients", type=int, default=64, help="load")
     parser.add_argument("--minutes", type=float, default=10, help="load")
