@@ -379,7 +379,9 @@ def main() -> None:
     parser.add_argument("--n-ctx", type=int, default=8192)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=n_threads())
-    parser.add_argument("--tokens", type=int, default=7936, help="speed, book: of each prompt; book: words")
+    parser.add_argument(
+        "--tokens", type=int, default=7936, help="speed, book: of each prompt; book: words"
+    )
     parser.add_argument("--predict", type=int, default=64, help="speed: tokens of each answer")
     parser.add_argument("--clients", type=int, default=64, help="load")
     parser.add_argument("--minutes", type=float, default=10, help="load")
