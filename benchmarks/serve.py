@@ -237,9 +237,11 @@ def book(args) -> dict:
                 question = {"role": "user", "content": f"{i}: which of these words comes first?"}
                 body = {"messages": [question], "max_tokens": 16, "temperature": 0}
                 answer = server.open("POST", "/v1/chat/completions", json.dumps(body))
-                timings = json.loads(answer.read())["timings"]
+                said = json.loads(answer.read())
                 answer.connection.close()
-                return timings, time.perf_counter() - begin
+                if answer.status != 200:
+                    sys.exit(f"question {i}: {said}")
+                return said["timings"], time.perf_counter() - begin
 
             with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
                 answers = list(pool.map(ask, range(args.questions)))

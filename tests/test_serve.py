@@ -478,7 +478,11 @@ def test_a_state_with_other_tokens_is_refused(model, book, tmp_path):
     ("arguments", "words"),
     [
         (["--parallel", "100", "--max-length", "256"], ["100 conversations", "64", "--parallel"]),
-        (["--parallel", "256", "--n-ctx", "100000000"], ["256 conversations", "--n-ctx"]),
+        (["--n-ctx", "16384"], ["--n-ctx 16384", "8,192 tokens", "--override-kv"]),
+        (
+            ["--parallel", "256", "--n-ctx", "100000000", "--", "--override-kv", "x=int:1"],
+            ["256 conversations", "--n-ctx"],
+        ),
         (["--host", "203.0.113.1"], ["203.0.113.1:8080", "--host"]),
         (["--recall", "always"], ["--recall prompt"]),
     ],

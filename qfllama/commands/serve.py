@@ -128,6 +128,19 @@ def check_address(host: str, port: int) -> None:
         ) from None
 
 
+def check_trained(model: Path, n_ctx: int, server_args: tuple[str, ...]) -> None:
+    """QFilterError for more positions than llama-server would use."""
+    from qfllama.shape import model_shape
+
+    shape = model_shape(model)
+    if 0 < shape.n_ctx_train < n_ctx and "--override-kv" not in server_args:
+        raise QFilterError(
+            f"--n-ctx {n_ctx}: llama-server goes up to the {shape.n_ctx_train:,} tokens that the model was "
+            "trained for; use that, or say that the model can do more: "
+            f"`-- --override-kv {shape.architecture}.context_length=int:{n_ctx}`"
+        )
+
+
 def check_sizes(parallel: int, n_ctx: int, config: QFilterConfig | None, rpc: str | None) -> None:
     """QFilterError for what the server would refuse in more words."""
     from llama_cpp._ggml import libggml_base_path
@@ -228,6 +241,7 @@ def command(
     if saved is not None and full:
         raise click.UsageError("--state has a bounded cache; leave out --full")
     type_k, type_v = types_of(saved, type_k, type_v)
+    check_trained(model, n_ctx, server_args)
     sizes = sizes_of(model, n_ctx, type_k, type_v)
     n_ctx = sizes.n_ctx
     config, n_gpu_layers = cache_of(
