@@ -23,8 +23,9 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from qfllama import machine, offload
 from qfllama.config import QFilterConfig, QFilterError
-from qfllama.engine import Model
+from qfllama.engine import Model, cache_type
 from qfllama.evaluation.scoring import generate, score
 
 log = logging.getLogger(__name__)
@@ -38,19 +39,33 @@ class BoundedLM(TemplateLM):
         n_ctx: positions of the longest request.
     """
 
-    def __init__(self, path, config: QFilterConfig, *, n_ctx: int = 0, n_gpu_layers=0, **params):
+    def __init__(
+        self,
+        path,
+        config: QFilterConfig,
+        *,
+        n_ctx: int = 0,
+        n_threads: int = 0,
+        n_gpu_layers: int | str = "auto",
+        **types,
+    ):
         """
         Args:
             n_ctx: 0 for what the model was trained for. It takes no memory: the cells do.
-            params: of `engine.context_params`: n_threads, type_k, type_v.
+            n_threads: 0 for one for each CPU of this process.
+            n_gpu_layers: a number, "all", or "auto" for as many as fit.
+            types: type_k, type_v, by name or number.
 
         Raises:
             QFilterError: no such model, or it can't have this cache.
         """
         super().__init__()
-        self.model = Model(path, n_gpu_layers=n_gpu_layers)
+        types = {name: cache_type(value) for name, value in types.items()}
+        caches = [offload.Cache(config.max_length, **types)]
+        self.model = Model(path, n_gpu_layers=n_gpu_layers, caches=caches)
         self.n_ctx = n_ctx or self.model.shape.n_ctx_train
-        self.context = self.model.open(config, n_ctx=self.n_ctx, **params)
+        n_threads = n_threads or machine.n_threads()
+        self.context = self.model.open(config, n_ctx=self.n_ctx, n_threads=n_threads, **types)
 
     def close(self) -> None:
         self.context.close()
@@ -99,6 +114,8 @@ class BoundedLM(TemplateLM):
         return results
 
     def _score(self, prompt: list[int], answer: list[int]) -> tuple[float, bool]:
+        if not answer:  # its characters are part of the prompt's last token
+            return 0.0, True
         self.context.kv_cache_clear()
         result = score(self.context, self._fitting(prompt, len(answer) - 1), answer)
         return -result.nll * result.n_tokens, result.right
