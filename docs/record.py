@@ -18,6 +18,7 @@ import shlex
 import struct
 import termios
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,7 +77,9 @@ def record(command: list[str], say: list[str]) -> list[Stage]:
                     stages.append(Stage())
                 os.write(terminal, key.encode())
                 time.sleep(KEY_SECONDS)
-                stream.feed(os.read(terminal, 65536))
+                if select.select([terminal], [], [], KEY_SECONDS)[0]:
+                    with suppress(OSError):  # the command ended
+                        stream.feed(os.read(terminal, 65536))
                 stages[-1].add(screen)
     os.waitpid(child, 0)
     return stages

@@ -1,6 +1,6 @@
 """llama-cpp-python's own server with a cache of 2,048 cells.
 
-    pip install 'llama-cpp-python[server]==0.3.36'
+    pip install '.[examples]'   # from a clone, after `pip install ./patches`
     python llama_cpp_server.py model-qf.gguf 2048 --n_ctx 32768 --port 8000
 
 The options after these two are those of `python -m llama_cpp.server`. It serves one conversation at

@@ -39,6 +39,10 @@ TEXTS = {
 NOT_RUN = {
     ("docs/serving.md", "from openai import OpenAI"): "needs a server and a package",
     ("docs/serving.md", "from langchain_openai import ChatOpenAI"): "needs a server and a package",
+    (
+        "docs/evaluating.md",
+        "import lm_eval",
+    ): "downloads a task: tests/test_examples.py has one of its own",
 }
 """Python that is only compiled: (page, its first line) -> why."""
 OTHER_PROGRAMS = {

@@ -311,13 +311,13 @@ def test_a_server_that_ends_tells_those_who_wait(model, tokens, tmp_path):
 
     body = {"prompt": tokens, "n_predict": 3000, "ignore_eos": True}
     with (
-        server(model, tmp_path, *CACHE, "--slots") as running,
+        server(model, tmp_path, *CACHE, "--metrics") as running,
         concurrent.futures.ThreadPoolExecutor(4) as pool,
     ):
         # two in the slots, two before them
         answers = [pool.submit(running.call, "POST", "/completion", body) for _ in range(4)]
         end = time.monotonic() + 60
-        while not all(slot["is_processing"] for slot in running.get("/slots")):
+        while "\nllamacpp:requests_deferred 2" not in running.get("/metrics"):
             assert time.monotonic() < end
             time.sleep(0.05)
         running.process.terminate()
@@ -480,7 +480,15 @@ def test_a_state_with_other_tokens_is_refused(model, book, tmp_path):
         (["--parallel", "100", "--max-length", "256"], ["100 conversations", "64", "--parallel"]),
         (["--n-ctx", "16384"], ["--n-ctx 16384", "8,192 tokens", "--override-kv"]),
         (
-            ["--parallel", "256", "--n-ctx", "100000000", "--", "--override-kv", "x=int:1"],
+            [
+                "--parallel",
+                "256",
+                "--n-ctx",
+                "100000000",
+                "--",
+                "--override-kv",
+                "llama.context_length=int:9",
+            ],
             ["256 conversations", "--n-ctx"],
         ),
         (["--host", "203.0.113.1"], ["203.0.113.1:8080", "--host"]),

@@ -128,16 +128,25 @@ def check_address(host: str, port: int) -> None:
         ) from None
 
 
+def has_key(server_args: tuple[str, ...]) -> bool:
+    """Is llama-server told a key besides --api-key?"""
+    options, variables = ("--api-key", "--api-key-file"), ("LLAMA_API_KEY", "LLAMA_ARG_API_KEY_FILE")
+    return any(argument.startswith(options) for argument in server_args) or any(
+        os.environ.get(name) for name in variables
+    )
+
+
 def check_trained(model: Path, n_ctx: int, server_args: tuple[str, ...]) -> None:
     """QFilterError for more positions than llama-server would use."""
     from qfllama.shape import model_shape
 
     shape = model_shape(model)
-    if 0 < shape.n_ctx_train < n_ctx and "--override-kv" not in server_args:
+    key = f"{shape.architecture}.context_length"
+    if 0 < shape.n_ctx_train < n_ctx and not any(key in argument for argument in server_args):
         raise QFilterError(
             f"--n-ctx {n_ctx}: llama-server goes up to the {shape.n_ctx_train:,} tokens that the model was "
             "trained for; use that, or say that the model can do more: "
-            f"`-- --override-kv {shape.architecture}.context_length=int:{n_ctx}`"
+            f"`-- --override-kv {key}=int:{n_ctx}`"
         )
 
 
@@ -279,7 +288,7 @@ def command(
     ):  # fmt: skip
         arguments += [name, str(value)] if value is not None else []
     arguments += ["--metrics"] if metrics else []
-    if api_key is None:  # else any web page could ask, and read the answer
+    if not (api_key or has_key(server_args)):  # else any web page could read answers
         arguments += ["--cors-origins", "localhost"]
     if not (program.parents[1] / "llama-server.ui").is_file():
         arguments += ["--path", str(PAGE)]
