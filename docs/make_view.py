@@ -2,9 +2,10 @@
 
     python docs/make_view.py models/smollm2-qfilters.gguf
 
-It needs Chromium and playwright: pip install 'qfllama[browser]'.
+It needs Chromium, playwright and Pillow: pip install 'qfllama[browser,bench]'.
 """
 
+import io
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 DOCS = Path(__file__).parent
@@ -32,7 +34,7 @@ def main(model: str) -> None:
         sandbox = [] if os.name != "posix" or os.geteuid() else ["--no-sandbox"]  # root has none
         with sync_playwright() as playwright:
             started = playwright.chromium.launch(executable_path=browser, args=sandbox)
-            opened = started.new_page(viewport={"width": 1000, "height": 900}, color_scheme="light")
+            opened = started.new_page(viewport={"width": 860, "height": 1090}, color_scheme="light")
             opened.goto(page.as_uri())
             share = opened.evaluate(
                 """(answer) => {
@@ -46,8 +48,10 @@ def main(model: str) -> None:
             box = opened.locator("#grid").bounding_box()
             opened.mouse.move(box["x"] + share * box["width"], box["y"] + box["height"] / 3)
             opened.wait_for_timeout(500)
-            opened.screenshot(path=DOCS / "view.png", full_page=True)
+            picture = Image.open(io.BytesIO(opened.screenshot())).convert("RGB")
             started.close()
+    few_colours = picture.quantize(96, dither=Image.Dither.NONE)  # a third of the bytes
+    few_colours.save(DOCS / "view.png", optimize=True)
 
 
 if __name__ == "__main__":
