@@ -143,6 +143,12 @@ class Archived(internals.LlamaContext):
             result.append(out.raw[:size])
         return (result[0], result[1]) if result[0] else None
 
+    def archived_positions(self, n: int, seq: int = 0) -> np.ndarray:
+        """Those of the positions [0, n) that the archive has: int32, ascending."""
+        layer = native.evicting_layers(self.model.model)[0]  # it has a position for all of them
+        has = [native.archived(self.ctx, seq, p, layer, False, None, 0) > 0 for p in range(n)]
+        return np.flatnonzero(has).astype(np.int32)
+
     def state(self, seq: int = 0) -> bytearray:
         """What a sequence holds, for `restore` of this or another context of the model.
 

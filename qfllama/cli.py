@@ -26,6 +26,7 @@ COMMANDS = {  # qfllama/commands/<name>.py, each with a `command`
     "inspect": "Show which filters a GGUF file has.",
     "plan": "Say how long a cache can be: what weights, cells and archive take, what fits.",
     "serve": "Serve a model to many conversations at once, over HTTP.",
+    "view": "Draw what a cache holds: which tokens in which layers and heads, into an HTML file.",
 }
 
 

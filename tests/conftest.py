@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import shutil
 from pathlib import Path
 
 import llama_cpp
@@ -38,6 +39,24 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, which playwright drives: $QFLLAMA_TEST_BROWSER, or one on the path. Without one, or
+    without playwright, the tests are skipped."""
+    driver = pytest.importorskip(
+        "playwright.sync_api", reason="no playwright: pip install 'qfllama[browser]'"
+    )
+    names = [os.environ.get("QFLLAMA_TEST_BROWSER", ""), "chromium", "chromium-browser"]
+    program = next(filter(None, map(shutil.which, [*names, "google-chrome"])), None)
+    if program is None:
+        pytest.skip("no browser: install chromium or set QFLLAMA_TEST_BROWSER")
+    sandbox = [] if os.name != "posix" or os.geteuid() else ["--no-sandbox"]  # root has none
+    with driver.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=program, args=sandbox)
+        yield started
+        started.close()
 
 
 def watched_sizes(monkeypatch, name: str) -> list[int]:

@@ -8,7 +8,17 @@ from qfllama.cli import COMMANDS, main
 from qfllama.commands.options import SHARED, CommaList, GpuLayers, MaxLength
 
 EVALUATIONS = ["eval kld", "eval ladder", "eval needle", "eval ppl", "eval ruler"]
-RUNS_A_MODEL = ["bench", "chat", "compress", "convert", "doctor", *EVALUATIONS, "plan", "serve"]
+RUNS_A_MODEL = [
+    "bench",
+    "chat",
+    "compress",
+    "convert",
+    "doctor",
+    *EVALUATIONS,
+    "plan",
+    "serve",
+    "view",
+]
 """Commands that run a model, or say how it would run."""
 
 

@@ -6,7 +6,6 @@ It needs Chromium and playwright, which drives it: `pip install 'qfllama[browser
 import json
 import os
 import random
-import shutil
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from serving import need_server, server
 from qfllama import Llama
 
 pytest.importorskip("playwright", reason="no playwright: pip install 'qfllama[browser]'")
-from playwright.sync_api import Page, expect, sync_playwright  # noqa: E402
+from playwright.sync_api import Page, expect  # noqa: E402
 
 PAGE = Path(__file__).parent.parent / "qfllama" / "serving" / "page"
 CELLS = 512
@@ -24,25 +23,6 @@ SHORT = 10_000
 """Milliseconds in which a page shows what it knows."""
 LONG = 300_000
 """Milliseconds in which a slow machine reads a document."""
-
-
-def browser_program() -> str:
-    """$QFLLAMA_TEST_BROWSER, or a Chromium on the path; without one the tests are skipped."""
-    names = [os.environ.get("QFLLAMA_TEST_BROWSER", ""), "chromium", "chromium-browser"]
-    for name in [*names, "google-chrome"]:
-        if found := name and shutil.which(name):
-            return found
-    pytest.skip("no browser: install chromium or set QFLLAMA_TEST_BROWSER")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = browser_program()
-    sandbox = [] if os.name != "posix" or os.geteuid() else ["--no-sandbox"]  # root has none
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=program, args=sandbox)
-        yield started
-        started.close()
 
 
 @pytest.fixture

@@ -130,7 +130,10 @@ def check_address(host: str, port: int) -> None:
 
 def has_key(server_args: tuple[str, ...]) -> bool:
     """Is llama-server told a key besides --api-key?"""
-    options, variables = ("--api-key", "--api-key-file"), ("LLAMA_API_KEY", "LLAMA_ARG_API_KEY_FILE")
+    options, variables = (
+        ("--api-key", "--api-key-file"),
+        ("LLAMA_API_KEY", "LLAMA_ARG_API_KEY_FILE"),
+    )
     return any(argument.startswith(options) for argument in server_args) or any(
         os.environ.get(name) for name in variables
     )

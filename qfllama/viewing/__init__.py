@@ -1,0 +1,1 @@
+"""What a bounded cache holds, for people to look at."""
