@@ -18,7 +18,7 @@ from langchain_openai import ChatOpenAI
 def main(address: str, document: str, *questions: str) -> None:
     # with an address of one's own, LangChain asks for token counts only if it is told to
     llm = ChatOpenAI(
-        base_url=f"{address}/v1", api_key="none", model="qfllama", max_tokens=200, stream_usage=True
+        base_url=f"{address}/v1", api_key="none", model="qfllama", max_tokens=100, stream_usage=True
     )
     text, messages = Path(document).read_text(encoding="utf-8") + "\n\n", []
     for question in questions:

@@ -21,7 +21,7 @@ def main(address: str, document: str, *questions: str) -> None:
         messages[-1]["content"] += question
         answer = ""
         for event in client.chat.completions.create(
-            model="qfllama", messages=messages, max_tokens=200, stream=True
+            model="qfllama", messages=messages, max_tokens=100, stream=True
         ):
             if event.choices:
                 piece = event.choices[0].delta.content or ""
