@@ -9,7 +9,10 @@ from pathlib import Path
 project = html_title = "qfllama"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
-include_patterns = ["README.md", "CONTRIBUTING.md", "patches/README.md", "docs/**.md"]
+include_patterns = [
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "patches/README.md", "examples/README.md",
+    "docs/**.md",
+]  # fmt: skip
 exclude_patterns = [".*", "build", "dist", "models", "docs/site"]
 html_theme = "furo"
 html_extra_path = ["site"]  # index.html, which leads to docs/index.html

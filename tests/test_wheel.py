@@ -103,7 +103,7 @@ def test_no_file_of_the_engine_is_there_twice():
 
 
 def test_the_requirement_is_met_by_this_engine_alone():
-    (required,) = [line for line in distribution("qfllama").requires if "llama-cpp-python" in line]
+    (required,) = [line for line in distribution("qfllama").requires if "llama-cpp-python=" in line]
     version = distribution("llama-cpp-python").version
     assert required == f"llama-cpp-python=={version}"
     assert llama_cpp.__version__ == version
