@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import threading
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -207,6 +208,8 @@ def test_tasks_that_call_from_threads_get_the_answers_of_one_thread(llm, expecte
         return found
 
     async def all_at_once():
+        # one for each task: all of a smaller pool may wait for a stream whose next piece needs one
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2 * len(PROMPTS)))
         whole = [asyncio.to_thread(answer, llm, prompt) for prompt in PROMPTS]
         return await asyncio.gather(*map(piecewise, PROMPTS), *whole)
 
