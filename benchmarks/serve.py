@@ -64,14 +64,20 @@ class Server:
         answer.connection = connection
         return answer
 
-    def get(self, path: str, timeout: float = 60) -> str:
-        answer = self.open("GET", path, timeout=timeout)
+    def ask(self, method: str, path: str, body: dict | None = None, timeout: float = 1200) -> str:
+        """The whole answer; RuntimeError if it is none."""
+        text = None if body is None else json.dumps(body)
+        answer = self.open(method, path, text, timeout)
         try:
-            if answer.status != 200:
-                raise RuntimeError(f"{path}: status {answer.status}")
-            return answer.read().decode()
+            said = answer.read().decode()
         finally:
             answer.connection.close()
+        if answer.status != 200:
+            raise RuntimeError(f"{path}: status {answer.status}: {said[:200]}")
+        return said
+
+    def get(self, path: str, timeout: float = 60) -> str:
+        return self.ask("GET", path, timeout=timeout)
 
     def stream(self, body: dict, stop_after: int | None = None):
         """(text, seconds to the first token, seconds in all, timings) of a streamed completion."""
@@ -95,11 +101,7 @@ class Server:
         return "".join(pieces), first or 0.0, time.perf_counter() - start, timings
 
     def tokens(self, text: str) -> list[int]:
-        answer = self.open("POST", "/tokenize", json.dumps({"content": text}))
-        try:
-            return json.loads(answer.read())["tokens"]
-        finally:
-            answer.connection.close()
+        return json.loads(self.ask("POST", "/tokenize", {"content": text}))["tokens"]
 
     def resident_mib(self) -> float:
         """RssAnon of the server: what it allocated, without the mapped weights."""
@@ -236,11 +238,7 @@ def book(args) -> dict:
                 begin = time.perf_counter()
                 question = {"role": "user", "content": f"{i}: which of these words comes first?"}
                 body = {"messages": [question], "max_tokens": 16, "temperature": 0}
-                answer = server.open("POST", "/v1/chat/completions", json.dumps(body))
-                said = json.loads(answer.read())
-                answer.connection.close()
-                if answer.status != 200:
-                    sys.exit(f"question {i}: {said}")
+                said = json.loads(server.ask("POST", "/v1/chat/completions", body))
                 return said["timings"], time.perf_counter() - begin
 
             with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:

@@ -5,60 +5,26 @@ from collections import defaultdict
 from importlib.metadata import distribution
 from pathlib import Path
 
-import gguf
 import llama_cpp
-import numpy as np
 import pytest
+from docs_model import SPECIAL, write_model
 from serving import server
 
 from qfllama import Llama, QFilterConfig
 
 pytestmark = pytest.mark.wheel
 
-N_EMBD, N_HEAD, N_LAYER, HEAD_DIM, MAX_LENGTH = 64, 2, 2, 32, 256
-FIRST_BYTE = 3
-"""The token of the byte 0; those of other bytes follow."""
+MAX_LENGTH = 256
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A Llama with random weights and a token for each byte."""
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(N_LAYER)
-    writer.add_context_length(1024)
-    writer.add_embedding_length(N_EMBD)
-    writer.add_feed_forward_length(N_EMBD)
-    writer.add_head_count(N_HEAD)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(HEAD_DIM)
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256]
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * len(tokens))
-    writer.add_token_types(kinds)
-    random = np.random.default_rng(0)
-    shapes = {
-        "token_embd": (len(tokens), N_EMBD),
-        "output": (len(tokens), N_EMBD),
-        "output_norm": (),
-    }
-    for il in range(N_LAYER):
-        square = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-        shapes |= {f"blk.{il}.{name}": (N_EMBD, N_EMBD) for name in square}
-        shapes |= {f"blk.{il}.{name}": () for name in ("attn_norm", "ffn_norm")}
-    for name, shape in shapes.items():
-        array = random.normal(size=shape, scale=0.2) if shape else np.ones(N_EMBD)
-        writer.add_tensor(f"{name}.weight", array.astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_model(path)
     return path
 
 
-PROMPT = [FIRST_BYTE + (i * i) % 251 for i in range(600)]
+PROMPT = [len(SPECIAL) + (i * i) % 251 for i in range(600)]
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,7 @@ def document_tokens(model: Path, system: str | None, document: str) -> tuple[lis
     the document."""
     from qfllama import Conversation, engine_log
 
-    if not document.strip():
-        raise QFilterError("the document is empty: give one with text in it")
+    need_text(document)
     with engine_log.errors():  # a context without a model behind it warns about its length
         tokenizer = open_model(model, None, vocab_only=True, verbose=False)
     try:
@@ -64,6 +63,21 @@ def cache_config(
     length = max(n_tokens + n_more, sinks + max(1, window) + interval)
     chosen = {"policy": policy} if policy else {}
     return QFilterConfig(length, window, sinks, interval, **chosen), wanted
+
+
+def need_text(document: str) -> None:
+    """QFilterError if there is nothing to read."""
+    if not document.strip():
+        raise QFilterError("the document is empty: give one with text in it")
+
+
+def check_room(document: Path | str, n_tokens: int, n_ctx: int) -> None:
+    """QFilterError if nothing could follow the document."""
+    if n_tokens >= n_ctx:
+        raise QFilterError(
+            f"{document} takes {n_tokens:,} of {n_ctx:,} positions: shorten it, or use a "
+            "larger --n-ctx if the model can do with it"
+        )
 
 
 @contextlib.contextmanager
@@ -163,11 +177,7 @@ def command(
             raise QFilterError(f"{output} is the document itself: give another output file")
         tokens, header = document_tokens(model, system, text)
         n_ctx = n_ctx or model_shape(model).n_ctx_train
-        if len(tokens) >= n_ctx:
-            raise QFilterError(
-                f"{document} takes {len(tokens):,} of {n_ctx:,} positions: shorten it, or use a "
-                "larger --n-ctx if the model can do with it"
-            )
+        check_room(document, len(tokens), n_ctx)
         n_more = 0
         if score == "replay":
             from qfllama.replay import LEAST_PART, PLAIN, room

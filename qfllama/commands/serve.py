@@ -17,6 +17,7 @@ from qfllama.config import QFilterConfig, QFilterError
 
 if TYPE_CHECKING:
     from qfllama.plan import Sizes
+    from qfllama.shape import ModelShape
 
 LARGEST_PROMPT_CACHE = 8192
 """MiB of conversations that wait in host memory for a slot, at most: llama-server's own default."""
@@ -130,20 +131,13 @@ def check_address(host: str, port: int) -> None:
 
 def has_key(server_args: tuple[str, ...]) -> bool:
     """Is llama-server told a key besides --api-key?"""
-    options, variables = (
-        ("--api-key", "--api-key-file"),
-        ("LLAMA_API_KEY", "LLAMA_ARG_API_KEY_FILE"),
-    )
-    return any(argument.startswith(options) for argument in server_args) or any(
-        os.environ.get(name) for name in variables
+    return any(argument.startswith("--api-key") for argument in server_args) or any(
+        os.environ.get(name) for name in ("LLAMA_API_KEY", "LLAMA_ARG_API_KEY_FILE")
     )
 
 
-def check_trained(model: Path, n_ctx: int, server_args: tuple[str, ...]) -> None:
+def check_trained(shape: ModelShape, n_ctx: int, server_args: tuple[str, ...]) -> None:
     """QFilterError for more positions than llama-server would use."""
-    from qfllama.shape import model_shape
-
-    shape = model_shape(model)
     key = f"{shape.architecture}.context_length"
     if 0 < shape.n_ctx_train < n_ctx and not any(key in argument for argument in server_args):
         raise QFilterError(
@@ -253,8 +247,8 @@ def command(
     if saved is not None and full:
         raise click.UsageError("--state has a bounded cache; leave out --full")
     type_k, type_v = types_of(saved, type_k, type_v)
-    check_trained(model, n_ctx, server_args)
     sizes = sizes_of(model, n_ctx, type_k, type_v)
+    check_trained(sizes.shape, n_ctx, server_args)
     n_ctx = sizes.n_ctx
     config, n_gpu_layers = cache_of(
         {"max_length": max_length, "window_length": window_length, "sinks": sinks,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qfllama.commands.compress import read, reading
+from qfllama.commands.compress import check_room, need_text, read, reading
 from qfllama.commands.console import MIB, dies_of_ctrl_c, note, show_progress
 from qfllama.commands.opening import bound, open_model, read_document, types_of
 from qfllama.commands.options import IN_FILE, OUT_FILE, option
@@ -61,11 +61,7 @@ def fill(llm, *, state: Path | None, text: str | None, system: str | None, quest
     chat = Conversation(llm, system, text, state)
     if text is not None:
         tokens = chat.document_tokens()
-        if len(tokens) >= llm.n_ctx():
-            raise QFilterError(
-                f"the text takes {len(tokens):,} of {llm.n_ctx():,} positions: shorten it, or use a "
-                "larger --n-ctx if the model can do with it"
-            )
+        check_room("the text", len(tokens), llm.n_ctx())
         read(llm, tokens)
     elif llm.qfilter_stats()["archived_from"] > 0:
         note(f"{state} has no archive, so nothing can be recalled: `qfllama compress --archive`")
@@ -120,8 +116,8 @@ def command(
         state = shown if document is None else None
         if state is not None and system is not None:
             raise QFilterError(f"{state} has its own system prompt: leave out --system")
-        if text is not None and not text.strip():
-            raise QFilterError("the document is empty: give one with text in it")
+        if text is not None:
+            need_text(text)
         check_outputs(model, shown, output, json_file, force=force)
         saved = read_prompt(state, header_only=True) if state is not None else None
         type_k, type_v = types_of(saved, type_k, type_v)
