@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import os
@@ -41,9 +42,14 @@ class Server:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
             data = None if body is None else json.dumps(body)
-            connection.request(method, path, data, {"Content-Type": "application/json"})
+            # upstream's page is only sent to those that take gzip, as all browsers do
+            headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
+            connection.request(method, path, data, headers)
             answer = connection.getresponse()
-            text = answer.read().decode()
+            data = answer.read()
+            if answer.getheader("Content-Encoding") == "gzip":
+                data = gzip.decompress(data)
+            text = data.decode()
         finally:
             connection.close()
         try:
