@@ -1,1 +1,1 @@
-"""Calibrate Q-filters and write them into a GGUF. The only part that needs torch."""
+"""Calibrate the filters of a Hugging Face checkpoint and write them into a GGUF. Needs torch."""
