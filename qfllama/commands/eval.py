@@ -170,7 +170,7 @@ def ladder_command(types, stock_types, texts, length, count, needles, speed, **c
 
 @command.command("needle", short_help="Needles in a haystack, at all depths.")
 @options()
-@setting
+@setting()
 @recall
 @click.option("--lengths", type=CommaList(int, least=128), default="1024,2048", show_default=True,
               help="Tokens of the documents.")  # fmt: skip
@@ -218,7 +218,7 @@ def ppl_command(texts, length, **chosen):
 
 @command.command("ruler", short_help="Eight tasks after RULER.")
 @options()
-@setting
+@setting()
 @recall
 @click.option(
     "--tasks", type=CommaList(choices=TASKS), help=f"Any of {', '.join(TASKS)}.  [default: all]"
