@@ -33,7 +33,7 @@ PRINTED = {"kld": r"Mean +KLD: +(\S+) ± +(\S+)", "same_top": r"Same top p: +(\S
 def upstream(args: argparse.Namespace, type_kv: str, base: Path, compare: bool) -> dict:
     """{"kld", "same_top": (value, error)} of llama-perplexity, which writes `base` or compares with it."""
     command = [
-        args.perplexity, "-m", args.model, "-f", args.text, "-c", args.length, "--chunks", args.chunks,
+        args.perplexity.resolve(), "-m", args.model, "-f", args.text, "-c", args.length, "--chunks", args.chunks,
         "-b", kld.CHUNK, "-ub", kld.CHUNK, "-t", args.threads, "-ctk", type_kv, "-ctv", type_kv,
         "-fa", "on", "-ngl", 0, "--kl-divergence-base", base, *["--kl-divergence"] * compare,
     ]  # fmt: skip

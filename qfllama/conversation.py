@@ -27,6 +27,8 @@ from qfllama.recalling import Recalled
 from qfllama.turns import stream_in_turn
 
 if TYPE_CHECKING:
+    from llama_cpp._internals import LlamaModel
+
     from qfllama.llama import Llama
 
 
@@ -59,16 +61,33 @@ class Turn:
     ended: str = "stop"
 
 
+TEMPLATE = "tokenizer.chat_template"
+"""Where the file of a model has its chat template."""
+
+
 def chat_formatter(llm: Llama) -> Jinja2ChatFormatter:
     """The chat template in the model's file; ChatML, as llama.cpp does, where there is none."""
+    return formatter(llm._model, llm.metadata.get(TEMPLATE, CHATML_CHAT_TEMPLATE))
+
+
+def formatter(model: LlamaModel, template: str) -> Jinja2ChatFormatter:
+    """Makes text of messages, by a chat template."""
 
     def text(token: int) -> str:
-        return llm._model.token_get_text(token) if token != -1 else ""
+        return model.token_get_text(token) if token != -1 else ""
 
-    template = llm.metadata.get("tokenizer.chat_template", CHATML_CHAT_TEMPLATE)
     return Jinja2ChatFormatter(
-        template, eos_token=text(llm.token_eos()), bos_token=text(llm.token_bos())
+        template, eos_token=text(model.token_eos()), bos_token=text(model.token_bos())
     )
+
+
+def tokenize_all(model: LlamaModel, text: str) -> list[int]:
+    """A whole conversation; BOS only if the vocabulary asks for it and the template has none."""
+    tokens = model.tokenize(text.encode("utf-8", "replace"), add_bos=False, special=True)
+    bos = model.token_bos()
+    if model.add_bos_token() and bos != -1 and tokens[:1] != [bos]:
+        tokens.insert(0, bos)
+    return tokens
 
 
 class Conversation:
@@ -141,7 +160,7 @@ class Conversation:
         Raises:
             QFilterError: the template doesn't put the document where a message begins.
         """
-        return self._tokenize_all(self.document_header() + self.document)
+        return tokenize_all(self.llm._model, self.document_header() + self.document)
 
     def document_header(self) -> str:
         """What the template puts before the document.
@@ -234,7 +253,7 @@ class Conversation:
                 " /reset, or use --file in place of --state"
             )
         if addition is None:
-            tokens = self._tokenize_all(self._render(messages))
+            tokens = tokenize_all(self.llm._model, self._render(messages))
         else:
             tokens = self.tokens + self._tokenize_on(addition)
         n_ctx = self.llm.n_ctx()
@@ -276,14 +295,6 @@ class Conversation:
             return rendered if self._prompt is not None and rendered else None
         before, found, after = rendered.partition(f"{self._mark}-{len(self.messages) - 1}-")
         return after if found and self._rendered.startswith(before) else None
-
-    def _tokenize_all(self, text: str) -> list[int]:
-        """A whole conversation; BOS only if the vocabulary asks for it and the template has none"""
-        tokens = self.llm.tokenize(text.encode("utf-8", "replace"), add_bos=False, special=True)
-        bos = self.llm.token_bos()
-        if self.llm._model.add_bos_token() and bos != -1 and tokens[:1] != [bos]:
-            tokens.insert(0, bos)
-        return tokens
 
     def _tokenize_on(self, text: str) -> list[int]:
         """The continuation of a text.

@@ -1,6 +1,7 @@
 """What the code in README and docs works with, small: a model with random weights whose tokens are
 bytes, the same with filters, a text. No torch."""
 
+import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -11,6 +12,7 @@ from gguf_files import rectangular
 from qfllama import gguf_copy, schema
 
 N_LAYER, N_HEAD, N_HEAD_KV, HEAD_DIM, WIDTH, N_CTX = 4, 4, 2, 32, 64, 8192
+QUESTIONS = Path(__file__).parents[1] / "benchmarks" / "questions"
 SPECIAL = ("<unk>", "<s>", "</s>")
 
 
@@ -69,3 +71,4 @@ def fill(folder: Path) -> None:
     gguf_copy.write(folder / "model.gguf", folder / "model-qf.gguf", filters)
     (folder / "book.txt").write_text(topics["assignment"][:4000], encoding="utf-8")
     (folder / "checkpoint").mkdir()
+    shutil.copytree(QUESTIONS, folder / "benchmarks" / "questions")

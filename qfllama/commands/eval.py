@@ -16,7 +16,7 @@ from qfllama.commands.evaluating import (
     setting,
     titles,
 )
-from qfllama.commands.options import CommaList, option
+from qfllama.commands.options import IN_FILE, CommaList, option
 from qfllama.config import QFilterConfig
 
 TASKS = (  # qfllama.evaluation.ruler.TASKS; --help needs no numpy
@@ -26,7 +26,7 @@ TASKS = (  # qfllama.evaluation.ruler.TASKS; --help needs no numpy
 
 @click.group("eval")
 def command():
-    """Measure what a bounded cache costs in quality: perplexity, needles, RULER-style tasks."""
+    """Measure what a bounded cache costs in quality: perplexity, needles, questions, RULER-style tasks."""
 
 
 texts_option = click.option("--texts", type=click.IntRange(1), default=3, show_default=True,
@@ -170,7 +170,7 @@ def ladder_command(types, stock_types, texts, length, count, needles, speed, **c
 
 @command.command("needle", short_help="Needles in a haystack, at all depths.")
 @options()
-@setting
+@setting()
 @recall
 @click.option("--lengths", type=CommaList(int, least=128), default="1024,2048", show_default=True,
               help="Tokens of the documents.")  # fmt: skip
@@ -216,9 +216,44 @@ def ppl_command(texts, length, **chosen):
         )
 
 
+@command.command("questions", short_help="Questions about documents of yours.")
+@options(text=None)
+@click.option("--questions", "questions_file", type=IN_FILE, metavar="FILE.jsonl", required=True,
+              help='One a line: {"document": FILE, "question": TEXT, "answers": [TEXT, ...]}, '
+                   'perhaps with "depth": 0 to 1; any of the answers counts.')  # fmt: skip
+@setting("stream")
+@recall
+@click.option("--max-tokens", type=click.IntRange(1), default=48, show_default=True,
+              help="Of an answer.")  # fmt: skip
+@click.option("--plain", is_flag=True,
+              help='No chat template, for base models: the document, "Question: ...", "Answer:"; the '
+                   "first line of what follows is the answer.")  # fmt: skip
+def questions_command(questions_file, setting, max_tokens, plain, **chosen):
+    """Questions with short answers about long documents, asked as in `qfllama chat --file`.
+
+    Each document is read without knowing what will be asked; --ratio is of its own length. The model
+    answers greedily. `right`: answers that contain what was to be found, whatever the case,
+    punctuation and separators of thousands; `nll`: the mean loss per token of the first of the right
+    answers, read in place of the model's own."""
+    with dies_of_ctrl_c():
+        from qfllama.engine import Model
+        from qfllama.evaluation import plots, questions, run
+
+    how = {"plain": plain, "max_tokens": max_tokens}
+    sources = questions.read(questions_file)
+    with Model.from_header(chosen["path"]) as header:
+        documents = questions.documents(header, sources, **how)
+    asking = questions.asking(**how)
+    text = questions.identity(questions_file, sources)
+    length = max(document.length for document in documents)
+    with Session("questions", setting, run.KEY, length, chosen, text=text, **how) as session:
+        records = run_documents(session, documents, asking)
+        session.report(questions.rows(records), titles(records), questions.report, plots.questions)
+
+
 @command.command("ruler", short_help="Eight tasks after RULER.")
 @options()
-@setting
+@setting()
 @recall
 @click.option(
     "--tasks", type=CommaList(choices=TASKS), help=f"Any of {', '.join(TASKS)}.  [default: all]"

@@ -65,14 +65,11 @@ def options(**others):
     return decorate
 
 
-setting = click.option(
-    "--setting",
-    type=click.Choice(("prefill", "stream")),
-    default="prefill",
-    show_default=True,
-    help="Compress the whole document once before the question is asked, or evict while it "
-    "streams in.",
-)
+def setting(default: str = "prefill"):
+    return click.option(
+        "--setting", type=click.Choice(("prefill", "stream")), default=default, show_default=True,
+        help="Compress the whole document once before the question is asked, or evict while it "
+             "streams in.")  # fmt: skip
 
 
 recall = click.option(
@@ -92,6 +89,7 @@ class Session:
         setting: how the caches are used.
         key: what tells results apart.
         length: tokens of the longest text.
+        text: what is read, where that isn't --text.
         types: of K and V, where results of several types are told apart by their key; None: one
             pair, as chosen.
         n_open: caches that are open at once.
@@ -108,6 +106,7 @@ class Session:
         *,
         types: list[tuple[str, str]] | None = None,
         n_open: int = 2,  # what is shared is read in another one
+        text: Text | None = None,
         **more,
     ):
         self._chosen, self._key, self._length = chosen, key, length
@@ -116,7 +115,7 @@ class Session:
         if types is None:
             self._types = {name: chosen[name] or "f16" for name in ("type_k", "type_v")}
         self._check()
-        self.text: Text = self._read_text()
+        self.text: Text = text or self._read_text()
         self.model: Model = self._load()
         try:
             self.model.evicting_layers()

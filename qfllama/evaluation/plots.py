@@ -147,16 +147,29 @@ def ladder(path, rows: list[dict], titles: list[str], about: str) -> None:
 def ruler(path, rows: list[dict], titles: list[str], about: str) -> None:
     """A heat map of scores: a line for every row of `ruler.rows`, a column for every task."""
     tasks = list(rows[0]["by_task"])
-    size = (2.6 + 0.85 * (len(tasks) + 1), 1.2 + 0.32 * len(rows))
+    values = [[*(row["by_task"][task]["score"] for task in tasks), row["score"]] for row in rows]
+    _shares(path, [*tasks, "mean"], values, titles, f"strings found, %\n{about}")
+
+
+def questions(path, rows: list[dict], titles: list[str], about: str) -> None:
+    """The same of answers: a line for every row of `questions.rows`, a column for every document."""
+    names = list(rows[0]["by_document"])
+    values = [[row["by_document"][name]["right"] for name in names] for row in rows]
+    values = [[*line, row["right"]] for line, row in zip(values, rows, strict=True)]
+    _shares(path, [*names, "all"], values, titles, f"answers right, %\n{about}")
+
+
+def _shares(path, columns: list[str], values: list[list[float]], titles: list[str], about: str):
+    """Shares by line and column; the last column is of the others together."""
+    size = (2.6 + 0.85 * len(columns), 1.2 + 0.32 * len(values))
     figure = figure_class(path)(figsize=size, layout="constrained")
     axes = figure.subplots()
-    values = [[*(row["by_task"][task]["score"] for task in tasks), row["score"]] for row in rows]
     axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     for y, line in enumerate(values):
         for x, value in enumerate(line):
             axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8)
-    axes.set_xticks(range(len(tasks) + 1), [*tasks, "mean"], fontsize=8)
-    axes.set_yticks(range(len(rows)), titles, fontsize=8)
-    axes.axvline(len(tasks) - 0.5, color="white", linewidth=3)
-    axes.set_title(f"strings found, %\n{about}", fontsize=8, parse_math=False)
+    axes.set_xticks(range(len(columns)), columns, fontsize=8)
+    axes.set_yticks(range(len(values)), titles, fontsize=8)
+    axes.axvline(len(columns) - 1.5, color="white", linewidth=3)
+    axes.set_title(about, fontsize=8, parse_math=False)
     save_figure(figure, path, dpi=150)

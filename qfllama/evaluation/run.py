@@ -218,7 +218,11 @@ def split(model: Model, question: Question) -> tuple[list[int], list[int]]:
     """Tokens of question and answer, as they are when both are one text: some tokenizers begin
     every text with a space. Those that are only white space and begin the answer (of models that
     write digits one by one) count as the question's."""
-    asked, both = model.tokens(question.text), model.tokens(question.text + question.answer)
+    return cut(model, model.tokens(question.text), model.tokens(question.text + question.answer))
+
+
+def cut(model: Model, asked: list[int], both: list[int]) -> tuple[list[int], list[int]]:
+    """The same of the tokens of a question and of question and answer."""
     n = len(os.path.commonprefix([asked, both]))
     asked, answer = both[:n], both[n:]
     while len(answer) > 1 and not model.text(answer[:1]).strip():
@@ -259,7 +263,7 @@ def run(
     todo = [(document, _missing(document, plan, results)) for document in documents]
     todo = [(document, missing) for document, missing in todo if missing]
     for document, missing in todo:
-        n_tokens = len(model.tokens(document.text, start=True))
+        n_tokens = len(document.tokens(model))
         for variant in missing:
             plan.config(variant, n_tokens, 0)
     total = sum(_cost(document, plan, missing) for document, missing in todo)
@@ -302,7 +306,7 @@ def _cost(document: Document, plan: Plan, missing: dict[Variant, list[int]]) -> 
 
 
 def _run_document(model, document, plan, missing, results, asking, bar) -> None:
-    tokens = model.tokens(document.text, start=True)
+    tokens = document.tokens(model)
     extra = max(asking.extra(model, question) for question in document.questions)
     if any(variant.policy == REPLAY for variant in missing):
         extra = max(extra, replay.room(len(tokens)))

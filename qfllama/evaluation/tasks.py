@@ -12,8 +12,12 @@ import sysconfig
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qfllama.config import QFilterError
+
+if TYPE_CHECKING:
+    from qfllama.engine import Model
 
 VERSION = 1
 """Goes up when documents or questions change: results of others don't count any more."""
@@ -53,6 +57,10 @@ class Document:
     number: int
     text: str
     questions: tuple[Question, ...]
+
+    def tokens(self, model: Model) -> list[int]:
+        """What is read before the questions."""
+        return model.tokens(self.text, start=True)
 
 
 # -- text
