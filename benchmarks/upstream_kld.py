@@ -65,7 +65,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--perplexity", type=Path, required=True, help="upstream's llama-perplexity")
+    parser.add_argument(
+        "--perplexity", type=Path, required=True, help="upstream's llama-perplexity"
+    )
     parser.add_argument("--types", default="q8_0,q4_0", help="of K and V, separated by commas")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--chunks", type=int, default=8)
