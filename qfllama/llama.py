@@ -68,8 +68,9 @@ class Llama(Compressing, Recalling, SavedStates):
     to its last; others wait until it has ended or is closed. Code that leaves a stream of its own
     unfinished (`break`) and calls again ends that stream. In asyncio call from threads
     (`asyncio.to_thread`): a call in the thread of the event loop that would have to wait for a
-    stream is a QFilterError. An object does not survive fork(): in the child all calls are a
-    QFilterError.
+    stream is a QFilterError. Give as many threads as there are streams at once: where those that
+    wait take every thread of the pool, none is left for the one that they wait for. An object does
+    not survive fork(): in the child all calls are a QFilterError.
 
     Attributes:
         qfilter_config: the bound, or None.
