@@ -202,6 +202,22 @@ def test_a_ratio_is_of_each_document_and_a_rerun_asks_nothing_twice(smollm2, tmp
     assert again.exit_code == 2 and "another text" in again.stderr
 
 
+def test_some_documents_of_a_file_and_later_the_others(base, tmp_path):
+    path = write(tmp_path, {"a.txt": FACT, "b.txt": FACT * 2, "big.txt": "x" * 9000})
+    results = tmp_path / "results.jsonl"
+    options = ["--policy", "full", "--max-tokens", 2, "--plain", "--results", results]
+
+    def files(*more):
+        assert run(base, path, *options, *more).exit_code == 0
+        return [record["file"] for record in records(results)]
+
+    assert files("--documents", "b.txt") == ["b.txt"] * 2
+    assert files("--documents", "a.txt,b.txt") == ["b.txt"] * 2 + ["a.txt"] * 2
+    unknown = run(base, path, *options, "--documents", "c.txt")
+    assert (unknown.exit_code, len(unknown.stderr.splitlines())) == (2, 1)
+    assert "c.txt: choose from a.txt, b.txt, big.txt" in unknown.stderr
+
+
 # -- models without a chat template
 
 

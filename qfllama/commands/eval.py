@@ -221,6 +221,8 @@ def ppl_command(texts, length, **chosen):
 @click.option("--questions", "questions_file", type=IN_FILE, metavar="FILE.jsonl", required=True,
               help='One a line: {"document": FILE, "question": TEXT, "answers": [TEXT, ...]}, '
                    'perhaps with "depth": 0 to 1; any of the answers counts.')  # fmt: skip
+@click.option("--documents", "names", type=CommaList(),
+              help="Only these of the file's documents.  [default: all]")  # fmt: skip
 @setting("stream")
 @recall
 @click.option("--max-tokens", type=click.IntRange(1), default=48, show_default=True,
@@ -228,7 +230,7 @@ def ppl_command(texts, length, **chosen):
 @click.option("--plain", is_flag=True,
               help='No chat template, for base models: the document, "Question: ...", "Answer:"; the '
                    "first line of what follows is the answer.")  # fmt: skip
-def questions_command(questions_file, setting, max_tokens, plain, **chosen):
+def questions_command(questions_file, names, setting, max_tokens, plain, **chosen):
     """Questions with short answers about long documents, asked as in `qfllama chat --file`.
 
     Each document is read without knowing what will be asked; --ratio is of its own length. The model
@@ -242,7 +244,7 @@ def questions_command(questions_file, setting, max_tokens, plain, **chosen):
     how = {"plain": plain, "max_tokens": max_tokens}
     sources = questions.read(questions_file)
     with Model.from_header(chosen["path"]) as header:
-        documents = questions.documents(header, sources, **how)
+        documents = questions.documents(header, sources, names=names, **how)
     asking = questions.asking(**how)
     text = questions.identity(questions_file, sources)
     length = max(document.length for document in documents)

@@ -124,22 +124,33 @@ class Read(Document):
 
 
 def documents(
-    model: Model, sources: list[Source], *, plain: bool, max_tokens: int
+    model: Model,
+    sources: list[Source],
+    *,
+    plain: bool,
+    max_tokens: int,
+    names: tuple[str, ...] | None = None,
 ) -> list[Document]:
     """The documents and questions as tokens of a model; its header is enough.
 
     Args:
         plain: without a chat template.
         max_tokens: of an answer.
+        names: of the documents that are wanted; None for all.
 
     Raises:
-        QFilterError: no chat template, one that can't be used, or a document is longer than what the
-            model was trained for.
+        QFilterError: there is no document of a name, no chat template, one that can't be used, or a
+            document is longer than what the model was trained for.
     """
+    known = [source.name for source in sources]
+    if unknown := [name for name in names or () if name not in known]:
+        raise QFilterError(f"no question is about {unknown[0]}: choose from {', '.join(known)}")
     extra, trained = asking(plain, max_tokens).extra, model.shape.n_ctx_train
     ends = _plain_ends if plain else _chat_ends(model)
     result = []
     for number, source in enumerate(sources):
+        if names and source.name not in names:
+            continue
         document = _document(model, source, number, ends, plain)
         needed = document.length + max(extra(model, question) for question in document.questions)
         if trained and needed > trained:
