@@ -78,6 +78,11 @@ def resolve(src) -> Path:
                 f"{src} does not exist; give a GGUF file, a checkpoint folder or a "
                 "hub id (user/name)"
             )
+        if find_spec("huggingface_hub") is None:
+            raise QFilterError(
+                f"{src} is no file or folder here; to convert a model of the hub install "
+                "`pip install 'qfllama[convert]'`, or give a GGUF file"
+            )
         _check_config(_download(str(src), ["config.json"]))
         path = _download(str(src), HUB_FILES)
     if path.is_dir():

@@ -17,7 +17,7 @@ import pytest
 import tiny_models
 from click.testing import CliRunner
 from gguf_files import expected_fingerprint, stacked
-from qfllama.convert import export, pipeline, text
+from qfllama.convert import export, pipeline, source, text
 
 from qfllama import Llama, QFilterConfig, schema
 from qfllama.cli import main
@@ -377,6 +377,12 @@ def test_options_that_cannot_work_are_refused_in_one_line(tmp_path, converted, s
 def test_a_dataset_without_the_package_for_it_is_refused_with_what_to_install(smollm2, tmp_path):
     line = refused("convert", smollm2, "-o", tmp_path / "out.gguf", "--dataset", "user/name")
     assert "pip install 'qfllama[dataset]'" in line
+
+
+def test_a_hub_id_without_the_package_for_it_is_refused_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(source, "find_spec", lambda name: None)
+    with pytest.raises(QFilterError, match=r"user/name is no file .* 'qfllama\[convert\]'"):
+        source.resolve("user/name")
 
 
 def test_a_hub_id_that_cannot_be_reached_is_refused_with_the_cause(tmp_path):
