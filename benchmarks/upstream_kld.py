@@ -40,9 +40,9 @@ def upstream(args: argparse.Namespace, type_kv: str, base: Path, compare: bool) 
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{args.perplexity} failed: {done.stderr.strip().splitlines()[-1]}")
-    found = {name: re.search(line, done.stdout + done.stderr) for name, line in PRINTED.items()}
     if not compare:
         return {}
+    found = {name: re.search(line, done.stdout + done.stderr) for name, line in PRINTED.items()}
     value, error = zip(*(map(float, match.groups()) for match in found.values()), strict=True)
     return {
         "kld": (value[0], error[0]),

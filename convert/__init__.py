@@ -1,1 +1,1 @@
-"""Calibrate the filters of a Hugging Face checkpoint and write them into a GGUF. Needs torch."""
+"""From a model to filters in a GGUF. Only checkpoints need torch; a GGUF is run by llama.cpp."""

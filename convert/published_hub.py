@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 from ..config import QFilterError
-from .text import reason
+from .text import need_packages, reason
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 """The files of published filters."""
@@ -16,12 +15,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 def check_packages() -> None:
     """QFilterError unless what reads and writes the published format is installed."""
-    missing = [name for name in ("safetensors", "huggingface_hub") if find_spec(name) is None]
-    if missing:
-        raise QFilterError(
-            f"published filters need the packages {', '.join(missing)}; install them with "
-            "`pip install 'qfllama[convert]'`"
-        )
+    need_packages("published filters need", "safetensors", "huggingface_hub")
 
 
 def download(name, files, revision=None):

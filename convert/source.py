@@ -6,7 +6,6 @@ import ast
 import hashlib
 import json
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from ..config import QFilterError
 from ..shape import model_shape
 from ..terminal import escaped
 from . import export
-from .text import one_line, reason
+from .text import need_packages, one_line, reason
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -59,12 +58,7 @@ CHECKPOINT_KINDS = {
 
 def check_packages() -> None:
     """QFilterError unless everything that convert needs is installed."""
-    missing = [name for name in ("torch", "transformers", "accelerate") if find_spec(name) is None]
-    if missing:
-        raise QFilterError(
-            f"convert needs the packages {', '.join(missing)}; install them with "
-            "`pip install 'qfllama[convert]'`"
-        )
+    need_packages("convert needs", "torch", "transformers", "accelerate")
 
 
 def resolve(src) -> Path:
@@ -78,11 +72,10 @@ def resolve(src) -> Path:
                 f"{src} does not exist; give a GGUF file, a checkpoint folder or a "
                 "hub id (user/name)"
             )
-        if find_spec("huggingface_hub") is None:
-            raise QFilterError(
-                f"{src} is no file or folder here; to convert a model of the hub install "
-                "`pip install 'qfllama[convert]'`, or give a GGUF file"
-            )
+        need_packages(
+            f"{src} is no file or folder here, give a GGUF file; a model of the hub needs",
+            "huggingface_hub",
+        )
         _check_config(_download(str(src), ["config.json"]))
         path = _download(str(src), HUB_FILES)
     if path.is_dir():

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 
@@ -285,6 +286,16 @@ def reason(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     why, root = one_line(error), one_line(cause)
     return why if root in why else f"{why} ({root})"
+
+
+def need_packages(who: str, *names: str) -> None:
+    """QFilterError unless the packages that `who` ("convert needs", ...) tells of are installed."""
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise QFilterError(
+            f"{who} the packages {', '.join(missing)}; install them with "
+            "`pip install 'qfllama[convert]'`"
+        )
 
 
 def one_line(error: BaseException) -> str:

@@ -380,7 +380,7 @@ def test_a_dataset_without_the_package_for_it_is_refused_with_what_to_install(sm
 
 
 def test_a_hub_id_without_the_package_for_it_is_refused_with_what_to_install(monkeypatch):
-    monkeypatch.setattr(source, "find_spec", lambda name: None)
+    monkeypatch.setattr(text, "find_spec", lambda name: None)
     with pytest.raises(QFilterError, match=r"user/name is no file .* 'qfllama\[convert\]'"):
         source.resolve("user/name")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from qfllama.config import QFilterError
-from qfllama.evaluation.results import bootstrap, wilson
+from qfllama.evaluation import results
+from qfllama.evaluation.results import right_and_loss
 from qfllama.evaluation.run import Variant
 from qfllama.evaluation.tasks import (
     NAMES,
@@ -81,28 +82,15 @@ def depth_bin(record: dict) -> float:
 
 def grouped(records: list[dict], by: Callable[[dict], float]) -> dict[float, dict]:
     """A summary of each group, in ascending order."""
-    groups: dict[float, list[dict]] = {}
-    for record in records:
-        groups.setdefault(by(record), []).append(record)
-    return {value: summary(groups[value]) for value in sorted(groups)}
+    return {value: summary(mine) for value, mine in sorted(results.grouped(records, by).items())}
 
 
 def summary(records: list[dict]) -> dict:
     """Counts, shares and means of results, with confidence intervals of 95 %."""
-    n, n_right = len(records), sum(record["right"] for record in records)
-    by_document: dict[tuple, list[float]] = {}
-    for record in records:
-        by_document.setdefault((record["length"], record["document"]), []).append(record["nll"])
-    low, high = bootstrap(list(by_document.values()))
     digits = sum(record["n_right"] for record in records)
     return {
-        "n": n,
-        "right": round(n_right / n, 4),
-        "right_ci": [round(limit, 4) for limit in wilson(n_right, n)],
+        **right_and_loss(records, lambda record: (record["length"], record["document"])),
         "digits": round(digits / sum(record["n_tokens"] for record in records), 4),
-        "nll": round(sum(record["nll"] for record in records) / n, 4),
-        "nll_ci": [round(low, 4), round(high, 4)],
-        "cells": round(sum(record["cells"] for record in records) / n, 1),
     }
 
 

@@ -21,7 +21,7 @@ from qfllama.config import QFilterError
 from qfllama.conversation import TEMPLATE, formatter, tokenize_all
 from qfllama.engine import Model
 from qfllama.evaluation.needle import depth_bin
-from qfllama.evaluation.results import bootstrap, wilson
+from qfllama.evaluation.results import grouped, right_and_loss
 from qfllama.evaluation.run import Asking, Variant, cut
 from qfllama.evaluation.scoring import Mark, generate, score
 from qfllama.evaluation.tasks import Document, Question, Text, read_text
@@ -275,36 +275,24 @@ def rows(records: dict[Variant, list[dict]]) -> list[dict]:
         {
             **variant.key(),
             **summary(mine),
-            "by_document": grouped(mine, lambda record: record["file"]),
-            "by_depth": dict(sorted(grouped([r for r in mine if "depth" in r], depth_bin).items())),
+            "by_document": summaries(mine, lambda record: record["file"]),
+            "by_depth": dict(
+                sorted(summaries([r for r in mine if "depth" in r], depth_bin).items())
+            ),
         }
         for variant, mine in records.items()
     ]
 
 
-def grouped(records: list[dict], by: Callable[[dict], str | float]) -> dict:
+def summaries(records: list[dict], by: Callable[[dict], str | float]) -> dict:
     """A summary of each group, in the order of their first records."""
-    groups: dict[str | float, list[dict]] = {}
-    for record in records:
-        groups.setdefault(by(record), []).append(record)
-    return {value: summary(mine) for value, mine in groups.items()}
+    return {value: summary(mine) for value, mine in grouped(records, by).items()}
 
 
 def summary(records: list[dict]) -> dict:
     """Counts, shares and means of results, with confidence intervals of 95 %."""
-    n, n_right = len(records), sum(record["right"] for record in records)
-    by_document: dict[str, list[float]] = {}
-    for record in records:
-        by_document.setdefault(record["file"], []).append(record["nll"])
-    return {
-        "n": n,
-        "n_right": n_right,
-        "right": round(n_right / n, 4),
-        "right_ci": [round(limit, 4) for limit in wilson(n_right, n)],
-        "nll": round(sum(record["nll"] for record in records) / n, 4),
-        "nll_ci": [round(limit, 4) for limit in bootstrap(list(by_document.values()))],
-        "cells": round(sum(record["cells"] for record in records) / n, 1),
-    }
+    n_right = sum(record["right"] for record in records)
+    return {**right_and_loss(records, lambda record: record["file"]), "n_right": n_right}
 
 
 def report(rows: list[dict], titles: list[str]) -> str:
