@@ -7,7 +7,7 @@ from qfllama import policies
 from qfllama.cli import COMMANDS, main
 from qfllama.commands.options import SHARED, CommaList, GpuLayers, MaxLength
 
-EVALUATIONS = ["eval kld", "eval ladder", "eval needle", "eval ppl", "eval ruler"]
+EVALUATIONS = ["eval kld", "eval ladder", "eval needle", "eval ppl", "eval questions", "eval ruler"]
 RUNS_A_MODEL = [
     "bench",
     "chat",
