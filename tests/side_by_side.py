@@ -11,7 +11,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from reference.compare import logits_difference
-from reference.recall import Queries, Question, Recall, asked, choose, fill
+from reference.recall import Queries, Question, Recall, asked, choose, fill, word
 
 from qfllama import native_calibration
 
@@ -36,6 +36,12 @@ def check_filling(kept, held, recalled, n: int, n_rows: int) -> None:
     n_rows = min(n_rows, *(len({*chosen, *own}) for own in before))
     for rows, own in zip(kept, before, strict=True):
         np.testing.assert_array_equal(rows, fill(chosen, own, n_rows))
+
+
+def words_of(model, tokens) -> list[bytes]:
+    """What each token is searched by; see reference.recall.word."""
+    known = {token: word(model.detokenize([token])) for token in set(tokens)}
+    return [known[token] for token in tokens]
 
 
 class Choices:
@@ -105,8 +111,9 @@ class Own:
             self.question.queries.append(Queries(index, q, attn.kq_scale, self.softcap))
         return bool(found) or not ask
 
-    def choose(self, context, n_rows: int) -> Recall:
-        """After the engine's recall, which put all rows into the archive."""
+    def choose(self, context, tokens, n_rows: int) -> Recall:
+        """After the engine's recall, which put all rows into the archive; tokens: all that were read
+        up to the question's end."""
         question, self.question = self.question, None
         positions, config, keys = np.arange(question.start), context.config, []
         for index, layer in enumerate(self.layers):
@@ -115,7 +122,8 @@ class Own:
             k = dequantize(data, GGMLQuantizationType[self.dtype.upper()]).astype(np.float32)
             head_dim = next(q.q.shape[-1] for q in question.queries if q.index == index)
             keys.append(torch.from_numpy(k.reshape(len(rows), -1, head_dim)).transpose(0, 1))
-        return choose(question, keys, positions, n_rows, config.sinks, config.window_length)
+        words = words_of(context.model, tokens)
+        return choose(question, keys, positions, words, n_rows, config.sinks, config.window_length)
 
 
 class Both:
@@ -174,10 +182,11 @@ class Both:
         recalled = context.recalled()
         self.came_back.append(len(recalled))
 
-        ours, kept = self.cache.choose(question, n_rows), self.held()
+        words = words_of(context.model, self.tokens)
+        ours, kept = self.cache.choose(question, words, n_rows), self.held()
         self.choices.append(ours, held, recalled)
         if self.own:
-            self.own_choices.append(self.own.choose(context, n_rows), held, recalled)
+            self.own_choices.append(self.own.choose(context, self.tokens, n_rows), held, recalled)
         check_filling(kept.reshape(len(held), -1), held, recalled, len(before), n_rows)
         self.cache.recall(question, kept)
         self.tokens = before

@@ -7,6 +7,8 @@
 #include "llama-io.h"
 #include "llama-kv-cache.h"
 #include "llama-memory-recurrent.h"
+#include "llama-model.h"
+#include "llama-qfilter-words.h"
 
 #include "qfilter-calibration.h"
 
@@ -19,6 +21,12 @@
 // a question points at the start of what it wants
 static const uint32_t LLAMA_QFILTER_RECALL_AFTER_MIN = 16;
 static const uint32_t LLAMA_QFILTER_RECALL_AFTER_MAX = 24;
+
+// rows come back around the question's words: an eighth of the rows that fit on each side, at least and at most these, where a third of
+// what the best place has is near. together they take half of the rows: others are for the newest
+static const uint32_t LLAMA_QFILTER_RECALL_NEAR_MIN = 16;
+static const uint32_t LLAMA_QFILTER_RECALL_NEAR_MAX = 48;
+static const float    LLAMA_QFILTER_RECALL_NEAR     = 1.0f/3;
 
 // newest rows that stay in any case, at most
 static const uint32_t LLAMA_QFILTER_RECALL_NEWEST = 64;
@@ -162,6 +170,21 @@ std::unique_ptr<llama_qfilter_asked> llama_memory_qfilter::end_question() {
     }
 
     return std::move(asked);
+}
+
+void llama_memory_qfilter::note_tokens(const llama_batch & batch) {
+    for (int32_t i = 0; store && i < batch.n_tokens; ++i) {
+        for (int32_t is = 0; is < batch.n_seq_id[i]; ++is) {
+            if (!has(batch.seq_id[i][is])) {
+                continue; // upstream's to refuse
+            }
+            auto & tokens = streams[batch.seq_id[i][is]].archive.tokens;
+
+            tokens.resize(std::max<size_t>(tokens.size(), batch.pos[i] + 1), LLAMA_TOKEN_NULL);
+
+            tokens[batch.pos[i]] = batch.token ? batch.token[i] : LLAMA_TOKEN_NULL;
+        }
+    }
 }
 
 void llama_memory_qfilter::note_question(const llama_batch & batch) {
@@ -313,15 +336,50 @@ llama_qfilter_result llama_memory_qfilter::choose(
         order[i] = i;
     }
 
-    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
-        return score[a] > score[b] || (score[a] == score[b] && a > b);
-    });
+    const auto looked_at_more = [&](uint32_t a, uint32_t b) { return score[a] > score[b] || (score[a] == score[b] && a > b); };
 
-    for (size_t i = 0; i < n && rows.size() < n_rows; ++i) {
-        if (i < n_least || share[order[i]] >= LLAMA_QFILTER_RECALL_SHARE) {
-            rows.push_back(pos[order[i]]);
+    std::vector<bool> chosen(n);
+
+    // in this order, until there are n_max
+    const auto take = [&](size_t n_max, const std::function<bool(uint32_t)> & is_wanted) {
+        for (size_t j = 0; j < n && rows.size() < n_max; ++j) {
+            const uint32_t i = order[j];
+
+            if (!chosen[i] && is_wanted(i)) {
+                chosen[i] = true;
+                rows.push_back(pos[i]);
+            }
         }
+    };
+
+    std::sort(order.begin(), order.end(), looked_at_more);
+    take(n_least, [](uint32_t) { return true; });
+
+    // around the question's words
+    std::vector<llama_token> tokens(n);
+    std::vector<llama_token> words(question.n);
+
+    std::transform(pos.begin(), pos.end(), tokens.begin(), [&](llama_pos p) { return archive.token(p); });
+
+    for (uint32_t i = 0; i < question.n; ++i) {
+        words[i] = archive.token(question.p0 + i);
     }
+
+    const uint32_t n_near = std::min(std::max(n_rows/8, LLAMA_QFILTER_RECALL_NEAR_MIN), LLAMA_QFILTER_RECALL_NEAR_MAX);
+
+    const auto near = llama_qfilter_words(lctx->get_model().vocab, tokens, words, n_near);
+
+    float near_max = 0.0f;
+    for (size_t i = n_sink; i + n_window < n; ++i) {
+        near_max = std::max(near_max, near[i]);
+    }
+
+    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return near[a] > near[b] || (near[a] == near[b] && looked_at_more(a, b)); });
+    take(std::min<size_t>(n_rows, rows.size() + n_rows/2), [&](uint32_t i) { return near[i] > 0.0f && near[i] >= LLAMA_QFILTER_RECALL_NEAR*near_max; });
+
+    std::sort(order.begin(), order.end(), looked_at_more);
+    take(n_rows, [&](uint32_t i) { return share[i] >= LLAMA_QFILTER_RECALL_SHARE; });
+
     std::sort(rows.begin(), rows.end());
 
     return LLAMA_QFILTER_DONE;

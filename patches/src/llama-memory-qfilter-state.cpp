@@ -193,13 +193,14 @@ void llama_memory_qfilter::check_state(llama_seq_id seq_id, const std::vector<st
 //
 
 static const uint32_t LLAMA_QFILTER_ARCHIVE_MAGIC   = 0x616c6671; // "qfla"
-static const uint32_t LLAMA_QFILTER_ARCHIVE_VERSION = 1;
+static const uint32_t LLAMA_QFILTER_ARCHIVE_VERSION = 2;
 
 struct llama_qfilter_archive_head {
     uint32_t  magic;
     uint32_t  version;
     uint64_t  n_bytes_row; // all layers
     uint64_t  n;           // positions
+    uint64_t  n_tokens;
     llama_pos pos_min;
     uint32_t  incomplete;
 };
@@ -238,9 +239,10 @@ size_t llama_memory_qfilter::archive_write(llama_seq_id seq_id, uint8_t * dst, s
     const size_t n_bytes_row = archive_row_size();
 
     const llama_qfilter_archive_head head = {
-        LLAMA_QFILTER_ARCHIVE_MAGIC, LLAMA_QFILTER_ARCHIVE_VERSION, n_bytes_row, (uint64_t) pos.size(), st.archive.pos_min, st.incomplete };
+        LLAMA_QFILTER_ARCHIVE_MAGIC, LLAMA_QFILTER_ARCHIVE_VERSION, n_bytes_row, (uint64_t) pos.size(), (uint64_t) st.archive.tokens.size(),
+        st.archive.pos_min, st.incomplete };
 
-    const size_t n_bytes = sizeof(head) + pos.size()*(sizeof(llama_pos) + n_bytes_row);
+    const size_t n_bytes = sizeof(head) + pos.size()*(sizeof(llama_pos) + n_bytes_row) + st.archive.tokens.size()*sizeof(llama_token);
 
     if (!dst || size < n_bytes) {
         return n_bytes;
@@ -254,6 +256,9 @@ size_t llama_memory_qfilter::archive_write(llama_seq_id seq_id, uint8_t * dst, s
     put(&head, sizeof(head));
     if (!pos.empty()) {
         put(pos.data(), pos.size()*sizeof(llama_pos));
+    }
+    if (!st.archive.tokens.empty()) {
+        put(st.archive.tokens.data(), st.archive.tokens.size()*sizeof(llama_token));
     }
 
     llama_qfilter_archive_each(pos, store_layers, [&](llama_pos p, size_t n, size_t offset, size_t n_bytes_row) {
@@ -286,7 +291,8 @@ void llama_memory_qfilter::archive_read(llama_seq_id seq_id, const uint8_t * src
     if (head.n_bytes_row != n_bytes_row) {
         throw std::runtime_error("the archive was saved by another model, or with another cache type");
     }
-    if (head.n > size/n_bytes_row || size != sizeof(head) + head.n*(sizeof(llama_pos) + n_bytes_row)) {
+    if (head.n > size/n_bytes_row || head.n_tokens > n_ctx_seq ||
+            size != sizeof(head) + head.n*(sizeof(llama_pos) + n_bytes_row) + head.n_tokens*sizeof(llama_token)) {
         throw std::runtime_error("the archive is damaged: it has another size");
     }
 
@@ -306,11 +312,17 @@ void llama_memory_qfilter::archive_read(llama_seq_id seq_id, const uint8_t * src
         throw std::runtime_error("the archive is damaged: it begins beyond the sequence");
     }
 
+    const uint8_t * data = src + sizeof(head) + pos.size()*sizeof(llama_pos);
+
+    std::vector<llama_token> tokens(head.n_tokens);
+    if (!tokens.empty()) {
+        memcpy(tokens.data(), data, tokens.size()*sizeof(llama_token));
+        data += tokens.size()*sizeof(llama_token);
+    }
+
     auto & st = streams[seq_id];
 
     st.archive = llama_qfilter_archive();
-
-    const uint8_t * data = src + sizeof(head) + pos.size()*sizeof(llama_pos);
 
     llama_pos block_pos = -1;
     uint8_t * block     = nullptr;
@@ -334,6 +346,7 @@ void llama_memory_qfilter::archive_read(llama_seq_id seq_id, const uint8_t * src
         }
     });
 
+    st.archive.tokens  = std::move(tokens);
     st.archive.pos_min = std::max(st.archive.pos_min, head.pos_min);
     st.incomplete      = head.incomplete;
 }

@@ -285,6 +285,10 @@ llama_memory_context_ptr llama_memory_qfilter::init_batch(llama_batch_allocr & b
         note_question(balloc.get_batch());
 
         error = make_room(balloc.get_batch());
+
+        if (error == 0) {
+            note_tokens(balloc.get_batch());
+        }
     } catch (const std::exception & err) {
         llama_qfilter_note_error(err.what()); // before any row has moved
         error = LLAMA_QFILTER_NO_MEM;

@@ -343,10 +343,12 @@ private:
 
     bool rewind(llama_seq_id seq_id, llama_pos p0);
 
-    // the positions that a question's queries look at most: n_least of them, and up to n_rows that they look at closely
+    // the positions that a question is about, n_rows at most: n_least that its queries look at most, those that they look at
+    // closely, and those around its words
     llama_qfilter_result choose(
             const llama_qfilter_asked & asked, uint32_t n_least, uint32_t n_rows, uint32_t n_window, std::vector<llama_pos> & rows);
 
+    void note_tokens  (const llama_batch & batch);
     void note_question(const llama_batch & batch);
 
     std::unique_ptr<llama_qfilter_asked> end_question();

@@ -101,6 +101,11 @@ public:
     // those that it has in [p0, p1), ascending
     std::vector<llama_pos> positions(llama_pos p0, llama_pos p1) const;
 
+    // LLAMA_TOKEN_NULL: not known
+    llama_token token(llama_pos pos) const { return pos < (llama_pos) tokens.size() ? tokens[pos] : LLAMA_TOKEN_NULL; }
+
+    std::vector<llama_token> tokens; // of all positions that were read, also of those whose rows it does not have yet
+
     uint64_t n = 0; // positions
 
     llama_pos pos_min = 0; // those from the sinks up to it were dropped at the limit

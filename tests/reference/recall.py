@@ -24,6 +24,11 @@ WEIGHT, SHARE = 0.1, 0.7
 its attention to those that it looks at, sinks not counted."""
 LEAST, LEAST_SHARE = 64, 4
 """How many rows come back in any case: 64 or 1 / 4 of them."""
+NEAR = 16, 48
+"""How far around a word of the question rows come back: an eighth of the rows, at least and at most
+these."""
+NEAR_SHARE, NEAR_ROWS = 1 / 3, 2
+"""They come back where this part of what the best place has is near, and are 1 / 2 of the rows."""
 
 
 @dataclass
@@ -80,6 +85,7 @@ class Recall:
     positions: [n] of the archive before the question, ascending
     scores: [n] the largest weights of the same rows, or of those that bring them along
     always: [n] is it a sink or among the newest?
+    near: [n] what of the question's words is near, see `near`
     n_least, n_rows: how many are chosen at least, and at most
     """
 
@@ -87,19 +93,42 @@ class Recall:
     looks: Looks
     scores: np.ndarray
     always: np.ndarray
+    near: np.ndarray
     sinks: int
     n_least: int
     n_rows: int
 
     def choose(self, least: float = WEIGHT, share: float = SHARE) -> np.ndarray:
         """[n] is it chosen?"""
-        age = np.arange(len(self.scores))
-        order = np.lexsort((-age, -self.scores, ~self.always))  # on a tie the newest
+        chosen = self._most_looked_at()
+        # around the question's words
+        chosen[self._near(chosen)[: self._n_near(chosen)]] = True
+        # where a query searches
         looked_at = spread(self.looks.shares(self.sinks, least), self.n_rows) >= share
-        wanted = looked_at[order] | (age < self.n_least)
-        chosen = np.zeros(len(order), bool)
-        chosen[order[wanted][: self.n_rows]] = True
+        more = self._by_looks()
+        more = more[looked_at[more] & ~chosen[more]]
+        chosen[more[: self.n_rows - chosen.sum()]] = True
         return chosen
+
+    def _by_looks(self) -> np.ndarray:
+        """Rows by how they are looked at, on a tie the newest first."""
+        return np.lexsort((-np.arange(len(self.scores)), -self.scores, ~self.always))
+
+    def _most_looked_at(self) -> np.ndarray:
+        chosen = np.zeros(len(self.scores), bool)
+        chosen[self._by_looks()[: self.n_least]] = True
+        return chosen
+
+    def _near(self, chosen) -> np.ndarray:
+        """Rows around the question's words that are not chosen, the best first."""
+        best = self.near[~self.always].max(initial=0)
+        order = self._by_looks()
+        order = order[np.argsort(-self.near[order], kind="stable")]
+        near = (self.near > 0) & (self.near >= np.float32(NEAR_SHARE) * best)
+        return order[near[order] & ~chosen[order]]
+
+    def _n_near(self, chosen) -> int:
+        return min(self.n_rows - chosen.sum(), self.n_rows // NEAR_ROWS)
 
     def doubtful(self, near: float) -> np.ndarray:
         """[n] might it be chosen or not if numbers were different by this part of them?"""
@@ -108,6 +137,12 @@ class Recall:
         for a in (1 - near, 1, 1 + near):
             for b in (1 - near, 1, 1 + near):
                 doubtful |= self.choose(WEIGHT * a, SHARE * b) != chosen
+        first = self._most_looked_at()
+        others, n_near = self._near(first), self._n_near(first)
+        if n_near < len(others):  # among equal words scores decide
+            last = self.near[others[n_near]]
+            at = others[self.near[others] == last]
+            doubtful[at] |= np.abs(np.log(self.scores[at] / self.scores[others[n_near]])) < near
         # scores near those at which it stops, but for one that all of them have
         ranked = np.sort(self.scores[~self.always])[::-1]
         n_always = self.always.sum()
@@ -148,17 +183,41 @@ def spread(weights: np.ndarray, n_rows: int) -> np.ndarray:
     )
 
 
+def word(piece: bytes) -> bytes:
+    """What a token is searched by; b"" for one that a text can't be searched for."""
+    piece = b"".join(piece.split()).lower()
+    return piece if any(c >= 0x80 or chr(c).isalnum() for c in piece) else b""
+
+
+def near(words: list[bytes], asked: list[bytes], n_near: int) -> np.ndarray:
+    """[n] for each of the words the inverse document frequencies of the different words of the
+    question, `asked`, of which one is at most n_near words away; float32."""
+    words, blocks = np.array(words, object), np.arange(len(words)) // (2 * n_near)
+    n_blocks, result = len(set(blocks)), np.zeros(len(words), np.float32)
+    for one in dict.fromkeys(asked):
+        at = np.flatnonzero(words == one) if one else np.array([], int)
+        n_with = len(set(blocks[at]))
+        idf = np.float32(np.log(1 + (n_blocks - n_with + 0.5) / (n_with + 0.5)))
+        close = np.zeros(len(words), bool)
+        for i in at:
+            close[max(0, i - n_near) : i + n_near + 1] = True
+        result[close] += idf
+    return result
+
+
 def choose(
     question: Question,
     keys: list[torch.Tensor],
     positions: np.ndarray,
+    words: list[bytes],
     n_rows: int,
     sinks: int,
     window_length: int,
 ) -> Recall:
     """Which rows the question wants to have, at most n_rows.
 
-    keys: for each layer [n_head_kv, n, head_dim], of all rows before the question; positions: [n].
+    keys: for each layer [n_head_kv, n, head_dim], of all rows before the question; positions: [n];
+    words: of all positions, the question's behind the others.
     """
     weights, found, n_queries = np.zeros(len(positions)), [], 0
     for queries in question.queries:
@@ -167,6 +226,7 @@ def choose(
         found.append((query + n_queries, row, weight))
         n_queries += queries.q.shape[0] * queries.q.shape[1]
     looks = Looks(weights, *(np.concatenate(part) for part in zip(*found, strict=True)))
+    n_near = int(np.clip(n_rows // 8, *NEAR))
     newest = min(window_length, NEWEST, (n_rows - sinks) // NEWEST_SHARE)
     age = np.arange(len(weights))
     return Recall(
@@ -174,6 +234,7 @@ def choose(
         looks,
         spread(weights, n_rows),
         (age < sinks) | (age >= len(age) - newest),
+        near([words[p] for p in positions], words[question.start :], n_near),
         sinks,
         min(n_rows, sinks + newest + max(LEAST, n_rows // LEAST_SHARE)),
         n_rows,
@@ -206,11 +267,11 @@ class Archived(BoundedCache):
             n = int((positions < start).sum())
             self.archive[layer] = k[:, :n], v[:, :n], positions[:n]
 
-    def choose(self, question: Question, n_rows: int) -> Recall:
+    def choose(self, question: Question, words: list[bytes], n_rows: int) -> Recall:
         """See `choose`. The question's own rows leave the archive."""
         self.cut(question.start)
         keys, positions = [k for k, *_ in self.archive], self.archive[0][2].numpy()
-        return choose(question, keys, positions, n_rows, self.sinks, self.window_length)
+        return choose(question, keys, positions, words, n_rows, self.sinks, self.window_length)
 
     def recall(self, question: Question, positions: np.ndarray) -> None:
         """Go on where the question began, with the rows of these positions [n_layer, n_head_kv, n]."""
