@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qfllama.commands.console import MIB, dies_of_ctrl_c, erase_progress, show_progress
+from qfllama.commands.console import MIB, dies_of_ctrl_c
 from qfllama.commands.opening import open_model, read_document
 from qfllama.commands.options import IN_FILE, OUT_FILE, model_argument, option
 from qfllama.config import QFilterConfig, QFilterError
+from qfllama.progress import progress
 
 if TYPE_CHECKING:
     from qfllama import Llama
@@ -82,38 +83,30 @@ def check_room(document: Path | str, n_tokens: int, n_ctx: int) -> None:
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """A failure of the engine within is an error in one line; a progress that was shown goes."""
+    """A failure of the engine within is an error in one line."""
     try:
         yield
     except RuntimeError as error:
         raise QFilterError(f"the engine failed ({error}); --verbose shows its log") from error
-    finally:
-        erase_progress()
 
 
 def read(llm: Llama, tokens: list[int]) -> float:
-    """Read the document, with its progress on a terminal; the seconds that it took."""
+    """Read the document; the seconds that it took."""
     start = time.perf_counter()
-    with reading():
+    with reading(), progress("reading", len(tokens)) as bar:
         for done in range(0, len(tokens), llm.n_batch):
-            show_progress(done, len(tokens))
-            llm.eval(tokens[done : done + llm.n_batch])
+            part = tokens[done : done + llm.n_batch]
+            llm.eval(part)
+            bar.update(len(part))
     return time.perf_counter() - start
 
 
 def compress(llm: Llama, n_cells: int, score: str) -> tuple[int, int]:
-    """Compress what was read, with the progress of a replay on a terminal; cells before and after."""
+    """Compress what was read; cells before and after."""
     if score == "policy":
         return llm.compress(max_length=n_cells)
-    done, total = 0, llm.n_tokens
-
-    def progress(n: int) -> None:
-        nonlocal done
-        done += n
-        show_progress(done, total)
-
-    with reading():
-        return llm.compress(max_length=n_cells, score=score, progress=progress)
+    with reading(), progress("reading again", llm.n_tokens) as bar:
+        return llm.compress(max_length=n_cells, score=score, progress=bar.update)
 
 
 @click.command("compress")

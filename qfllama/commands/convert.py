@@ -123,9 +123,8 @@ def command(src, output, filters, quantize, outtype, force, **calibration):
         raise click.UsageError("--text and --dataset exclude each other; give one of them")
     if filters not in (None, "learned"):
         _refuse_calibration(calibration)
-    bars = sys.stderr.isatty()
-    if not bars:
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other packages
     from qfllama.convert import pipeline
 
     if output.endswith(("/", os.sep)):  # a path object does without
@@ -140,7 +139,7 @@ def command(src, output, filters, quantize, outtype, force, **calibration):
             outtype=outtype,
             force=force,
             note=lambda line: click.echo(line, err=True),
-            bars=bars,
+            bars=True,
         )
     _print(summary)
 
