@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +35,8 @@ BACKENDS = ("torch", "llama")
 HELD_OUT = 5
 """One of so many sequences is held out to measure the fit on."""
 DTYPES = {"filters": np.float32, "queries": np.float32, "moments": np.float16}
+NUM_SEQUENCES, LEARNED_SEQUENCES = 6, 20
+"""Sequences that are read if nobody says how many; learned filters need texts of three kinds."""
 LEARNED = "learned"
 """For `filters`: calibrate learned filters, too, and find out whether they are better."""
 
@@ -45,12 +47,13 @@ class Calibration:
 
     Texts: files, else a dataset NAME[:config], else built in. column: of the dataset, or the field
     of a .jsonl file. strict: refuse to make do with less text than asked for.
+    num_sequences: None for NUM_SEQUENCES
     backend: what runs the model, one of BACKENDS; by default torch for a checkpoint and llama for
     a GGUF. n_gpu_layers: of the backend llama, see engine.Model
     rank: of the second moments (policy qfilters2), 0 for none"""
 
     max_seq_len: int = 2048
-    num_sequences: int = 20
+    num_sequences: int | None = None
     num_samples: int = 3000
     seed: int = 0
     text_files: tuple[str, ...] = ()
@@ -98,6 +101,9 @@ def convert(
     started = time.monotonic()
     out, note = Path(out), note or (lambda line: None)
     learn = filters == LEARNED
+    if calibration.num_sequences is None:
+        default = LEARNED_SEQUENCES if learn else NUM_SEQUENCES
+        calibration = replace(calibration, num_sequences=default)
     if learn and calibration.num_sequences < HELD_OUT:
         raise QFilterError(f"--filters learned needs --num-sequences {HELD_OUT} or more")
     filters = None if learn else filters

@@ -51,10 +51,8 @@ from .options import option
 )
 @click.option(
     "--num-sequences",
-    default=20,
-    show_default=True,
     type=click.IntRange(1),
-    help="Calibration sequences.",
+    help="Calibration sequences.  [default: 6, with --filters learned 20]",
 )
 @click.option(
     "--num-samples",
