@@ -89,12 +89,14 @@ def command(model, json_file, image, **options):
         from qfllama.bench.measure import Engines
         from qfllama.bench.plan import make_plan
         from qfllama.bench.report import draw, tables
+        from qfllama.engine import Model
         from qfllama.figures import figure_class, save_figure
         from qfllama.files import plain, write_json
         from qfllama.progress import progress
         from qfllama.schema import read
         from qfllama.shape import model_shape
 
+        Model.check_supported(model)
         n_ctx_train = model_shape(model).n_ctx_train
         options["policy"] = options["policy"] or QFilterConfig().for_file(read(model)).policy
         plan, notes = make_plan(n_ctx_train, **options)

@@ -162,9 +162,11 @@ def command(
         raise click.UsageError(f"--ratio {ratio} is not a finite number; 8 keeps an eighth")
     text = read_document(document)
     with dies_of_ctrl_c():
+        from qfllama.engine import Model
         from qfllama.files import check_target
         from qfllama.shape import model_shape
 
+        Model.check_supported(model)
         check_target(model, output, force=force, whole=True)
         if output.exists() and output.samefile(document):
             raise QFilterError(f"{output} is the document itself: give another output file")

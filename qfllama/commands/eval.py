@@ -244,6 +244,7 @@ def questions_command(questions_file, names, setting, max_tokens, plain, **chose
     how = {"plain": plain, "max_tokens": max_tokens}
     sources = questions.read(questions_file)
     with Model.from_header(chosen["path"]) as header:
+        header.evicting_layers()
         documents = questions.documents(header, sources, names=names, **how)
     asking = questions.asking(**how)
     text = questions.identity(questions_file, sources)

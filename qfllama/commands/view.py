@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from qfllama.commands.compress import check_room, need_text, read, reading
-from qfllama.commands.console import MIB, dies_of_ctrl_c, note, show_progress
+from qfllama.commands.console import MIB, dies_of_ctrl_c, note
 from qfllama.commands.opening import bound, open_model, read_document, types_of
 from qfllama.commands.options import IN_FILE, OUT_FILE, option
 from qfllama.config import QFilterError
@@ -69,7 +69,7 @@ def fill(llm, *, state: Path | None, text: str | None, system: str | None, quest
         return None
     before = kept(llm)
     with reading():
-        for _ in chat.ask(question, max_tokens=1, temp=0, progress=show_progress):
+        for _ in chat.ask(question, max_tokens=1, temp=0):
             pass  # the first token of the answer, which is not read
     return before
 
