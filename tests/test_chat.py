@@ -608,6 +608,18 @@ def start_piped(model, *args):
     )
 
 
+def test_an_interrupt_while_the_command_is_imported_is_quiet(tmp_path):
+    (tmp_path / "click.py").write_text("raise KeyboardInterrupt\n")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    process = subprocess.run(
+        [sys.executable, "-m", "qfllama", "plan", "model.gguf"],
+        check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "")
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert '\nqfllama = "qfllama.__main__:main"\n' in project
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_an_interrupt_while_the_model_is_loaded_is_not_lost(smollm2):
     process = start_piped(smollm2, "--max-tokens", "200", "--prompt", COUNT)
