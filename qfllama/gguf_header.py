@@ -118,7 +118,7 @@ def scan(path) -> Header:
         at = os.stat(path)
         _check_regular(path, at.st_mode)
     except OSError as error:
-        raise QFilterError(f"cannot read {path}: {error.strerror}") from None
+        raise unreadable(path, error) from None
     if time.time_ns() - at.st_mtime_ns < SETTLED_NS:
         return _read(path)
     return _remembered(path, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns)
@@ -140,11 +140,18 @@ def _read(path) -> Header:
                 _check_complete(path, header, len(buf))
                 return header
     except OSError as error:
-        raise QFilterError(f"cannot read {path}: {error.strerror}") from None
+        raise unreadable(path, error) from None
     except (struct.error, OverflowError, UnicodeDecodeError):
         raise QFilterError(
             f"{path}: the header is truncated or damaged; download or copy the file again"
         ) from None
+
+
+def unreadable(path, error: OSError) -> QFilterError:
+    """What to say about a model that can't be opened."""
+    if isinstance(error, FileNotFoundError):
+        return QFilterError(f"{path} does not exist; check the path of the model")
+    return QFilterError(f"cannot read {path}: {error.strerror}")
 
 
 def _check_regular(path, mode):

@@ -114,9 +114,10 @@ class Llama(Compressing, Recalling, SavedStates):
             raise QFilterError("draft_model can't be used with qfilters: leave one of them out")
         if not kwargs.setdefault("flash_attn", True):
             raise QFilterError("qfilters needs Flash Attention: leave out flash_attn=False")
-        if not os.path.isfile(model_path):
-            raise QFilterError(f"{model_path} is not a file: check the path")
-        n_ctx = kwargs["n_ctx"] or model_shape(model_path).n_ctx_train
+        n_ctx = model_shape(
+            model_path
+        ).n_ctx_train  # has a clear word about a file that is no model
+        n_ctx = kwargs["n_ctx"] or n_ctx
         if config.max_length < n_ctx:
             if kwargs.setdefault("n_batch", config.interval) > config.interval:
                 raise QFilterError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qfllama.commands.console import note, note_offload
-from qfllama.commands.options import IN_FILE, OUT_FILE, CommaList, option
+from qfllama.commands.options import IN_FILE, OUT_FILE, CommaList, ModelFile, option
 from qfllama.config import CALIBRATED, POLICIES, QFilterConfig, QFilterError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FULL, REPLAY = "full", "replay"
 RATIOS = (2.0, 4.0, 8.0)
 OPTIONS = {
-    "path": click.argument("path", metavar="MODEL", type=IN_FILE),
+    "path": click.argument("path", metavar="MODEL", type=ModelFile()),
     "policy": option(
         "policy", type=CommaList(choices=(FULL, *POLICIES, REPLAY)),
         help=f"Any of {', '.join((FULL, *POLICIES, REPLAY))}.  [default: all that the file "

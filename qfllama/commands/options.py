@@ -15,6 +15,20 @@ IN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 OUT_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
+class ModelFile(click.Path):
+    """A GGUF file, with the same words in every command if it is none or isn't there."""
+
+    def __init__(self):
+        super().__init__(path_type=Path)
+
+    def convert(self, value, param, ctx) -> Path:
+        from qfllama.gguf_header import scan
+
+        path = super().convert(value, param, ctx)
+        scan(path)
+        return path
+
+
 class CommaList(click.ParamType):
     """Values with commas between them, each once, as a tuple.
 
@@ -218,4 +232,4 @@ def option(name: str, **changes):
 
 def model_argument(command):
     """MODEL, a GGUF file."""
-    return click.argument("model", type=IN_FILE)(command)
+    return click.argument("model", type=ModelFile())(command)

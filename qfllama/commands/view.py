@@ -9,16 +9,20 @@ import click
 from qfllama.commands.compress import check_room, need_text, read, reading
 from qfllama.commands.console import MIB, dies_of_ctrl_c, note
 from qfllama.commands.opening import bound, open_model, read_document, types_of
-from qfllama.commands.options import IN_FILE, OUT_FILE, option
+from qfllama.commands.options import IN_FILE, OUT_FILE, ModelFile, option
 from qfllama.config import QFilterError
 
 
 def is_state(path: Path) -> bool:
-    """Is it a file of `qfllama compress`?"""
+    """Is it a file of `qfllama compress`? QFilterError if it can't be read."""
+    from qfllama.gguf_header import unreadable
     from qfllama.state import MAGIC
 
-    with open(path, "rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def sort_inputs(source: Path, model: Path | None, document: Path | None) -> tuple[Path, Path]:
@@ -75,8 +79,8 @@ def fill(llm, *, state: Path | None, text: str | None, system: str | None, quest
 
 
 @click.command("view")
-@click.argument("source", metavar="SOURCE", type=IN_FILE)
-@click.argument("model", required=False, type=IN_FILE)
+@click.argument("source", metavar="SOURCE", type=click.Path(path_type=Path))
+@click.argument("model", required=False, type=ModelFile())
 @click.option("--file", "document", type=IN_FILE, help="The text that SOURCE reads, UTF-8.")
 @click.option("--question", help="Ask this about it, and show what the cache holds then.")
 @click.option("-o", "--output", required=True, type=OUT_FILE, metavar="OUT.html",
