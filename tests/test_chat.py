@@ -519,6 +519,17 @@ def test_a_prompt_beyond_n_ctx_is_one_line(smollm2):
     assert_one_line(process, "--n-ctx")
 
 
+@pytest.mark.parametrize("cache", [STREAMING, ["--full"], ["--policy", "streaming"]])
+def test_positions_beyond_the_training_are_said_in_one_line(smollm2, cache):
+    for n_ctx, said in ((8448, 1), (8192, 0)):
+        process = run(
+            "chat", smollm2, *cache, "--n-ctx", n_ctx, "--prompt", "Hi", "--max-tokens", 1
+        )
+        assert process.returncode == 0, process.stderr
+        assert process.stderr.count("trained for 8,192") == said
+        assert process.stderr.count("\n") == said + 1  # the status
+
+
 def test_too_little_memory_is_one_line(smollm2):
     process = subprocess.run(
         [QFLLAMA, "chat", str(smollm2), *STREAMING, "--n-ctx", str(2**30), "--prompt", "Hi"],

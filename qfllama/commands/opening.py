@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qfllama.commands.console import note, note_offload
-from qfllama.config import QFilterConfig, QFilterError, QFilterWarning
+from qfllama.config import BoundsNothing, QFilterConfig, QFilterError, QFilterWarning
 
 if TYPE_CHECKING:
     from qfllama import Llama
@@ -45,6 +45,8 @@ def open_model(
     try:
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always", QFilterWarning)
+            if may_be_whole:
+                warnings.simplefilter("ignore", BoundsNothing)
             llm = Llama(str(model), qfilters=config, flash_attn=True, **kwargs)
     except QFilterError:
         raise
@@ -56,7 +58,7 @@ def open_model(
         raise QFilterError(
             f"{model}: llama.cpp can't use this file ({error}); --verbose shows its log"
         ) from error
-    for warning in [] if may_be_whole else found:
+    for warning in found:
         note(f"note: {warning.message}")
     note_offload(llm.offload)
     return llm
