@@ -516,7 +516,18 @@ def test_a_document_that_is_not_text_is_one_line(smollm2):
 
 def test_a_prompt_beyond_n_ctx_is_one_line(smollm2):
     process = run("chat", smollm2, *STREAMING, "--n-ctx", 512, "--prompt", "word " * 1000)
-    assert_one_line(process, "--n-ctx")
+    assert_one_line(process, "--n-ctx", "shorten it")
+    assert "/reset" not in process.stderr
+
+
+def test_nothing_to_say_is_one_line(smollm2, tmp_path):
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    for words in (["--prompt", ""], ["--prompt", " "]):
+        assert_one_line(run("chat", smollm2, *STREAMING, *words), "--prompt is empty")
+    for command in (["chat", "--prompt", "Hi"], ["compress", "-o", tmp_path / "out"]):
+        name, *more = command
+        process = run(name, smollm2, *more, "--file", tmp_path / "blank.txt")
+        assert_one_line(process, "blank.txt is empty")
 
 
 @pytest.mark.parametrize("cache", [STREAMING, ["--full"], ["--policy", "streaming"]])

@@ -92,7 +92,7 @@ def test_a_model_that_is_not_there_has_the_same_line_in_every_command(words):
     more = ["-o", "out", "--file", __file__] if command == "view" else more
     result = CliRunner().invoke(main, [command, *more, "nothing.gguf"])
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "qfllama: nothing.gguf does not exist; check the path of the model\n"
+    assert result.stderr == "qfllama: nothing.gguf does not exist; check the path\n"
 
 
 @pytest.mark.parametrize(

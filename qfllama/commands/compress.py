@@ -27,7 +27,6 @@ def document_tokens(model: Path, system: str | None, document: str) -> tuple[lis
     the document."""
     from qfllama import Conversation, engine_log
 
-    need_text(document)
     with engine_log.errors():  # a context without a model behind it warns about its length
         tokenizer = open_model(model, None, vocab_only=True, verbose=False)
     try:
@@ -56,20 +55,21 @@ def cache_config(
 
     wanted = min(n_tokens, cells_wanted(n_tokens, ratio, max_length))
     if wanted < sinks + max(1, window):
+        if n_tokens <= sinks + max(1, window):
+            raise QFilterError(
+                f"the document has {n_tokens:,} tokens, and the first {sinks} and the last "
+                f"{max(1, window)} are always kept: there is nothing to compress, use `qfllama chat "
+                "--file`, or a smaller --window-length"
+            )
         raise QFilterError(
-            f"{wanted} of {n_tokens:,} cells can't hold {sinks} sinks and a window of {window}: "
-            "keep more with --ratio or --max-length, or use a smaller --window-length"
+            f"{wanted:,} of the document's {n_tokens:,} tokens would be kept, but the first {sinks} and "
+            f"the last {max(1, window)} always are: keep more with a smaller --ratio or a larger "
+            "--max-length, or use a smaller --window-length"
         )
     interval = 512  # nothing is evicted while the document is read: the size of a batch
     length = max(n_tokens + n_more, sinks + max(1, window) + interval)
     chosen = {"policy": policy} if policy else {}
     return QFilterConfig(length, window, sinks, interval, **chosen), wanted
-
-
-def need_text(document: str) -> None:
-    """QFilterError if there is nothing to read."""
-    if not document.strip():
-        raise QFilterError("the document is empty: give one with text in it")
 
 
 def check_room(document: Path | str, n_tokens: int, n_ctx: int) -> None:

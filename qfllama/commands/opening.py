@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 
 
 def read_document(path: Path | None) -> str | None:
-    """The text of --file."""
+    """The text of --file. QFilterError if there is none in it."""
     if path is None:
         return None
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise QFilterError(f"{path}: not a UTF-8 text: convert it to plain text first") from error
+    if not text.strip():
+        raise QFilterError(f"{path} is empty: give a file with text in it")
+    return text
 
 
 def open_model(

@@ -16,16 +16,16 @@ OUT_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 class ModelFile(click.Path):
-    """A GGUF file, with the same words in every command if it is none or isn't there."""
+    """The file of a model, with the same words in every command if it isn't there."""
 
     def __init__(self):
         super().__init__(path_type=Path)
 
     def convert(self, value, param, ctx) -> Path:
-        from qfllama.gguf_header import scan
+        from qfllama.gguf_header import status
 
         path = super().convert(value, param, ctx)
-        scan(path)
+        status(path)
         return path
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qfllama.commands.compress import check_room, need_text, read, reading
+from qfllama.commands.compress import check_room, read, reading
 from qfllama.commands.console import MIB, dies_of_ctrl_c, note
 from qfllama.commands.opening import bound, open_model, read_document, types_of
 from qfllama.commands.options import IN_FILE, OUT_FILE, ModelFile, option
@@ -14,15 +14,13 @@ from qfllama.config import QFilterError
 
 
 def is_state(path: Path) -> bool:
-    """Is it a file of `qfllama compress`? QFilterError if it can't be read."""
-    from qfllama.gguf_header import unreadable
+    """Is it a file of `qfllama compress`? QFilterError if it is no file."""
+    from qfllama.gguf_header import status
     from qfllama.state import MAGIC
 
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError as error:
-        raise unreadable(path, error) from None
+    status(path)
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def sort_inputs(source: Path, model: Path | None, document: Path | None) -> tuple[Path, Path]:
@@ -120,8 +118,6 @@ def command(
         state = shown if document is None else None
         if state is not None and system is not None:
             raise QFilterError(f"{state} has its own system prompt: leave out --system")
-        if text is not None:
-            need_text(text)
         check_outputs(model, shown, output, json_file, force=force)
         saved = read_prompt(state, header_only=True) if state is not None else None
         type_k, type_v = types_of(saved, type_k, type_v)
