@@ -110,8 +110,9 @@ class LlamaModel:
         """See native_model.Ropes.back; the queries in the layout of this route."""
         return self._ropes.back(layer, positions, queries)
 
-    def read(self, tokens: list[int], observe) -> None:
-        """Run one sequence from an empty cache; observe(Attention) at every attention layer."""
+    def read(self, tokens: list[int], observe, progress=lambda n: None) -> None:
+        """Run one sequence from an empty cache; observe(Attention) at every attention layer,
+        progress(tokens) after every batch."""
         llama_cpp.llama_memory_clear(self._context.memory, False)
         for start in range(0, len(tokens), N_BATCH):
             self._observe, self._start = observe, start
@@ -122,6 +123,7 @@ class LlamaModel:
                 # Ctrl-C may come before submit returns: what it began has ended when this has
                 native_model.finish(self._thread.submit(int))
                 raise
+            progress(len(tokens[start : start + N_BATCH]))
 
     def _decode(self, tokens, start):
         self._context.fill([(0, start, tokens, 0)])

@@ -84,10 +84,10 @@ class TorchModel:
             self._open = stack.pop_all()
             return ropes
 
-    def read(self, tokens: list[int], observe) -> None:
+    def read(self, tokens: list[int], observe, progress=lambda n: None) -> None:
         """Run the model over one sequence from its start and call observe(Attention) for every
-        attention layer, in order. A layer that attends the keys of another one is an additional
-        call of that one."""
+        attention layer, in order, then progress(tokens). A layer that attends the keys of another
+        one is an additional call of that one."""
         calls = 0
 
         def take(layer, query, key, scale):
@@ -105,6 +105,7 @@ class TorchModel:
                 f"transformers' {type(self.model).__name__} hides its attention; "
                 "use `--backend llama`"
             )
+        progress(len(tokens))
 
     def to_cached(self, vectors: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Layer -> [..., head_dim] in the model's head layout, brought into that of llama.cpp's

@@ -297,7 +297,6 @@ def calibrate(model, output_weights, layers, sequences, n_held_out: int, progres
     for i, tokens in enumerate(sequences):
         start = len(tokens) + len(request)
         seen = Repetition(model, norms, layers, len(tokens), start)
-        model.read(tokens + request + tokens, seen.add)
+        model.read(tokens + request + tokens, seen.add, progress)
         (fitted if i < n_first else held_out).add(seen.rows, seen.worth)
-        progress(start + len(tokens))
     return solve(fitted, held_out)

@@ -6,17 +6,18 @@ import shutil
 import tempfile
 import time
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from .. import __version__, gguf_copy, schema
 from ..config import QFilterError
 from ..files import check_space, check_target
 from ..filters import Filters
 from ..fit import fit
+from ..progress import progress
 from ..shape import model_shape
 from . import (
     calibrate,
@@ -34,6 +35,8 @@ BACKENDS = ("torch", "llama")
 HELD_OUT = 5
 """One of so many sequences is held out to measure the fit on."""
 DTYPES = {"filters": np.float32, "queries": np.float32, "moments": np.float16}
+NUM_SEQUENCES, LEARNED_SEQUENCES = 6, 20
+"""Sequences that are read if nobody says how many; learned filters need texts of three kinds."""
 LEARNED = "learned"
 """For `filters`: calibrate learned filters, too, and find out whether they are better."""
 
@@ -44,12 +47,13 @@ class Calibration:
 
     Texts: files, else a dataset NAME[:config], else built in. column: of the dataset, or the field
     of a .jsonl file. strict: refuse to make do with less text than asked for.
+    num_sequences: None for NUM_SEQUENCES
     backend: what runs the model, one of BACKENDS; by default torch for a checkpoint and llama for
     a GGUF. n_gpu_layers: of the backend llama, see engine.Model
     rank: of the second moments (policy qfilters2), 0 for none"""
 
     max_seq_len: int = 2048
-    num_sequences: int = 20
+    num_sequences: int | None = None
     num_samples: int = 3000
     seed: int = 0
     text_files: tuple[str, ...] = ()
@@ -92,21 +96,24 @@ def convert(
     quantize: llama.cpp's name of a quantization for OUT, or None to leave the weights as they are
     outtype: type of the GGUF that upstream's converter makes of a checkpoint
     force: replace OUT, and filters that SRC has already
-    note: called with lines for the user; bars: show progress bars on stderr
+    note: called with lines for the user; bars: show progress on stderr
     Raises QFilterError for anything that a user can put right."""
     started = time.monotonic()
     out, note = Path(out), note or (lambda line: None)
     learn = filters == LEARNED
+    if calibration.num_sequences is None:
+        default = LEARNED_SEQUENCES if learn else NUM_SEQUENCES
+        calibration = replace(calibration, num_sequences=default)
     if learn and calibration.num_sequences < HELD_OUT:
         raise QFilterError(f"--filters learned needs --num-sequences {HELD_OUT} or more")
     filters = None if learn else filters
     path, backend, texts = _check(src, out, calibration, filters, quantize, outtype, force)
-    progress = _Bars(bars)
+    bar = partial(progress, shown=bars)
     with _workspace(out) as folder:
         full = path
         if path.is_dir():
             full = Path(folder) / "model.gguf"
-            with progress.bytes("llama.cpp's converter") as at:
+            with _bytes(bar("llama.cpp's converter")) as at:
                 export.checkpoint_to_gguf(path, full, outtype, at)
             source.check_gguf(full)
             native_model.evicting_layers(full)
@@ -114,13 +121,13 @@ def convert(
         gguf = full
         if quantize and export.needs_quantizing(full, quantize):
             gguf = Path(folder) / "quantized.gguf"
-            with progress.bytes(f"quantizing to {quantize}") as at:
+            with _bytes(bar(f"quantizing to {quantize}")) as at:
                 export.quantize(full, gguf, quantize, at)
         if found is None:
             # torch compares weights, so it gets the unquantized ones; llama runs what users will
             model = _Model(path, full if backend == "torch" else gguf, backend, calibration)
-            found = _calibrated(model, calibration, texts, note, progress, learn)
-        with progress.bytes(f"writing {out.name}") as at:
+            found = _calibrated(model, calibration, texts, note, bar, learn)
+        with _bytes(bar(f"writing {out.name}")) as at:
             outputs = gguf_copy.write(gguf, out, found, force=force, progress=at)
     n_bytes = sum(file.stat().st_size for file in outputs)
     return Summary(outputs, n_bytes, found, time.monotonic() - started)
@@ -190,20 +197,20 @@ class _Model:
         return closing(TorchModel(self.path, self.gguf, n_ctx))
 
 
-def _calibrated(model, calibration, texts, note, progress, learn):
+def _calibrated(model, calibration, texts, note, bar, learn):
     """Filters for a model, with their provenance and how well they fit. learn: learned ones, too"""
     sequences = _sequences(model.gguf, calibration, texts, note)
     lengths = [len(tokens) for tokens in sequences]
     layers = native_model.evicting_layers(model.gguf)
     n_held_out = held_out(len(sequences))
     with (
-        progress("reading calibration text", sum(lengths), " tokens") as bar,
+        bar("reading calibration text", sum(lengths)) as reading,
         model.opened(max(lengths)) as running,
     ):
         choice = getattr(running, "offload", None)
         if choice is not None and choice.auto and choice.total is not None:
             note(str(choice))
-        vectors, quality, n_samples = _run(running, layers, sequences, calibration, bar.update)
+        vectors, quality, n_samples = _run(running, layers, sequences, calibration, reading.update)
     layers = sorted(vectors["filters"])
     vectors = {
         kind: {il: by_layer[il].astype(DTYPES[kind]) for il in layers if il in by_layer}
@@ -215,8 +222,8 @@ def _calibrated(model, calibration, texts, note, progress, learn):
             f"warning: only {n_samples} queries per head, fewer than a head's {head_dim} "
             "dimensions: the filters are hardly determined; use more --num-samples or text"
         )
-    with progress("hashing the model", source.n_bytes(model.path), "B") as bar:
-        sha256 = source.digest(model.path, bar.update)
+    with bar("hashing the model", source.n_bytes(model.path)) as hashing:
+        sha256 = source.digest(model.path, hashing.update)
     provenance = {
         "text": ", ".join(t.name for t in texts),
         "sequences": len(sequences),
@@ -238,7 +245,7 @@ def _calibrated(model, calibration, texts, note, progress, learn):
     layout = native_model.rope_layout(model.gguf)
     filters = Filters(vectors, provenance, quality, layout)
     if learn:
-        _learn(model, calibration, sequences, filters, note, progress)
+        _learn(model, calibration, sequences, filters, note, bar)
     if not quality:
         note("one sequence only: nothing is held out to measure how well the filters fit")
     elif fit(filters).verdict == "poor":
@@ -246,13 +253,18 @@ def _calibrated(model, calibration, texts, note, progress, learn):
     return filters
 
 
-def _learn(model, calibration, sequences, filters, note, progress):
+def _learn(model, calibration, sequences, filters, note, bar):
     """Add learned filters, and the policy that is best in a test."""
     texts = learned.texts(model.gguf, sequences, calibration.num_sequences, calibration.seed)
     n_tokens = sum(map(learned.n_read, texts))
-    with progress("reading texts twice", n_tokens, " tokens") as bar:
+    with bar("reading texts twice", n_tokens) as reading:
         explained = learned.add(
-            filters, model.gguf, texts, held_out(len(texts)), calibration.n_gpu_layers, bar.update
+            filters,
+            model.gguf,
+            texts,
+            held_out(len(texts)),
+            calibration.n_gpu_layers,
+            reading.update,
         )
     losses = learned.compare(model.gguf, filters, calibration.n_gpu_layers, calibration.seed)
     filters.policy = min(losses, key=losses.get)
@@ -313,8 +325,7 @@ def _run(model, layers, sequences, calibration, progress):
                     if before is not None:
                         queries.add(call.layer, before)
 
-        model.read(tokens, take)
-        progress(len(tokens))
+        model.read(tokens, take, progress)
     directions = moments.directions()
     filters = {
         layer: calibrate.group_mean(v1, n_head_kv[layer]) for layer, v1 in directions.items()
@@ -322,9 +333,8 @@ def _run(model, layers, sequences, calibration, progress):
     means = moments.means()
     meter = measure.Fit(directions, means, filters)
     for tokens in last:
-        model.read(tokens, meter.add)
+        model.read(tokens, meter.add, progress)
         meter.end_sequence()
-        progress(len(tokens))
     quality = meter.figures() if last else {}
     n_samples = sum(map(len, positions))
     vectors = {"filters": model.to_cached(filters), "queries": queries.means()}
@@ -333,30 +343,13 @@ def _run(model, layers, sequences, calibration, progress):
     return vectors, quality, n_samples
 
 
-class _Bars:
-    """Progress bars on stderr, or none."""
+@contextmanager
+def _bytes(bar):
+    """What is called with the bytes done so far, and with all of them where that is known."""
 
-    def __init__(self, shown):
-        self.shown = shown
+    def at(done, total=None):
+        bar.total = total
+        bar.update(done - bar.n)
 
-    def __call__(self, title, total, unit):
-        return tqdm(total=total, desc=title, unit=unit, unit_scale=True, disable=not self.shown)
-
-    def bytes(self, title):
-        """A bar that is called with the bytes done so far, and in all where that is known."""
-        return _BytesDone(self(title, None, "B"))
-
-
-class _BytesDone:
-    def __init__(self, bar):
-        self.bar = bar
-
-    def __enter__(self):
-        return self
-
-    def __call__(self, done, total=None):
-        self.bar.total = total
-        self.bar.update(done - self.bar.n)
-
-    def __exit__(self, *_):
-        self.bar.close()
+    with bar:
+        yield at

@@ -1,7 +1,7 @@
 """LangChain with `qfllama serve`: a chat about a document that is longer than the cache.
 
     pip install langchain-openai
-    qfllama serve model-qf.gguf --n-ctx 32768 --max-length 2048
+    qfllama serve model-qf.gguf --max-length 2048
     python langchain_chat.py http://127.0.0.1:8080 book.txt "Who is Ada?" "Where does she live?"
 
 The history only grows, and nothing of it is cut off. The line after each answer says how long the

@@ -1,7 +1,7 @@
 """llama-cpp-python's own server with a cache of 2,048 cells.
 
     pip install '.[examples]'   # from a clone, after `pip install ./patches`
-    python llama_cpp_server.py model-qf.gguf 2048 --n_ctx 32768 --port 8000
+    python llama_cpp_server.py model-qf.gguf 2048 --n_ctx 8192 --port 8000
 
 The options after these two are those of `python -m llama_cpp.server`. It serves one conversation at
 a time; for several at once, and for `timings`, use `qfllama serve`.

@@ -1,7 +1,7 @@
 """LlamaIndex with `qfllama serve`: a chat about a document that is longer than the cache.
 
     pip install llama-index-llms-openai-like
-    qfllama serve model-qf.gguf --n-ctx 32768 --max-length 2048
+    qfllama serve model-qf.gguf --max-length 2048
     python llamaindex_chat.py http://127.0.0.1:8080 book.txt "Who is Ada?" "Where does she live?"
 
 There is no index and no embedding: the whole document is in the prompt. The line after each answer

@@ -1,7 +1,7 @@
 """OpenAI's package with `qfllama serve`: questions about a document that is longer than the cache.
 
     pip install openai
-    qfllama serve model-qf.gguf --n-ctx 32768 --max-length 2048
+    qfllama serve model-qf.gguf --max-length 2048
     python openai_client.py http://127.0.0.1:8080 book.txt "Who is Ada?" "Where does she live?"
 
 Each answer comes piece by piece. The line after it is from the server's `timings`: only the first

@@ -12,6 +12,7 @@ import sys
 
 import click
 
+from qfllama.commands.console import need_command
 from qfllama.config import EngineError, QFilterError
 from qfllama.terminal import escaped
 
@@ -89,6 +90,4 @@ class LazyGroup(click.Group):
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """Chat with a GGUF model in a KV cache that doesn't grow."""
-    if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help(), err=True)
-        ctx.exit(2)
+    need_command(ctx)

@@ -32,6 +32,10 @@ class QFilterWarning(UserWarning):
     """Something that works, but not as its user may expect."""
 
 
+class BoundsNothing(QFilterWarning):
+    """A bound as large as the context, so that nothing is evicted."""
+
+
 class _Default(int):
     """A size that nobody gave: `dataclasses.replace` works it out again."""
 

@@ -117,6 +117,12 @@ def why_unsupported(model: internals.LlamaModel, params) -> str:
     return why.value.decode()
 
 
+def check_supported(model: internals.LlamaModel, params) -> None:
+    """QFilterError if a context with these parameters can't have a bounded cache."""
+    if why := why_unsupported(model, params):
+        raise QFilterError(f"{model.path_model}: its cache can't be bounded: {why}")
+
+
 class Context(Archived):
     """Sequences in a KV cache, whole or bounded: upstream's wrapper with what our cache can do.
 
@@ -169,8 +175,7 @@ class Context(Archived):
         """Called by upstream's constructor (patches/0002-*.patch)."""
         if self.config is None:
             return llama_cpp.llama_init_from_model(model, params)
-        if why := why_unsupported(self.model, params):
-            raise QFilterError(f"qfilters can't be used: {why}")
+        check_supported(self.model, params)
         config, bound = self.config, native.Params()
         native.params_init(ctypes.byref(bound), ctypes.sizeof(bound))
         bound.n_cells, bound.n_keep = config.max_length, config.n_keep

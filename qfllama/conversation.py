@@ -240,9 +240,19 @@ class Conversation:
 
     # -- from messages to tokens
 
+    @property
+    def _begun(self) -> bool:
+        """Was a question asked?"""
+        return any(message["role"] == "user" for message in self.messages)
+
+    @property
+    def _reset_or(self) -> str:
+        """Advice for those who have something to give up."""
+        return "/reset, or " if self._begun else ""
+
     def _add_user(self, text: str) -> None:
         """Append a user message to `messages` and what the template makes of it to `tokens`."""
-        if self.document is not None and not any(m["role"] == "user" for m in self.messages):
+        if self.document is not None and not self._begun:
             text = f"{self.document}\n\n{text}"
         messages = [*self.messages, {"role": "user", "content": text}]
         rendered = self._render(messages, marks=True)
@@ -250,7 +260,7 @@ class Conversation:
         if addition is None and self._prompt is not None:
             raise QFilterError(
                 "the model's chat template changes the beginning of a conversation as it goes on:"
-                " /reset, or use --file in place of --state"
+                f" {self._reset_or}use --file in place of --state"
             )
         if addition is None:
             tokens = tokenize_all(self.llm._model, self._render(messages))
@@ -260,7 +270,7 @@ class Conversation:
         if len(tokens) >= n_ctx:
             raise ContextFull(
                 f"context full: the conversation would take {len(tokens):,} of {n_ctx:,} positions;"
-                " /reset, or start with a larger --n-ctx"
+                f" {self._reset_or or 'shorten it, or '}start with a larger --n-ctx"
             )
         self.messages, self.tokens, self._rendered = messages, tokens, rendered
 
@@ -280,7 +290,7 @@ class Conversation:
         except (jinja2.TemplateError, ValueError) as error:
             raise QFilterError(
                 f"the model's chat template refuses this conversation: {error};"
-                " /reset, or start without --system"
+                f" {self._reset_or}start without --system"
             ) from error
         # what is before the end of a document that was read before, nobody asks about any more
         return text if self._prompt is None else text.partition(self._document_mark())[2]
@@ -291,7 +301,7 @@ class Conversation:
         `_rendered` may be longer than the beginning: some templates open the answer (`<think>`)
         only where it is to be generated.
         """
-        if not any(m["role"] == "user" for m in self.messages):
+        if not self._begun:
             return rendered if self._prompt is not None and rendered else None
         before, found, after = rendered.partition(f"{self._mark}-{len(self.messages) - 1}-")
         return after if found and self._rendered.startswith(before) else None

@@ -142,6 +142,13 @@ class Model(internals.LlamaModel):
             raise QFilterError(f"{self.path}: {why.value.decode()}; give another model")
         return native.evicting_layers(self.model)
 
+    @classmethod
+    def check_supported(cls, path) -> None:
+        """Raises QFilterError if llama.cpp can't read the model, or its cache can't be bounded; reads
+        the header only."""
+        with cls.from_header(path) as model:
+            model.evicting_layers()
+
     def open(self, config: QFilterConfig | None, *, n_ctx: int, **params) -> Context:
         """An empty context for sequences of n_ctx positions each; to be closed before the model.
 

@@ -114,11 +114,7 @@ def scan(path) -> Header:
 
     Raises QFilterError when the file can't be read, is no GGUF, or ends before its tensors do."""
     path = Path(path)
-    try:
-        at = os.stat(path)
-        _check_regular(path, at.st_mode)
-    except OSError as error:
-        raise QFilterError(f"cannot read {path}: {error.strerror}") from None
+    at = status(path)
     if time.time_ns() - at.st_mtime_ns < SETTLED_NS:
         return _read(path)
     return _remembered(path, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns)
@@ -140,19 +136,32 @@ def _read(path) -> Header:
                 _check_complete(path, header, len(buf))
                 return header
     except OSError as error:
-        raise QFilterError(f"cannot read {path}: {error.strerror}") from None
+        raise _unreadable(path, error) from None
     except (struct.error, OverflowError, UnicodeDecodeError):
         raise QFilterError(
             f"{path}: the header is truncated or damaged; download or copy the file again"
         ) from None
 
 
-def _check_regular(path, mode):
-    """QFilterError for a folder, pipe or device: opening a pipe would wait for its writer."""
-    if stat.S_ISDIR(mode):
+def status(path) -> os.stat_result:
+    """Of the file of a model. QFilterError if there is none, and for a folder, pipe or device:
+    opening a pipe would wait for its writer."""
+    try:
+        at = os.stat(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if stat.S_ISDIR(at.st_mode):
         raise QFilterError(f"{path} is a folder; give a .gguf model")
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(at.st_mode):
         raise QFilterError(f"{path} is not a regular file; give a .gguf model")
+    return at
+
+
+def _unreadable(path, error: OSError) -> QFilterError:
+    """What to say about a model that can't be opened."""
+    if isinstance(error, FileNotFoundError):
+        return QFilterError(f"{path} does not exist; check the path")
+    return QFilterError(f"cannot read {path}: {error.strerror}")
 
 
 def _parse(path, buf) -> Header:

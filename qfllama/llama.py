@@ -13,6 +13,7 @@ from qfllama import engine_log, native, needs, offload
 from qfllama.compressing import Compressing
 from qfllama.config import (
     MAX_LENGTH,
+    BoundsNothing,
     QFilterConfig,
     QFilterError,
     QFilterWarning,
@@ -20,7 +21,7 @@ from qfllama.config import (
 from qfllama.context import Context, NoMemory, cache_type, refused
 from qfllama.recalling import Recalling
 from qfllama.saving import SavedStates
-from qfllama.shape import model_shape
+from qfllama.shape import beyond_training, model_shape
 from qfllama.turns import Turns, in_turn, stream_in_turn
 
 
@@ -50,6 +51,13 @@ def cache_figures(stats: native.Stats) -> dict[str, int]:
     }
 
 
+def scales_rope(params: dict) -> bool:
+    """Do parameters of `llama_cpp.Llama` change RoPE, for more positions than were trained?"""
+    scaling = params.get("rope_scaling_type", llama_cpp.LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED)
+    scaling = scaling > llama_cpp.LLAMA_ROPE_SCALING_TYPE_NONE
+    return scaling or any(params.get(f"rope_freq_{name}") for name in ("base", "scale"))
+
+
 class Llama(Compressing, Recalling, SavedStates):
     """A drop-in `llama_cpp.Llama` whose KV cache can be bounded.
 
@@ -59,7 +67,8 @@ class Llama(Compressing, Recalling, SavedStates):
     Args:
         qfilters: True for the defaults of `QFilterConfig`, or a `QFilterConfig`; without it
             this is the stock class with the full cache.
-        n_ctx: with `qfilters` by default what the model was trained for.
+        n_ctx: with `qfilters` by default what the model was trained for; a larger one without
+            `rope_scaling_type`, `rope_freq_base` or `rope_freq_scale` is a QFilterWarning.
         n_batch: with `qfilters` at most the config's `interval`, which is its default.
         n_gpu_layers: also "auto" for as many as fit beside the cache (see `offload`), or "all".
         type_k, type_v: KV cache types, also by name (`"q8_0"`).
@@ -102,6 +111,8 @@ class Llama(Compressing, Recalling, SavedStates):
         if self.qfilter_config is not None:
             self._bound(str(model_path), kwargs)
         self._open(str(model_path), kwargs)
+        if (why := beyond_training(n_ctx, self._model.n_ctx_train())) and not scales_rope(kwargs):
+            warnings.warn(why, QFilterWarning, stacklevel=2)
         if len(self.input_ids) < self.n_ctx():  # n_ctx = 0: what the model was trained for
             self.input_ids = np.zeros(self.n_ctx(), dtype=np.intc)
             if self._logits_all:
@@ -114,9 +125,10 @@ class Llama(Compressing, Recalling, SavedStates):
             raise QFilterError("draft_model can't be used with qfilters: leave one of them out")
         if not kwargs.setdefault("flash_attn", True):
             raise QFilterError("qfilters needs Flash Attention: leave out flash_attn=False")
-        if not os.path.isfile(model_path):
-            raise QFilterError(f"{model_path} is not a file: check the path")
-        n_ctx = kwargs["n_ctx"] or model_shape(model_path).n_ctx_train
+        n_ctx = model_shape(
+            model_path
+        ).n_ctx_train  # has a clear word about a file that is no model
+        n_ctx = kwargs["n_ctx"] or n_ctx
         if config.max_length < n_ctx:
             if kwargs.setdefault("n_batch", config.interval) > config.interval:
                 raise QFilterError(
@@ -128,7 +140,7 @@ class Llama(Compressing, Recalling, SavedStates):
             warnings.warn(
                 f"max_length {config.max_length:,} bounds nothing: n_ctx is {n_ctx:,}, so the cache "
                 "is never full; use a smaller max_length or a larger n_ctx",
-                QFilterWarning,
+                BoundsNothing,
                 stacklevel=3,
             )
         self.qfilter_config, self._filters = needs.of_file(model_path, config)

@@ -30,7 +30,8 @@ def provenance(threads: int) -> dict[str, str]:
 def command_line() -> str:
     """The command that runs here, as one would type it."""
     program = Path(sys.argv[0])
-    words = ["qfllama"] if program.stem == "qfllama" else ["python", sys.argv[0]]
+    ours = program.stem == "qfllama" or program.parts[-2:] == ("qfllama", "__main__.py")
+    words = ["qfllama"] if ours else ["python", sys.argv[0]]
     return shlex.join([*words, *sys.argv[1:]])
 
 

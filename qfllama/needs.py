@@ -36,11 +36,15 @@ def for_policy(
 
 
 def check_policy(path, filters: Filters | None, policy: str) -> None:
-    """Raises QFilterError if the file at `path`, with these filters, lacks what a policy needs."""
+    """Raises QFilterError if the file at `path`, with these filters, lacks what a policy needs, or
+    can't have it because its cache can't be bounded."""
     needs, learned = BY_NAME[policy].needs, BY_NAME[policy].learned
     if not needs or (filters is not None and BY_NAME[policy].takes(filters.vectors)):
         return
     if filters is None:
+        from .engine import Model  # which needs this module
+
+        Model.check_supported(path)
         raise QFilterError(
             f"{path} has no filters for the policy {policy}: make them with "
             f"`qfllama convert {path} -o OUT.gguf`, or use another policy (kvdiff needs none)"

@@ -16,7 +16,7 @@ import llama_cpp
 
 from qfllama import gguf_header, offload, schema
 from qfllama.config import QFilterConfig, QFilterError
-from qfllama.context import CACHE_TYPES, cache_type, context_params, why_unsupported
+from qfllama.context import CACHE_TYPES, cache_type, check_supported, context_params
 from qfllama.engine import Model
 from qfllama.layers import EVICTS, PAD, Layers, layers_of, padded, row_bytes
 from qfllama.machine import available_bytes
@@ -241,8 +241,7 @@ def sizes_of(model, n_ctx: int = 0, type_k=None, type_v=None) -> Sizes:
     with Model.from_header(model) as opened:
         layers, shape = layers_of(opened), opened.shape
         params = context_params(n_ctx=PAD, type_k=kinds[0], type_v=kinds[1])
-        if why := why_unsupported(opened, params):
-            raise QFilterError(f"qfilters can't be used: {why}")
+        check_supported(opened, params)
     if not (n_ctx or shape.n_ctx_train):
         raise QFilterError(
             f"{model} doesn't say for how many positions it was trained: give --n-ctx"

@@ -31,6 +31,16 @@ class ModelShape:
         return tuple(n if isinstance(n, int) else n[layer] for n in counts)
 
 
+def beyond_training(n_ctx: int, n_ctx_train: int) -> str | None:
+    """What to say about more positions than a model was trained for; None if there are not more."""
+    if not 0 < n_ctx_train < n_ctx:
+        return None
+    return (
+        f"n_ctx is {n_ctx:,} and the model was trained for {n_ctx_train:,} positions: beyond them its "
+        "answers are usually garbage, in a bounded cache as in the full one; use a smaller n_ctx"
+    )
+
+
 def model_shape(path) -> ModelShape:
     """Shape of the model in the GGUF file at `path`, which may be any part of a split model.
     QFilterError if it is no language model."""

@@ -93,3 +93,31 @@ def mamba(path):
         "blk.0.ssm_out.weight": (width, inner),
     }
     return write(path, "mamba", keys, tensors, np.float32)
+
+
+def bloom(path, *, n_layer=2, width=96, n_head=6, n_vocab=256):
+    """A Bloom in f32, whose ALiBi rules a bounded cache out."""
+    layer = {
+        "attn_norm": (width,),
+        "attn_qkv": (3 * width, width),
+        "attn_output": (width, width),
+        "ffn_norm": (width,),
+        "ffn_up": (4 * width, width),
+        "ffn_down": (width, 4 * width),
+    }
+    weights = {"token_embd_norm": (width,), "output_norm": (width,)}
+    for il in range(n_layer):
+        weights |= {f"blk.{il}.{name}": shape for name, shape in layer.items()}
+    tensors = {"token_embd.weight": (n_vocab, width)}
+    for name, shape in weights.items():
+        tensors |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    keys = {
+        "vocab_size": n_vocab,
+        "block_count": n_layer,
+        "context_length": 96,
+        "embedding_length": width,
+        "feed_forward_length": 4 * width,
+        "attention.head_count": n_head,
+        "attention.layer_norm_epsilon": 1e-5,
+    }
+    return write(path, "bloom", keys, tensors, np.float32)

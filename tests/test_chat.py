@@ -516,7 +516,29 @@ def test_a_document_that_is_not_text_is_one_line(smollm2):
 
 def test_a_prompt_beyond_n_ctx_is_one_line(smollm2):
     process = run("chat", smollm2, *STREAMING, "--n-ctx", 512, "--prompt", "word " * 1000)
-    assert_one_line(process, "--n-ctx")
+    assert_one_line(process, "--n-ctx", "shorten it")
+    assert "/reset" not in process.stderr
+
+
+def test_nothing_to_say_is_one_line(smollm2, tmp_path):
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    for words in (["--prompt", ""], ["--prompt", " "]):
+        assert_one_line(run("chat", smollm2, *STREAMING, *words), "--prompt is empty")
+    for command in (["chat", "--prompt", "Hi"], ["compress", "-o", tmp_path / "out"]):
+        name, *more = command
+        process = run(name, smollm2, *more, "--file", tmp_path / "blank.txt")
+        assert_one_line(process, "blank.txt is empty")
+
+
+@pytest.mark.parametrize("cache", [STREAMING, ["--full"], ["--policy", "streaming"]])
+def test_positions_beyond_the_training_are_said_in_one_line(smollm2, cache):
+    for n_ctx, said in ((8448, 1), (8192, 0)):
+        process = run(
+            "chat", smollm2, *cache, "--n-ctx", n_ctx, "--prompt", "Hi", "--max-tokens", 1
+        )
+        assert process.returncode == 0, process.stderr
+        assert process.stderr.count("trained for 8,192") == said
+        assert process.stderr.count("\n") == said + 1  # the status
 
 
 def test_too_little_memory_is_one_line(smollm2):
@@ -606,6 +628,18 @@ def start_piped(model, *args):
         text=True,
         bufsize=0,
     )
+
+
+def test_an_interrupt_while_the_command_is_imported_is_quiet(tmp_path):
+    (tmp_path / "click.py").write_text("raise KeyboardInterrupt\n")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    process = subprocess.run(
+        [sys.executable, "-m", "qfllama", "plan", "model.gguf"],
+        check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "")
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert '\nqfllama = "qfllama.__main__:main"\n' in project
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")

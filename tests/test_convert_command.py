@@ -194,8 +194,8 @@ def test_too_little_text_is_said_and_what_there_is_is_used(converted, tmp_path):
         tmp_path / "short.txt",
     )
     facts = schema.read(tmp_path / "out.gguf").calibration
-    assert "fewer than the 2,560 asked for" in result.stderr
-    assert 256 <= facts["tokens"] < 2560
+    assert "fewer than the 768 asked for" in result.stderr
+    assert 256 <= facts["tokens"] < 768
     assert facts["held_out"] >= 1
     assert facts["samples"] == facts["tokens"] - 128 * facts["held_out"]
 

@@ -49,7 +49,9 @@ OTHER_PROGRAMS = {
     "docker": "there is none",
     "sudo": "changes the machine",
     "serve": "needs Ray: tests/test_ray_serve.py runs the same program",
-    **dict.fromkeys(("cd", "export", "ln", "for", "do", "done", "grep"), "no program of ours"),
+    **dict.fromkeys(
+        ("cd", "export", "ln", "for", "do", "done", "grep", "python3", "."), "no program of ours"
+    ),
 }
 """Commands in shell blocks that nothing is checked of, and why."""
 RUN = ("chat", "compress", "inspect", "plan")

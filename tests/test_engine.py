@@ -374,6 +374,23 @@ def test_a_bound_that_bounds_nothing_works_and_is_said(make, tokens, n_ctx):
     assert (stats["cells_used"], stats["evictions"]) == (512, 0)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"n_ctx": 8193}, True),
+        ({"n_ctx": 8192}, False),
+        ({"n_ctx": 16384, "rope_freq_scale": 0.5}, False),
+        ({"n_ctx": 16384, "rope_scaling_type": 2}, False),  # YaRN
+        ({"n_ctx": 16384, "rope_scaling_type": -1}, True),
+    ],
+)
+def test_more_positions_than_the_model_was_trained_for_are_said(make, recwarn, options, said):
+    make(SMALL, **options)
+    words = [str(w.message) for w in recwarn if issubclass(w.category, QFilterWarning)]
+    assert len(words) == said
+    assert all("8,192" in text and f"{options['n_ctx']:,}" in text for text in words)
+
+
 def test_reset_empties_the_cache(make, tokens):
     llm = make()
     decode(llm, tokens[:400], 50)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import docs_model
 import gguf
 import numpy as np
 import pytest
@@ -156,7 +157,7 @@ def test_mean_queries_are_named_where_there_are_any(model, tmp_path):
 
 
 def test_a_file_without_filters_says_what_to_do(tmp_path):
-    path = write_gguf(tmp_path / "plain.gguf")
+    docs_model.write_model(path := tmp_path / "plain.gguf")
     assert f"no filters; add them with `qfllama convert {path} -o OUT.gguf`" in inspect(path)
     assert json.loads(inspect(path, "--json"))["filters"] is None
     assert "no filters to plot" in refused(path, "--plot", tmp_path / "heat.png")

@@ -162,6 +162,16 @@ def test_convert_writes_them_and_the_policy_that_is_better(tiny, tmp_path, monke
                 assert context.config.policy == policy
 
 
+@pytest.mark.parametrize(("options", "n"), [([], 6), (["--filters", "learned"], 20)])
+def test_learned_filters_read_more_text_by_default(tiny, tmp_path, monkeypatch, options, n):
+    monkeypatch.setattr(learned, "compare", lambda *_: {"qblend": 1.0})
+    out = tmp_path / "out.gguf"
+    command = ["convert", str(tiny[1]), "-o", str(out), "--max-seq-len", "64", *options]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert schema.read(out).calibration["sequences"] == n
+
+
 def test_too_few_texts_to_hold_one_out_are_refused(tiny, tmp_path):
     command = ["convert", str(tiny[1]), "-o", str(tmp_path / "out.gguf"), "--filters", "learned"]
     done = CliRunner().invoke(main, [*command, "--num-sequences", "4"])

@@ -2,6 +2,7 @@
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from qfllama import policies
 from qfllama.cli import COMMANDS, main
@@ -73,6 +74,25 @@ def test_no_command_has_an_option_of_its_own_under_a_shared_name(name):
         if id(option.type) not in known and not isinstance(option.type, (CommaList, MaxLength))
     }
     assert others <= {"inspect", "convert", "bench", "doctor", "plan"}, others
+
+
+@pytest.mark.parametrize("words", [[], ["eval"]])
+def test_a_group_without_a_command_shows_its_help_line_by_line(words):
+    result = CliRunner().invoke(main, words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == CliRunner().invoke(main, [*words, "--help"]).stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["bench", "chat", "compress --file {0} -o out", "doctor", "eval needle", "inspect", "plan", "serve", "view"],
+)  # fmt: skip
+def test_a_model_that_is_not_there_has_the_same_line_in_every_command(words):
+    command, *more = words.format(__file__).split()
+    more = ["-o", "out", "--file", __file__] if command == "view" else more
+    result = CliRunner().invoke(main, [command, *more, "nothing.gguf"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "qfllama: nothing.gguf does not exist; check the path\n"
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,7 @@ def test_it_is_said_when_nothing_fits(big, monkeypatch):
     result = qfllama("plan", big, "--memory", "8GiB")
     assert result.exit_code == 1
     assert "nothing fits" in result.stdout and "8.0 GiB" in result.stdout
+    assert result.stderr.startswith("qfllama: nothing fits") and result.stderr.count("\n") == 1
     with pytest.raises(QFilterError, match="nothing fits.*smaller model"):
         cells_that_fit(big, memory=8 * GIB)
     monkeypatch.setattr("qfllama.plan.available_bytes", lambda: 8 * GIB)
@@ -257,6 +258,13 @@ def test_a_plan_for_people_has_the_figures_of_the_json(big):
     assert found["command"] in text
     assert found["cell_bytes"] == 320 * 1024
     assert found["kv_bytes"] == 2 * found["max_length"] * found["cell_bytes"]
+
+
+def test_more_positions_than_were_trained_are_said(big):
+    for n_ctx, said in ((131072, 0), (131328, 1)):
+        result = qfllama("plan", big, "--memory", "200GiB", "--n-ctx", n_ctx)
+        assert result.exit_code == 0
+        assert result.stderr.count("trained for 131,072") == result.stderr.count("\n") == said
 
 
 def check_one_line(result, *facts):

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+import docs_model
 import gguf
 import numpy as np
 import pytest
@@ -400,7 +401,7 @@ def test_unusable_moments_and_queries_are_not_written(model, tmp_path, kind, row
 # -- policies
 
 
-def test_a_policy_takes_from_the_file_what_it_needs_or_says_what_is_missing(model):
+def test_a_policy_takes_from_the_file_what_it_needs_or_says_what_is_missing(model, tmp_path):
     shape, filters = model_shape(model), some_filters()
     for policy in ("qfilters", "qblend"):
         assert list(needs.for_policy(filters, policy, shape, NORM)) == ["filters"]
@@ -409,7 +410,8 @@ def test_a_policy_takes_from_the_file_what_it_needs_or_says_what_is_missing(mode
     with pytest.raises(QFilterError, match="moments.*qfilters2.*--rank"):
         needs.check_policy(model, filters, "qfilters2")
     with pytest.raises(QFilterError, match="no filters.*qblend.*qfllama convert"):
-        needs.check_policy(model, None, "qblend")
+        docs_model.write_model(loadable := tmp_path / "plain.gguf")
+        needs.check_policy(loadable, None, "qblend")
     rows = stacked(filters)
     filters = rectangular(rows, queries=2 * rows, moments=moments_like())
     for policy, kind in [("qahead", "queries"), ("qblend", "queries"), ("qfilters2", "moments")]:

@@ -686,7 +686,7 @@ def test_a_file_of_save_prompt_holds_no_chat(smollm2, small, tokens, tmp_path):
         (["--ratio", "2", "--max-length", "100"], "exclude each other"),
         (["--ratio", "0.5"], "--ratio"),
         (["--ratio", "inf"], "--ratio inf"),
-        (["--ratio", "100"], "keep more with --ratio"),
+        (["--ratio", "100"], "smaller --ratio"),
         (["--n-ctx", "256"], "of 256 positions"),
         (["--n-ctx", "4294967296"], "--n-ctx"),
         (["--file", "/nonexistent/book.txt"], "book.txt"),
@@ -714,6 +714,15 @@ def test_what_can_not_be_compressed_is_one_line_and_writes_nothing(
     assert process.stderr.count("\n") == 1, process.stderr
     assert words in process.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_too_short_to_compress_is_sent_to_chat(smollm2, tmp_path):
+    (tmp_path / "short.txt").write_text("One two three.")
+    words = ["--file", tmp_path / "short.txt", "-o", tmp_path / "out", "--ratio", 1]
+    process = run("compress", smollm2, *words)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert "last 64" in process.stderr and "qfllama chat --file" in process.stderr
 
 
 def test_an_existing_file_is_replaced_only_by_force(smollm2, book, compressed):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -12,16 +11,6 @@ import click
 from qfllama.commands.console import dies_of_ctrl_c, note_offload
 from qfllama.commands.options import CommaList, model_argument, option
 from qfllama.config import MAX_LENGTH, QFilterConfig
-
-
-@contextlib.contextmanager
-def progress_bar(plan) -> Iterator:
-    """A bar on a terminal's stderr; the function to call after so many steps."""
-    from tqdm import tqdm
-
-    shape = "{desc} {percentage:3.0f} %|{bar}| {elapsed}, {remaining} left"
-    with tqdm(total=plan.work, desc="measuring", bar_format=shape, disable=None) as bar:
-        yield bar.update
 
 
 def check_outputs(model: Path, json_file: Path | None, image: Path | None) -> None:
@@ -100,22 +89,28 @@ def command(model, json_file, image, **options):
         from qfllama.bench.measure import Engines
         from qfllama.bench.plan import make_plan
         from qfllama.bench.report import draw, tables
+        from qfllama.engine import Model
         from qfllama.figures import figure_class, save_figure
         from qfllama.files import plain, write_json
+        from qfllama.progress import progress
         from qfllama.schema import read
         from qfllama.shape import model_shape
 
+        Model.check_supported(model)
         n_ctx_train = model_shape(model).n_ctx_train
         options["policy"] = options["policy"] or QFilterConfig().for_file(read(model)).policy
         plan, notes = make_plan(n_ctx_train, **options)
         check_outputs(model, json_file, image)
     for line in notes:
         click.echo(line, err=True)
-    with progress_bar(plan) as progress, contextlib.closing(Engines(plan, model)) as engines:
+    with (
+        progress("measuring", plan.work) as bar,
+        contextlib.closing(Engines(plan, model)) as engines,
+    ):
         with dies_of_ctrl_c(), engine_log.errors():  # warnings of contexts beyond the training
-            engines.open(progress)
+            engines.open(bar.update)
         note_offload(engines.model.offload)
-        result = plain(engines.measure(progress))
+        result = plain(engines.measure(bar.update))
     if str(json_file) == "-":
         click.echo(json.dumps(result, indent=1))
     else:

@@ -35,9 +35,11 @@ HELP = """\
 /help      this
 Ctrl-C stops an answer."""
 
+RETRY = "send the next message to have the conversation read again, or /reset"
+
 ENDED = {  # Turn.ended -> a note behind the answer
     "length": "cut at --max-tokens",
-    "context": "context full: /reset, or start with a larger --n-ctx",
+    "context": "context full: start anew, or with a larger --n-ctx",
     "interrupted": "stopped",
 }
 
@@ -79,8 +81,14 @@ def status(stats: dict, turn: Turn) -> str:
     return "[" + " · ".join(parts) + "]"
 
 
-def answer(conversation: Conversation, text: str, options: dict) -> None:
-    """Stream one answer to stdout, its status line to stderr; QFilterError if that fails."""
+def answer(
+    conversation: Conversation, text: str, options: dict, cure: str = "--verbose shows its log"
+) -> None:
+    """Stream one answer to stdout, its status line to stderr; QFilterError if that fails.
+
+    Args:
+        cure: what to do where the engine fails.
+    """
     last = ""
     with interrupts() as interrupted:
         try:
@@ -94,10 +102,7 @@ def answer(conversation: Conversation, text: str, options: dict) -> None:
                     escaped(piece, None, lines=True) if sys.stdout.isatty() else piece, nl=False
                 )
         except RuntimeError as error:
-            raise QFilterError(
-                f"the engine failed ({error}); send the next message to have the conversation"
-                " read again, or /reset"
-            ) from error
+            raise QFilterError(f"the engine failed ({error}); {cure}") from error
         finally:
             if not last:
                 erase_progress()
@@ -177,7 +182,7 @@ def chat(start: Callable[[], Conversation], options: dict) -> int:
             note(f"unknown command {line}: /help lists them")
         elif line:
             try:
-                answer(conversation, line, options)
+                answer(conversation, line, options, RETRY)
                 answered += 1
             except QFilterError as error:
                 failed += 1
@@ -235,6 +240,8 @@ def command(
             "--state has a bounded cache, its own system prompt and document; leave out --full, "
             "--system and --file"
         )
+    if prompt is not None and not prompt.strip():
+        raise click.UsageError("--prompt is empty: give a message, or leave it out to chat")
     text = read_document(document)
     with dies_of_ctrl_c():
         from qfllama.conversation import Conversation

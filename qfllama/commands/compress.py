@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qfllama.commands.console import MIB, dies_of_ctrl_c, erase_progress, show_progress
+from qfllama.commands.console import MIB, dies_of_ctrl_c
 from qfllama.commands.opening import open_model, read_document
 from qfllama.commands.options import IN_FILE, OUT_FILE, model_argument, option
 from qfllama.config import QFilterConfig, QFilterError
+from qfllama.progress import progress
 
 if TYPE_CHECKING:
     from qfllama import Llama
@@ -26,7 +27,6 @@ def document_tokens(model: Path, system: str | None, document: str) -> tuple[lis
     the document."""
     from qfllama import Conversation, engine_log
 
-    need_text(document)
     with engine_log.errors():  # a context without a model behind it warns about its length
         tokenizer = open_model(model, None, vocab_only=True, verbose=False)
     try:
@@ -55,20 +55,21 @@ def cache_config(
 
     wanted = min(n_tokens, cells_wanted(n_tokens, ratio, max_length))
     if wanted < sinks + max(1, window):
+        if n_tokens <= sinks + max(1, window):
+            raise QFilterError(
+                f"the document has {n_tokens:,} tokens, and the first {sinks} and the last "
+                f"{max(1, window)} are always kept: there is nothing to compress, use `qfllama chat "
+                "--file`, or a smaller --window-length"
+            )
         raise QFilterError(
-            f"{wanted} of {n_tokens:,} cells can't hold {sinks} sinks and a window of {window}: "
-            "keep more with --ratio or --max-length, or use a smaller --window-length"
+            f"{wanted:,} of the document's {n_tokens:,} tokens would be kept, but the first {sinks} and "
+            f"the last {max(1, window)} always are: keep more with a smaller --ratio or a larger "
+            "--max-length, or use a smaller --window-length"
         )
     interval = 512  # nothing is evicted while the document is read: the size of a batch
     length = max(n_tokens + n_more, sinks + max(1, window) + interval)
     chosen = {"policy": policy} if policy else {}
     return QFilterConfig(length, window, sinks, interval, **chosen), wanted
-
-
-def need_text(document: str) -> None:
-    """QFilterError if there is nothing to read."""
-    if not document.strip():
-        raise QFilterError("the document is empty: give one with text in it")
 
 
 def check_room(document: Path | str, n_tokens: int, n_ctx: int) -> None:
@@ -82,38 +83,30 @@ def check_room(document: Path | str, n_tokens: int, n_ctx: int) -> None:
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """A failure of the engine within is an error in one line; a progress that was shown goes."""
+    """A failure of the engine within is an error in one line."""
     try:
         yield
     except RuntimeError as error:
         raise QFilterError(f"the engine failed ({error}); --verbose shows its log") from error
-    finally:
-        erase_progress()
 
 
 def read(llm: Llama, tokens: list[int]) -> float:
-    """Read the document, with its progress on a terminal; the seconds that it took."""
+    """Read the document; the seconds that it took."""
     start = time.perf_counter()
-    with reading():
+    with reading(), progress("reading", len(tokens)) as bar:
         for done in range(0, len(tokens), llm.n_batch):
-            show_progress(done, len(tokens))
-            llm.eval(tokens[done : done + llm.n_batch])
+            part = tokens[done : done + llm.n_batch]
+            llm.eval(part)
+            bar.update(len(part))
     return time.perf_counter() - start
 
 
 def compress(llm: Llama, n_cells: int, score: str) -> tuple[int, int]:
-    """Compress what was read, with the progress of a replay on a terminal; cells before and after."""
+    """Compress what was read; cells before and after."""
     if score == "policy":
         return llm.compress(max_length=n_cells)
-    done, total = 0, llm.n_tokens
-
-    def progress(n: int) -> None:
-        nonlocal done
-        done += n
-        show_progress(done, total)
-
-    with reading():
-        return llm.compress(max_length=n_cells, score=score, progress=progress)
+    with reading(), progress("reading again", llm.n_tokens) as bar:
+        return llm.compress(max_length=n_cells, score=score, progress=bar.update)
 
 
 @click.command("compress")
@@ -169,9 +162,11 @@ def command(
         raise click.UsageError(f"--ratio {ratio} is not a finite number; 8 keeps an eighth")
     text = read_document(document)
     with dies_of_ctrl_c():
+        from qfllama.engine import Model
         from qfllama.files import check_target
         from qfllama.shape import model_shape
 
+        Model.check_supported(model)
         check_target(model, output, force=force, whole=True)
         if output.exists() and output.samefile(document):
             raise QFilterError(f"{output} is the document itself: give another output file")

@@ -21,6 +21,13 @@ def note(text: str) -> None:
     click.secho(text, err=True, dim=True)
 
 
+def need_command(context: click.Context) -> None:
+    """Called without a command a group shows its help, and ends as after a wrong command line."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(2)
+
+
 def note_offload(choice: Offload | None) -> None:
     """How many layers went to the GPU, where there is one and nobody gave the number."""
     if choice is not None and choice.auto and choice.total is not None:

@@ -51,10 +51,8 @@ from .options import option
 )
 @click.option(
     "--num-sequences",
-    default=20,
-    show_default=True,
     type=click.IntRange(1),
-    help="Calibration sequences.",
+    help="Calibration sequences.  [default: 6, with --filters learned 20]",
 )
 @click.option(
     "--num-samples",
@@ -123,9 +121,8 @@ def command(src, output, filters, quantize, outtype, force, **calibration):
         raise click.UsageError("--text and --dataset exclude each other; give one of them")
     if filters not in (None, "learned"):
         _refuse_calibration(calibration)
-    bars = sys.stderr.isatty()
-    if not bars:
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other packages
     from qfllama.convert import pipeline
 
     if output.endswith(("/", os.sep)):  # a path object does without
@@ -140,7 +137,7 @@ def command(src, output, filters, quantize, outtype, force, **calibration):
             outtype=outtype,
             force=force,
             note=lambda line: click.echo(line, err=True),
-            bars=bars,
+            bars=True,
         )
     _print(summary)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import click
 
-from qfllama.commands.console import dies_of_ctrl_c
+from qfllama.commands.console import dies_of_ctrl_c, need_command
 from qfllama.commands.evaluating import (
     FULL,
     Session,
@@ -24,9 +24,11 @@ TASKS = (  # qfllama.evaluation.ruler.TASKS; --help needs no numpy
 )  # fmt: skip
 
 
-@click.group("eval")
-def command():
+@click.group("eval", invoke_without_command=True)
+@click.pass_context
+def command(ctx):
     """Measure what a bounded cache costs in quality: perplexity, needles, questions, RULER-style tasks."""
+    need_command(ctx)
 
 
 texts_option = click.option("--texts", type=click.IntRange(1), default=3, show_default=True,
@@ -244,6 +246,7 @@ def questions_command(questions_file, names, setting, max_tokens, plain, **chose
     how = {"plain": plain, "max_tokens": max_tokens}
     sources = questions.read(questions_file)
     with Model.from_header(chosen["path"]) as header:
+        header.evicting_layers()
         documents = questions.documents(header, sources, names=names, **how)
     asking = questions.asking(**how)
     text = questions.identity(questions_file, sources)

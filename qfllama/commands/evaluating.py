@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qfllama.commands.console import note, note_offload
-from qfllama.commands.options import IN_FILE, OUT_FILE, CommaList, option
+from qfllama.commands.options import IN_FILE, OUT_FILE, CommaList, ModelFile, option
 from qfllama.config import CALIBRATED, POLICIES, QFilterConfig, QFilterError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FULL, REPLAY = "full", "replay"
 RATIOS = (2.0, 4.0, 8.0)
 OPTIONS = {
-    "path": click.argument("path", metavar="MODEL", type=IN_FILE),
+    "path": click.argument("path", metavar="MODEL", type=ModelFile()),
     "policy": option(
         "policy", type=CommaList(choices=(FULL, *POLICIES, REPLAY)),
         help=f"Any of {', '.join((FULL, *POLICIES, REPLAY))}.  [default: all that the file "
@@ -118,7 +118,6 @@ class Session:
         self.text: Text = text or self._read_text()
         self.model: Model = self._load()
         try:
-            self.model.evicting_layers()
             self.plan: Plan = self._make_plan(setting)
             self._settings = {"task": task, "setting": setting, **self._sample_settings(), **more}
         except BaseException:
@@ -128,9 +127,11 @@ class Session:
     def _check(self) -> None:
         """Raises QFilterError or UsageError for what can be told before the model is loaded."""
         from qfllama import needs, schema
+        from qfllama.engine import Model
         from qfllama.evaluation import plots
 
         chosen = self._chosen
+        Model.check_supported(chosen["path"])
         if chosen["ratio"] and chosen["max_length"]:
             raise click.UsageError("--ratio and --max-length exclude each other; give one of them")
         if chosen["image"]:

@@ -59,8 +59,7 @@ def _lines(files, shape, filters, heads):
         size = sum(file.stat().st_size for file in files)
         yield f"split into {len(files)} files, {size / 2**30:,.2f} GiB in all"
     if filters is None:
-        src = escaped(files[0], 4096)
-        yield f"no filters; add them with `qfllama convert {src} -o OUT.gguf`"
+        yield _without_filters(files[0])
         return
     yield f"filters: {filters.size}"
     if moments := filters.vectors.get("moments"):
@@ -94,6 +93,17 @@ def _lines(files, shape, filters, heads):
     if graded.n_better is not None:
         yield f"better than minus the key norm in {graded.n_better} of {graded.n_measured} layers"
     yield graded.summary
+
+
+def _without_filters(file):
+    """What to do about a model that has none."""
+    from ..engine import Model
+
+    try:
+        Model.check_supported(file)
+    except QFilterError as error:
+        return f"no filters, and there can be none: {escaped(error, None)}"
+    return f"no filters; add them with `qfllama convert {escaped(file, 4096)} -o OUT.gguf`"
 
 
 def _heads(count):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qfllama.commands.console import note, note_offload
-from qfllama.config import QFilterConfig, QFilterError, QFilterWarning
+from qfllama.config import BoundsNothing, QFilterConfig, QFilterError, QFilterWarning
 
 if TYPE_CHECKING:
     from qfllama import Llama
@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 
 
 def read_document(path: Path | None) -> str | None:
-    """The text of --file."""
+    """The text of --file. QFilterError if there is none in it."""
     if path is None:
         return None
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise QFilterError(f"{path}: not a UTF-8 text: convert it to plain text first") from error
+    if not text.strip():
+        raise QFilterError(f"{path} is empty: give a file with text in it")
+    return text
 
 
 def open_model(
@@ -45,6 +48,8 @@ def open_model(
     try:
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always", QFilterWarning)
+            if may_be_whole:
+                warnings.simplefilter("ignore", BoundsNothing)
             llm = Llama(str(model), qfilters=config, flash_attn=True, **kwargs)
     except QFilterError:
         raise
@@ -56,7 +61,7 @@ def open_model(
         raise QFilterError(
             f"{model}: llama.cpp can't use this file ({error}); --verbose shows its log"
         ) from error
-    for warning in [] if may_be_whole else found:
+    for warning in found:
         note(f"note: {warning.message}")
     note_offload(llm.offload)
     return llm

@@ -15,6 +15,20 @@ IN_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 OUT_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
+class ModelFile(click.Path):
+    """The file of a model, with the same words in every command if it isn't there."""
+
+    def __init__(self):
+        super().__init__(path_type=Path)
+
+    def convert(self, value, param, ctx) -> Path:
+        from qfllama.gguf_header import status
+
+        path = super().convert(value, param, ctx)
+        status(path)
+        return path
+
+
 class CommaList(click.ParamType):
     """Values with commas between them, each once, as a tuple.
 
@@ -218,4 +232,4 @@ def option(name: str, **changes):
 
 def model_argument(command):
     """MODEL, a GGUF file."""
-    return click.argument("model", type=IN_FILE)(command)
+    return click.argument("model", type=ModelFile())(command)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qfllama.commands.console import note
 from qfllama.commands.options import Size, option
 from qfllama.terminal import escaped
 
@@ -41,7 +42,8 @@ def command(model, memory, n_ctx, max_length, slots, type_k, type_v, n_gpu_layer
 
     Only the header is read, so this works for a model that is too large for this machine. Exit code
     1: nothing fits."""
-    from qfllama.plan import make_plan
+    from qfllama.plan import make_plan, why_nothing_fits
+    from qfllama.shape import beyond_training
 
     plan = make_plan(
         model, n_slots=slots, n_ctx=n_ctx, max_length=max_length, memory=memory,
@@ -54,7 +56,12 @@ def command(model, memory, n_ctx, max_length, slots, type_k, type_v, n_gpu_layer
     else:
         for name, text in lines(plan, figures(plan)):
             click.echo(f"{name:15}{escaped(text, None)}")
-    return 0 if plan.max_length else 1
+    if why := beyond_training(n_ctx, plan.sizes.shape.n_ctx_train):
+        note(f"note: {why}")
+    if plan.max_length:
+        return 0
+    click.echo(f"qfllama: {escaped(why_nothing_fits(plan), None)}", err=True)
+    return 1
 
 
 def figures(plan: Plan) -> dict:

@@ -6,17 +6,19 @@ from pathlib import Path
 
 import click
 
-from qfllama.commands.compress import check_room, need_text, read, reading
-from qfllama.commands.console import MIB, dies_of_ctrl_c, note, show_progress
+from qfllama.commands.compress import check_room, read, reading
+from qfllama.commands.console import MIB, dies_of_ctrl_c, note
 from qfllama.commands.opening import bound, open_model, read_document, types_of
-from qfllama.commands.options import IN_FILE, OUT_FILE, option
+from qfllama.commands.options import IN_FILE, OUT_FILE, ModelFile, option
 from qfllama.config import QFilterError
 
 
 def is_state(path: Path) -> bool:
-    """Is it a file of `qfllama compress`?"""
+    """Is it a file of `qfllama compress`? QFilterError if it is no file."""
+    from qfllama.gguf_header import status
     from qfllama.state import MAGIC
 
+    status(path)
     with open(path, "rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
@@ -69,14 +71,14 @@ def fill(llm, *, state: Path | None, text: str | None, system: str | None, quest
         return None
     before = kept(llm)
     with reading():
-        for _ in chat.ask(question, max_tokens=1, temp=0, progress=show_progress):
+        for _ in chat.ask(question, max_tokens=1, temp=0):
             pass  # the first token of the answer, which is not read
     return before
 
 
 @click.command("view")
-@click.argument("source", metavar="SOURCE", type=IN_FILE)
-@click.argument("model", required=False, type=IN_FILE)
+@click.argument("source", metavar="SOURCE", type=click.Path(path_type=Path))
+@click.argument("model", required=False, type=ModelFile())
 @click.option("--file", "document", type=IN_FILE, help="The text that SOURCE reads, UTF-8.")
 @click.option("--question", help="Ask this about it, and show what the cache holds then.")
 @click.option("-o", "--output", required=True, type=OUT_FILE, metavar="OUT.html",
@@ -116,8 +118,6 @@ def command(
         state = shown if document is None else None
         if state is not None and system is not None:
             raise QFilterError(f"{state} has its own system prompt: leave out --system")
-        if text is not None:
-            need_text(text)
         check_outputs(model, shown, output, json_file, force=force)
         saved = read_prompt(state, header_only=True) if state is not None else None
         type_k, type_v = types_of(saved, type_k, type_v)

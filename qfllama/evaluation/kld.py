@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import numpy as np
-from tqdm import tqdm
 
 from qfllama.config import EngineError, QFilterError
 from qfllama.engine import Context, Model
@@ -25,6 +24,7 @@ from qfllama.evaluation.results import Results, bootstrap, bootstrap_percentiles
 from qfllama.evaluation.run import FULL, TYPES, Plan, Variant
 from qfllama.evaluation.scoring import divergence
 from qfllama.evaluation.sizes import cache_bytes
+from qfllama.progress import progress
 from qfllama.tables import aligned
 
 CHUNK = 128
@@ -66,7 +66,7 @@ def run(model: Model, pieces: list[list[int]], plan: Plan, results: Results) -> 
         for first in range(0, len(missing), TOGETHER)
     ]
     total = sum(len(pieces[i]) * (1 + len(group)) for i, group in groups)
-    with tqdm(total=total, unit="tok", unit_scale=True, disable=None) as bar:
+    with progress("reading beside full f16", total) as bar:
         for i, group in groups:
             for variant, record in _compare(model, pieces[i], plan, group, bar):
                 results.add({**_key(i, len(pieces[i]), variant), **record})

@@ -17,6 +17,7 @@ from qfllama.evaluation.results import Results
 from qfllama.evaluation.run import FULL, TYPES, Plan, Variant
 from qfllama.evaluation.sizes import cache_bytes
 from qfllama.evaluation.tasks import Document
+from qfllama.progress import progress
 from qfllama.tables import aligned
 
 KEY = tuple(dict.fromkeys((*kld.KEY, *asking.KEY)))
@@ -110,9 +111,10 @@ def add_speeds(rows: list[dict], kinds: list[Kind], path, **plan) -> None:
         kinds: of each row; plan: fields of `bench.plan.Plan`.
     """
     every = tuple(dict.fromkeys((BASELINE, *kinds)))
-    with closing(Engines(BenchPlan(every, prompts=(), **plan), path)) as engines:
+    plan = BenchPlan(every, prompts=(), **plan)
+    with progress("measuring speed", plan.work) as bar, closing(Engines(plan, path)) as engines:
         engines.open()
-        speeds = {line["engine"]: line for line in engines.measure()["decode"]}
+        speeds = {line["engine"]: line for line in engines.measure(bar.update)["decode"]}
     for row, its_kind in zip(rows, kinds, strict=True):
         row["tokens_per_second"] = round(speeds[its_kind.name]["tokens_per_second"], 2)
 

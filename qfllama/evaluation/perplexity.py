@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from tqdm import tqdm
 
 from qfllama.config import QFilterError
 from qfllama.engine import Context, Model
@@ -13,6 +12,7 @@ from qfllama.evaluation.results import Results, bootstrap
 from qfllama.evaluation.run import Plan, Variant, forks
 from qfllama.evaluation.scoring import nll
 from qfllama.evaluation.tasks import Text
+from qfllama.progress import progress
 from qfllama.tables import aligned
 
 BUCKET = 128
@@ -75,7 +75,7 @@ def run(model: Model, pieces: list[list[int]], plan: Plan, results: Results) -> 
         plan.config(variant, len(pieces[0]), 0)
     todo = {i: _missing(i, len(tokens), plan, results) for i, tokens in enumerate(pieces)}
     total = sum(_cost(plan, len(pieces[i]), missing) for i, missing in todo.items())
-    with tqdm(total=total, unit="tok", unit_scale=True, disable=None) as bar:
+    with progress("reading", total) as bar:
         for i, missing in todo.items():
             if missing:
                 _run_text(model, i, pieces[i], plan, missing, results, bar)

@@ -31,6 +31,8 @@ MARK = "-the question-"
 """Stands for the question where the chat template is applied."""
 PLAIN = "\n\nQuestion: {}\nAnswer:"
 """What follows the document where no chat template is used."""
+SHAPE = '{"document": FILE, "question": TEXT, "answers": [TEXT, ...]}'
+"""Of a line of a file with questions."""
 
 # -- files
 
@@ -65,7 +67,10 @@ def read(path: Path) -> list[Source]:
         if name not in texts:
             file = path.parent / name
             if not file.is_file():
-                raise QFilterError(f"{where}: there is no document {file}")
+                raise QFilterError(
+                    f"{where}: there is no document {file}: give its path from the folder of "
+                    f"{path.name} on"
+                )
             texts[name] = read_text(file).text
         by_name.setdefault(name, []).append(value)
     return [Source(name, texts[name], lines) for name, lines in by_name.items()]
@@ -75,14 +80,19 @@ def _checked(line: str, where: str) -> dict:
     """The object of a line. QFilterError if it is no question."""
     try:
         value = json.loads(line)
-        document, question, answers = (value[name] for name in ("document", "question", "answers"))
-        words = [document, question, *answers]
-    except (ValueError, TypeError, KeyError):
-        words = []
-    if not words or not isinstance(answers, list) or not all(isinstance(w, str) for w in words):
-        raise QFilterError(
-            f'{where}: no question: write {{"document": FILE, "question": TEXT, "answers": [TEXT]}}'
-        )
+    except ValueError as error:
+        raise QFilterError(f"{where} is not JSON ({error}): write {SHAPE}") from None
+    if not isinstance(value, dict):
+        raise QFilterError(f"{where} is not an object: write {SHAPE}")
+    for name in ("document", "question", "answers"):
+        if name not in value:
+            raise QFilterError(f'{where} has no "{name}": write {SHAPE}')
+    question, answers = value["question"], value["answers"]
+    for name in ("document", "question"):
+        if not isinstance(value[name], str):
+            raise QFilterError(f'{where}: "{name}" is not a text: write {SHAPE}')
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise QFilterError(f'{where}: "answers" is not a list of texts: write {SHAPE}')
     if not question.strip() or not answers or not all(map(plain_words, answers)):
         raise QFilterError(f"{where}: question and answers need words, and one answer at least")
     depth = value.get("depth", 0)

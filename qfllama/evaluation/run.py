@@ -13,14 +13,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from tqdm import tqdm
-
 from qfllama import replay
 from qfllama.config import EngineError, QFilterConfig, QFilterError
 from qfllama.engine import Context, Model
 from qfllama.evaluation.results import Results
 from qfllama.evaluation.scoring import Mark, score
 from qfllama.evaluation.tasks import Document, Question
+from qfllama.progress import progress
 from qfllama.state import cells_wanted
 
 BATCH = 512
@@ -267,7 +266,7 @@ def run(
         for variant in missing:
             plan.config(variant, n_tokens, 0)
     total = sum(_cost(document, plan, missing) for document, missing in todo)
-    with tqdm(total=total, unit="tok", unit_scale=True, disable=None) as bar:
+    with progress("questions about documents", total) as bar:
         for document, missing in todo:
             _run_document(model, document, plan, missing, results, asking, bar)
 
