@@ -125,10 +125,8 @@ class Llama(Compressing, Recalling, SavedStates):
             raise QFilterError("draft_model can't be used with qfilters: leave one of them out")
         if not kwargs.setdefault("flash_attn", True):
             raise QFilterError("qfilters needs Flash Attention: leave out flash_attn=False")
-        n_ctx = model_shape(
-            model_path
-        ).n_ctx_train  # has a clear word about a file that is no model
-        n_ctx = kwargs["n_ctx"] or n_ctx
+        trained = model_shape(model_path).n_ctx_train  # first: it says what is wrong with the file
+        n_ctx = kwargs["n_ctx"] or trained
         if config.max_length < n_ctx:
             if kwargs.setdefault("n_batch", config.interval) > config.interval:
                 raise QFilterError(
