@@ -64,7 +64,8 @@ class QFilterConfig:
         archive_limit: most bytes of the archive; default half of what is free when the cache is
             made. At the limit the oldest positions after the sinks leave the archive.
         recall: "prompt" to bring back, after a prompt was read, the rows that its last tokens look
-            at; "always" to do so at every eviction, too; False for never.
+            at and those around their words; "always" to do so at every eviction, too; False for
+            never.
         recall_queries: how many last tokens of a prompt are the question, at most.
 
     Raises:

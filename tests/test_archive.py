@@ -35,8 +35,8 @@ def model(tmp_path_factory):
 def open_cache(model):
     with contextlib.ExitStack() as stack:
 
-        def open_cache(archive=True, limit=1 << 30, **params):
-            config = small_config(archive=archive, archive_limit=limit)
+        def open_cache(archive=True, limit=1 << 30, sizes=None, **params):
+            config = small_config(archive=archive, archive_limit=limit, **(sizes or {}))
             return stack.enter_context(Bounded(model, config, **{"n_ctx": 4096} | params))
 
         yield open_cache
@@ -365,6 +365,43 @@ def test_an_archive_in_parts_is_recalled_as_a_whole_one(open_cache, types):
     assert len(came_back[0]) > 20
     for other in came_back[1:]:
         assert len(came_back[0] & other) >= 0.95 * len(came_back[0])
+
+
+PLACES = {120: 200, 300: 201, 450: 202}
+"""Position -> a token of a single byte, which no letter is, that a text has there and nowhere else."""
+
+
+def ask_for_words(llm, token: int, seq: int = 0) -> set:
+    """What every head of every layer holds after a question of that word."""
+    llm.question(seq)
+    llm.read([token] * 6, seq=seq)
+    assert llm.recall(seq) == 6
+    heads = [(layer, head) for layer in range(N_LAYER) for head in range(N_HEAD)]
+    return set.intersection(*(set(llm.kept(layer, head, seq).tolist()) for layer, head in heads))
+
+
+@pytest.mark.parametrize("how", ["read", "restored", "copied", "rewound"])
+def test_what_is_around_a_word_of_the_question_comes_back(open_cache, how):
+    """Random weights look anywhere, so this is up to the tokens that the archive knows."""
+    tokens = np.random.default_rng(0).integers(260, 380, 700).tolist()
+    for at, word in PLACES.items():
+        tokens[at] = word
+    sizes = {"max_length": 192, "interval": 32}  # room for more than what is looked at most
+    llm = open_cache(n_seq=2, sizes=sizes)
+    llm.read(tokens)
+    assert not any({*range(at - 8, at + 8)} <= set(llm.kept(0, 0).tolist()) for at in PLACES)
+    state, archive, seq = llm.state(), llm.archive_state(), 0
+    if how == "copied":
+        seq = 1
+        llm.kv_cache_seq_cp(0, 1, -1, -1)
+    elif how == "rewound":
+        assert llm.kv_cache_seq_rm(0, 520, -1)
+        llm.read(tokens[520:])
+    elif how == "restored":
+        llm = open_cache(sizes=sizes)
+        assert llm.restore(state) and llm.restore_archive(archive)
+    for at, word in PLACES.items():
+        assert {*range(at - 8, at + 8)} <= ask_for_words(llm, word, seq)
 
 
 def test_a_recall_needs_an_archive(open_cache):

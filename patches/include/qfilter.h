@@ -185,10 +185,14 @@ LLAMA_API size_t llama_qfilter_rows(
 LLAMA_API int32_t llama_qfilter_question(struct llama_context * ctx, llama_seq_id seq_id);
 
 // score all archived rows by the largest weight that any query of the question gives them, in any layer and head; cut the
-// sequence back to where the question began, and fill its cells with n_rows rows: sinks, the newest, and those with the
-// highest scores, each with up to 8 tokens before it and 24 after it, the same positions in all layers. a quarter of n_rows,
-// or 64, come back in any case; more of them only if they are among the few rows, with a weight above 0.1 each, that get 0.7
-// of a query's attention together: others distract. the rest is for rows that were in the cells, the newest of each head
+// sequence back to where the question began, and fill its cells with n_rows rows, the same positions in all layers, until
+// there are enough:
+// - sinks and the newest
+// - a quarter of n_rows, or 64: those with the highest scores, each with up to 8 tokens before it and 24 after it
+// - up to half of n_rows: those that have words of the question within up to 48 tokens, rare words first, where a third of what
+//   the best place has is near. a word is a token without case and spaces
+// - those that are among the few rows, with a weight above 0.1 each, that get 0.7 of a query's attention together
+// - rows that were in the cells, the newest of each head
 // n_rows 0: all cells but for the question, and for an answer half of what an eviction frees, at most an eighth of the cells
 // returns the number of tokens that are to be decoded again, those of the question; 0: nothing was evicted, the question
 // stays; < 0: error (nothing is changed; the sequence is cleared if rows may already have moved)
