@@ -21,7 +21,7 @@ int32_t llama_memory_qfilter::make_room(const llama_batch & batch) {
         const llama_seq_id seq_id = batch.seq_id[i][0];
 
         if (seq_id < 0 || (size_t) seq_id >= streams.size()) {
-            continue; // upstream's to refuse
+            continue; // upstream refuses it
         }
         if (batch.pos[i] <= last[seq_id]) {
             // upstream allows equal positions, but then the rows would have no order

@@ -176,7 +176,7 @@ void llama_memory_qfilter::note_tokens(const llama_batch & batch) {
     for (int32_t i = 0; store && i < batch.n_tokens; ++i) {
         for (int32_t is = 0; is < batch.n_seq_id[i]; ++is) {
             if (!has(batch.seq_id[i][is])) {
-                continue; // upstream's to refuse
+                continue; // upstream refuses it
             }
             auto & tokens = streams[batch.seq_id[i][is]].archive.tokens;
 

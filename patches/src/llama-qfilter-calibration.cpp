@@ -88,7 +88,7 @@ void llama_qfilter_attn_get(const ggml_tensor * t, int32_t i, float * out) {
 }
 
 struct llama_qfilter_ropes {
-    std::map<int32_t, llama_qfilter_rope> layers; // only layers whose RoPE was found
+    std::map<int32_t, llama_qfilter_rope> layers; // only layers whose queries can be turned back
 };
 
 llama_qfilter_ropes * llama_qfilter_ropes_init(llama_context * ctx) {

@@ -10,8 +10,8 @@
 #include <stdexcept>
 #include <string>
 
-// the tensor that node i of a graph uses. if t is a copy on another device, see ggml_backend_sched_split_graph(), this is the
-// last node before i with the copied name: node names are repeated in every layer
+// the tensor that node i of a graph uses as t. if t is a copy on another device, see ggml_backend_sched_split_graph(), this is
+// the last node before i with the copied name (names are repeated in every layer), or the leaf with that name
 static const ggml_tensor * llama_qfilter_original(ggml_cgraph * gf, int i, const ggml_tensor * t) {
     const std::string name = t->name;
 
@@ -71,7 +71,7 @@ bool llama_qfilter_rope::init(llama_context * lctx, int32_t il) {
     // go back from the queries to their RoPE, or to the weights that they are projected with
     const ggml_tensor * t = ggml_graph_node(gf, i)->src[0];
 
-    bool is_last = true; // since t, the queries were only scaled: they have the direction of t
+    bool is_last = true; // after t, the queries are only scaled: attention sees the direction of t
 
     while (true) {
         t = llama_qfilter_original(gf, i, t);
@@ -184,7 +184,7 @@ ggml_tensor * llama_qfilter_rope::build(ggml_context * ctx, ggml_tensor * a, ggm
     memcpy(res->op_params, op_params, sizeof(op_params));
 
     if (back) {
-        // divide by what RoPE multiplies with: attn_factor, and the factor that YaRN adds
+        // RoPE multiplied by attn_factor*yarn. divide by that, and by the yarn that this op will multiply by once more
         float freq_scale, ext_factor, attn_factor;
         memcpy(&freq_scale,  op_params + 6, sizeof(float));
         memcpy(&ext_factor,  op_params + 7, sizeof(float));
