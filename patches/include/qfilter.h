@@ -23,8 +23,8 @@ extern "C" {
 // LLAMA_QFILTER_ABI_VERSION of the library
 LLAMA_API uint32_t llama_qfilter_abi_version(void);
 
-// one line that says why the last call on this thread failed, "" if it succeeded. calls: the functions of this header, and
-// llama_decode() and llama_state_*_set_data() with a bounded cache. valid until the next such call on this thread
+// one line that says why the last call on this thread failed, "" if it succeeded. this covers the functions of this header,
+// and llama_decode() and llama_state_*_set_data() with a bounded cache. valid until the next such call on this thread
 LLAMA_API const char * llama_qfilter_last_error(void);
 
 //
@@ -35,7 +35,7 @@ LLAMA_API const char * llama_qfilter_last_error(void);
 enum llama_qfilter_policy {
     LLAMA_QFILTER_POLICY_QFILTERS  = 0, // projection of the key on its head's filter
     LLAMA_QFILTER_POLICY_KNORM     = 1, // minus the L2 norm of the key
-    LLAMA_QFILTER_POLICY_STREAMING = 2, // all equal: sinks and the newest rows stay
+    LLAMA_QFILTER_POLICY_STREAMING = 2, // all scores are equal: sinks and the newest rows stay
     LLAMA_QFILTER_POLICY_KEYDIFF   = 3, // minus the cosine of the key with the mean of its head's normalized keys
     LLAMA_QFILTER_POLICY_RANDOM    = 4, // a hash of seed, layer, head and position
     LLAMA_QFILTER_POLICY_QFILTERS2 = 5, // the attention weight that the key is expected to get, times the norm of its value
@@ -193,7 +193,7 @@ LLAMA_API int32_t llama_qfilter_question(struct llama_context * ctx, llama_seq_i
 // - a quarter of n_rows, at least 64: the rows with the highest scores, each with up to 8 tokens before it and 24 after it
 // - up to half of n_rows: rows with words of the question within up to 48 tokens. rare words count more, and a row needs at
 //   least a third of the best row's count. a word is a token without case and spaces
-// - rows that a query looks at closely: its rows with a weight above 0.1 each get 0.7 of its attention together
+// - rows that a query looks at closely: those with a weight above 0.1 each, if they get 0.7 of its attention together
 // - rows that were in the cells, the newest of each head
 // n_rows 0: all cells, less those for the question and for an answer (half of what an eviction frees, at most an eighth of
 // the cells)
@@ -268,7 +268,7 @@ struct llama_qfilter_stats {
     uint64_t n_bytes_scratch; // allocated for evictions, including the temporary memory of the largest one
 
     uint64_t n_archived;              // positions in the archive, over all sequences; shared positions count once per sequence
-    uint64_t n_bytes_archive;         // host memory that holds them, in blocks of 256 positions
+    uint64_t n_bytes_archive;         // host memory used by the archive, in blocks of 256 positions
     uint64_t n_bytes_archive_limit;   // 0: no archive
     uint64_t n_bytes_archive_written; // since the context was made
     uint64_t t_archive_us;            // time in microseconds spent writing it

@@ -128,7 +128,7 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
     // upstream leaves the old cells when the state has none
     forget(seq_id);
 
-    // all parts of the memory, or none
+    // restore all parts of the memory, or none
     try {
         mem->state_read(io, seq_id, flags & ~LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
 

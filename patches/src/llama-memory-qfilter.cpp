@@ -327,7 +327,7 @@ bool llama_memory_qfilter::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
         return true;
     }
 
-    // there is an archive
+    // not possible in the cells alone: fill them from the archive
     if (seq_id == -1 && streams.size() == 1) {
         seq_id = 0;
     }

@@ -17,7 +17,7 @@ class llama_memory_recurrent;
 
 struct llama_cparams;
 
-// what is kept of a question while it is read
+// what is recorded of a question while it is read
 struct llama_qfilter_asked {
     llama_seq_id seq_id = -1;
 
@@ -49,8 +49,8 @@ struct llama_qfilter_asked {
 // every layer and KV head keeps its own rows, so after an eviction one cell holds rows of different positions. all heads have
 // the same number of rows, so the cells (and with them masks, batch checks, graphs) work as they do upstream: cell positions
 // are written as if the newest candidates had been kept, and the true positions are stored here. without an archive, a cut
-// into compacted positions is refused before any part of the memory is touched. with an archive, which holds all evicted
-// rows, the cells can be filled with other rows at any time
+// into compacted positions is refused before any part of the memory is touched. with an archive, where evicted rows go, the
+// cells can be filled with other rows at any time
 class llama_memory_qfilter : public llama_memory_i {
 public:
     // throws std::runtime_error when the parameters don't fit the model or each other
@@ -336,7 +336,8 @@ private:
     // cells; if no rows are given, also the newest others
     filling plan(llama_seq_id seq_id, llama_pos p0, uint32_t n, uint32_t n_window, const std::vector<llama_pos> & rows) const;
 
-    // fills all cells or changes nothing. LLAMA_QFILTER_REFUSED: a part of the memory can't be cut at p0
+    // fills all cells or changes nothing, except that the sequence is cleared if rows may already have moved
+    // LLAMA_QFILTER_REFUSED: a part of the memory can't be cut at p0
     llama_qfilter_result fill(llama_seq_id seq_id, filling f, const std::vector<uint8_t> & recr_state);
 
     // cut all parts at p0, the bounded one as far as upstream can; recr_state: state of the recurrent part at p0, or empty

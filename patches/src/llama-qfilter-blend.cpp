@@ -90,7 +90,7 @@ static LLAMA_QFILTER_INLINE void llama_qfilter_vec_from_f16(const ggml_fp16_t * 
 
         float f;
         memcpy(&f, &bits, sizeof(f));
-        f *= 0x1p112f; // the exponents' biases; denormals become normal
+        f *= 0x1p112f; // corrects the exponent bias; denormals become normal numbers
         memcpy(&bits, &f, sizeof(f));
 
         bits |= (h & 0x8000) << 16;

@@ -164,7 +164,7 @@ bool llama_qfilter_rope::turn(bool back, const llama_pos * pos, int64_t n_pos, i
     auto * gf = ggml_new_graph_custom(ctx.get(), 4, false);
     ggml_build_forward_expand(gf, res);
 
-    // a graph of one node has run in full even if it was aborted
+    // a graph of one node runs to its end even if it is aborted
     const auto status = ggml_backend_graph_compute(backend_cpu, gf);
     if (status != GGML_STATUS_SUCCESS && status != GGML_STATUS_ABORTED) {
         return false;
