@@ -90,7 +90,7 @@ std::vector<common_arg> common_qfilter_args() {
     };
 }
 
-// the sizes that were left to their defaults
+// fills in the sizes that were left at their defaults
 static void common_qfilter_complete(common_qfilter_params & qf) {
     const int32_t quarter = qf.max_length/4;
 
@@ -109,7 +109,7 @@ static void common_qfilter_complete(common_qfilter_params & qf) {
     }
 }
 
-// throws std::invalid_argument for what can't be used with a bounded cache
+// throws std::invalid_argument for options that can't be used with a bounded cache
 static void common_qfilter_check(common_params & params) {
     auto & qf = params.qfilter;
     if (!qf.bounded()) {
@@ -171,7 +171,7 @@ uint32_t common_qfilter_n_ctx_fit(const common_params & params, uint32_t n_ctx) 
     return n_ctx > 0 ? std::min<int64_t>(n_cells, n_ctx) : std::min<int64_t>(n_cells, INT32_MAX);
 }
 
-// host memory for the archive
+// most bytes of host memory for the archive, 0: no archive
 static uint64_t common_qfilter_archive_bytes(const common_qfilter_params & qf) {
     if (!qf.archive) {
         return 0;

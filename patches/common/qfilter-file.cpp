@@ -42,7 +42,7 @@ struct common_qfilter_gguf {
         return gguf_find_key(gguf, ("qfilters." + name).c_str());
     }
 
-    // the key, of this type; for an array that of its elements
+    // the id of a key with this type; for an array, type is that of its elements
     int64_t need(const std::string & name, gguf_type type, bool is_array) const {
         const int64_t id = find(name);
 
@@ -73,7 +73,7 @@ struct common_qfilter_gguf {
     }
 };
 
-// the files of a model, which may be split
+// the paths of all files of a model, which may be split
 static std::vector<std::string> common_qfilter_parts(const std::string & path) {
     const common_qfilter_gguf first(path);
 
@@ -103,7 +103,7 @@ static void common_qfilter_put(std::string & out, T value) {
     out.append((const char *) &value, sizeof(value));
 }
 
-// of the tensors of a model, see qfllama/fingerprint.py
+// the fingerprint of a model's tensors, see qfllama/fingerprint.py
 static std::string common_qfilter_fingerprint(const std::string & path) {
     static const size_t n_sample = 4096;
 
@@ -149,7 +149,7 @@ static std::string common_qfilter_fingerprint(const std::string & path) {
     return hash_sha256_hex(all.data(), all.size());
 }
 
-// what version 3 says about itself; older ones say nothing
+// throws std::runtime_error if the filters can't be used with this model. files before version 3 lack the keys for this
 static void common_qfilter_check(const common_qfilter_gguf & file, const llama_model * model) {
     const char * path = file.path.c_str();
 
@@ -198,7 +198,7 @@ static std::vector<uint32_t> common_qfilter_sizes(const common_qfilter_gguf & fi
     return res;
 }
 
-// append the vectors of one kind to those that are read
+// append the vectors of one kind to res
 static void common_qfilter_add(common_qfilter_file & res, const common_qfilter_gguf & file, int32_t kind, uint32_t version) {
     const auto   layers  = file.array<int32_t>("layers", GGUF_TYPE_INT32);
     const size_t n_layer = layers.size();
@@ -298,7 +298,7 @@ common_qfilter_file common_qfilter_read(const llama_model * model, const std::st
     int32_t kind = -1;
 
     if (policy.empty()) {
-        // a policy of a newer version is no error
+        // an unknown policy, named by a newer version, is not an error
         const std::string named = any && file.find("policy") >= 0 ? file.str("policy") : "";
         for (int32_t i = 0; const char * known = llama_qfilter_policy_name(i); ++i) {
             if (named == known && takes(i, kind)) {
@@ -315,7 +315,7 @@ common_qfilter_file common_qfilter_read(const llama_model * model, const std::st
                     path.c_str(), any ? "lacks filters that are needed by" : "has no filters for", llama_qfilter_policy_name(res.policy)));
     }
     if (kind < 0) {
-        return res; // it needs nothing
+        return res; // the policy needs no vectors
     }
 
     if (version >= 3) {

@@ -1,4 +1,4 @@
-// what a bounded cache did, for `timings`, /metrics and /props
+// statistics of a bounded cache, for `timings`, /metrics and /props
 #pragma once
 
 #include "json.h"
@@ -17,16 +17,16 @@ struct server_task_result;
 struct server_qfilter_stats {
     bool bounded = false;
 
-    uint64_t n_cells    = 0; // that the conversation uses
-    uint64_t n_reread   = 0; // tokens that had been read before, and had to be read again
+    uint64_t n_cells    = 0; // cells that the conversation uses
+    uint64_t n_reread   = 0; // tokens that had been read before but had to be read again
     uint64_t n_recalled = 0; // positions that came back for the answer
 
-    int64_t t_recall_us = 0; // with reading the question once more
+    int64_t t_recall_us = 0; // including the time to read the question for the recall
 
     void add_to(common_json & timings) const;
 };
 
-// of the server, taken after a decode: the context must not be asked while it computes
+// of the server, taken after a decode because the context must not be queried while it computes
 struct server_qfilter_metrics {
     llama_qfilter_stats stats = {};
 
@@ -37,8 +37,8 @@ struct server_qfilter_metrics {
     std::string to_metrics() const;
 };
 
-// null: the cache is not bounded
+// settings of the bounded cache; null: the cache is not bounded
 common_json server_qfilter_props(const common_params & params);
 
-// what a request is told that waits while the server ends
+// the answer to requests that are still waiting when the server ends
 std::unique_ptr<server_task_result> server_qfilter_stopped();

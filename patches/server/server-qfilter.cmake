@@ -1,4 +1,4 @@
-# llama-server alone, of all that LLAMA_BUILD_COMMON and LLAMA_BUILD_TOOLS would build; included by llama.cpp's CMakeLists.txt
+# builds only llama-server, not all of LLAMA_BUILD_COMMON and LLAMA_BUILD_TOOLS; included by llama.cpp's CMakeLists.txt
 set(BUILD_SHARED_LIBS OFF) # one executable
 
 foreach (dir vendor/cpp-httplib common tools/mtmd tools/ui tools/server)
@@ -6,7 +6,7 @@ foreach (dir vendor/cpp-httplib common tools/mtmd tools/ui tools/server)
 endforeach()
 set_target_properties(llama-server PROPERTIES EXCLUDE_FROM_ALL OFF)
 
-# less time to build: no tensors are computed here, so there is little to optimize; headers are read once
+# to build faster: -O1 is enough because no tensors are computed here; large headers are precompiled
 foreach (target cpp-httplib llama-common mtmd server-context llama-server-impl)
     target_compile_options(${target} PRIVATE $<$<CONFIG:Release>:-O1>)
 endforeach()

@@ -11,10 +11,10 @@
 #include <fstream>
 #include <stdexcept>
 
-// tokens of a question at least, also where fewer of a prompt are new: see qfllama/recalling.py
+// a question has at least this many tokens, even if fewer tokens of the prompt are new: see qfllama/recalling.py
 static const int32_t SERVER_QFILTER_LEAST_QUESTION = 16;
 
-// so many tokens are rather read again than a cache cut back
+// starting again from --state is preferred to cutting the cache back if at most this many tokens have to be read again
 static const int32_t SERVER_QFILTER_SHORT = 64;
 
 //
@@ -141,7 +141,7 @@ bool server_qfilter::init(llama_context * ctx, const common_params & params, int
     questions.assign(n_slots, -1);
 
     try {
-        if (!qf.state.empty() && start.empty()) { // or the server has slept
+        if (!qf.state.empty() && start.empty()) { // it is already loaded when the server wakes from sleep
             load_start(qf.state);
         }
     } catch (const std::exception & err) {
@@ -152,7 +152,7 @@ bool server_qfilter::init(llama_context * ctx, const common_params & params, int
     return true;
 }
 
-// as zlib has it
+// the same as zlib.crc32()
 static uint32_t server_qfilter_crc32(uint32_t crc, const void * data, size_t size) {
     static const auto table = [] {
         std::array<uint32_t, 256> res;
@@ -172,8 +172,8 @@ static uint32_t server_qfilter_crc32(uint32_t crc, const void * data, size_t siz
     return ~crc;
 }
 
-// the file is described in qfllama/state.py; `qfllama serve` has checked that it belongs to the model, the engine checks the
-// state
+// the format is described in qfllama/state.py. `qfllama serve` has checked that the file belongs to the model; the engine
+// checks the state
 void server_qfilter::load_start(const std::string & path) {
     std::ifstream in(path, std::ios::binary);
 
@@ -251,7 +251,7 @@ void server_qfilter::load_start(const std::string & path) {
         start_archive.clear();
     }
 
-    // once for a try
+    // restore the state once to see that it works
     if (llama_qfilter_state_seq_set_data(ctx, start_state.data(), start_state.size(), 0, LLAMA_QFILTER_STATE_RESIZE) == 0) {
         throw std::runtime_error(path + " can't be used: " + llama_qfilter_last_error());
     }
@@ -266,7 +266,7 @@ void server_qfilter::load_start(const std::string & path) {
 }
 
 //
-// going on from what there is
+// going on from what the cache has
 //
 
 size_t server_qfilter::n_reusable(llama_context * ctx, int32_t id, const server_prompt & prompt, size_t n_same) {
@@ -365,7 +365,7 @@ int32_t server_qfilter::reuse(int32_t id, server_prompt & prompt, const server_t
 
     const int32_t n = input.size();
 
-    // the last token is read in any case, for its logits; and what failed may have left less than the prompt says
+    // the last token is always read again, for its logits. after a failure the cache may have fewer tokens than the prompt says
     const int32_t n_have   = llama_memory_seq_pos_max(mem, id) + 1;
     const int32_t n_wanted = std::max(0, std::min({ n_same, n - 1, n_have }));
 
@@ -373,7 +373,7 @@ int32_t server_qfilter::reuse(int32_t id, server_prompt & prompt, const server_t
 
     bool done = false;
 
-    // another conversation about the document of --state starts from it, as the first one did
+    // a new conversation about the document of --state starts from that file, as the first one did
     if (n_wanted < n_have || n_have == 0) {
         done = n_wanted - (int32_t) start.size() <= SERVER_QFILTER_SHORT && begin_at_start(id, prompt, input);
     }
@@ -410,7 +410,7 @@ int32_t server_qfilter::reuse(int32_t id, server_prompt & prompt, const server_t
     n_reread += stats.n_reread;
 
     if (may_recall(id, n - n_past)) {
-        // a question has more than the last token, but not the first one
+        // a question has more than just the last token, but never the first one
         const int32_t n_back = std::max(1, n - std::min(recall_queries, SERVER_QFILTER_LEAST_QUESTION));
 
         if (n_back < n_past && n_back >= rewind_limit(id) && llama_memory_seq_rm(mem, id, n_back, -1)) {
@@ -420,7 +420,7 @@ int32_t server_qfilter::reuse(int32_t id, server_prompt & prompt, const server_t
         questions[id] = n - std::min(recall_queries, n - n_past);
     }
 
-    // those that have tokens of the old prompt
+    // checkpoints with tokens of the old prompt are of no use any more
     prompt.checkpoints.remove_if([&](const auto & checkpoint) { return checkpoint.n_tokens > n_past; });
 
     return n_past;
@@ -493,7 +493,7 @@ bool server_qfilter::recall(int32_t id, std::vector<common_adapter_lora_info> & 
     stats.t_recall_us = ggml_time_us() - t_start;
     n_recalled += stats.n_recalled;
 
-    // where nothing was brought back, the question is still there, and is read once more all the same
+    // if nothing was brought back, the question is still in the cache; it is removed and read once more all the same
     const llama_pos pos_next = llama_memory_seq_pos_max(mem, id) + 1;
 
     if (pos_next == n_done || (pos_next > n_done && llama_memory_seq_rm(mem, id, n_done, -1))) {
@@ -555,7 +555,7 @@ size_t server_qfilter::save_archive(llama_context * ctx, llama_seq_id id, const 
 
 size_t server_qfilter::load_archive(llama_context * ctx, llama_seq_id id, const std::string & path, size_t n) {
     if (n == 0 || llama_qfilter_archive_get_data(ctx, id, nullptr, 0) == 0) {
-        return n; // the context has none
+        return n; // the context has no archive
     }
 
     std::ifstream in(path, std::ios::binary);

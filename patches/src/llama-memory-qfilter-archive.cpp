@@ -1,4 +1,5 @@
-// rows that were evicted come back: when a sequence is cut back to an earlier position, and when a question looks at them
+// the archive of evicted rows. they come back when a sequence is cut back to an earlier position, or when a question looks at
+// them
 
 #include "llama-memory-qfilter.h"
 
@@ -38,7 +39,7 @@ void llama_memory_qfilter::init_archive(const llama_qfilter_params & params) {
                     (unsigned long long) params.n_bytes_archive, (unsigned long long) n_bytes_min));
     }
 
-    // devices copy from their own kind of host memory without a detour
+    // devices copy faster from their own type of host memory
     auto * buft = ggml_backend_buffer_get_type(layers[0].k[0]->buffer);
     auto * dev  = ggml_backend_buft_get_device(buft);
 
@@ -79,7 +80,7 @@ uint8_t * llama_memory_qfilter::archive_block(llama_seq_id seq_id, llama_pos pos
             return data;
         }
 
-        // the sequence that has most gives its oldest rows, which may still be on their way
+        // the sequence with the most blocks gives up its oldest one, to which rows may still be copied
         std::vector<size_t> order(streams.size());
         std::iota(order.begin(), order.end(), 0);
         std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return streams[a].archive.n_blocks() > streams[b].archive.n_blocks(); });
@@ -110,7 +111,7 @@ void llama_memory_qfilter::archive_rows(llama_seq_id seq_id) {
 
     const auto order = order_of(seq_id);
 
-    // rows that lie one after the other in the cells and in a block
+    // rows that are adjacent both in the cells and in a block
     struct run {
         llama_pos pos;
         uint32_t  cell;
@@ -229,7 +230,7 @@ bool llama_memory_qfilter::can_fill(llama_seq_id seq_id, llama_pos p0, llama_pos
         return false;
     }
     if (p0 > st.table.p1) {
-        // the position before p0 has to be there: batches go on from it
+        // the position before p0 has to be in the cells: the next batch follows it
         const auto & sp = kv.v_cells[seq_id].seq_pos_get(seq_id);
         const auto   it = sp.lower_bound({ p0 - 1, 0 });
 
@@ -248,7 +249,7 @@ llama_memory_qfilter::filling llama_memory_qfilter::plan(
 
     const uint32_t r0 = st.table.rank_p0(order);
 
-    // rows that all heads can have
+    // positions that all heads can have
     std::vector<llama_pos> shared = st.archive.positions(0, p0);
 
     for (uint32_t r = 0; r < order.n() && order.pos[r] < p0; ++r) {
@@ -258,7 +259,7 @@ llama_memory_qfilter::filling llama_memory_qfilter::plan(
     }
     std::sort(shared.begin(), shared.end());
 
-    // and of each head alone, ascending
+    // positions that each head has in the cells, ascending
     std::vector<std::vector<llama_pos>> own(n_head_all);
 
     for (uint32_t ih = 0; ih < n_head_all; ++ih) {
@@ -271,7 +272,7 @@ llama_memory_qfilter::filling llama_memory_qfilter::plan(
         }
     }
 
-    // the number of rows that each head can have: these, and others of its own
+    // the number of rows that every head can have: those at pos, and others of its own
     const auto n_with = [&](const std::vector<llama_pos> & pos) {
         size_t res = std::numeric_limits<size_t>::max();
 
@@ -295,7 +296,7 @@ llama_memory_qfilter::filling llama_memory_qfilter::plan(
 
     const uint32_t n_first = std::min(std::min(n_sink, n), (uint32_t) (std::lower_bound(order.pos.begin(), order.pos.end(), p0) - order.pos.begin()));
 
-    // always: sinks, window, rows
+    // kept in any case: sinks, window, the given rows
     std::vector<llama_pos> always(order.pos.begin(), order.pos.begin() + n_first);
 
     n_window = std::min<size_t>({ n_window, n - n_first, shared.size() });
@@ -310,7 +311,7 @@ llama_memory_qfilter::filling llama_memory_qfilter::plan(
     std::sort(always.begin(), always.end());
     always.erase(std::unique(always.begin(), always.end()), always.end());
 
-    // with rows that are wanted, no others come from the archive
+    // if rows are given, no others come from the archive
     if (!rows.empty()) {
         n = std::min<size_t>(n, n_with(always));
     }
@@ -321,7 +322,7 @@ llama_memory_qfilter::filling llama_memory_qfilter::plan(
         f.cells.push_back(i < n_first ? order.pos[i] : last(n - i));
     }
 
-    complete = complete && f.cells == shared; // not if positions in between were removed
+    complete = complete && f.cells == shared; // false if positions in between were removed
 
     f.rows.resize((size_t) n_head_all*n);
 
@@ -340,7 +341,7 @@ llama_memory_qfilter::filling llama_memory_qfilter::plan(
         };
 
         if (res.size() < n) {
-            std::vector<llama_pos> lost; // for good, if they go
+            std::vector<llama_pos> lost; // would be lost for good: not in the archive
 
             std::copy_if(own[ih].begin(), own[ih].end(), std::back_inserter(lost), [&](llama_pos p) { return !st.archive.has(p); });
 
@@ -387,7 +388,7 @@ llama_qfilter_result llama_memory_qfilter::fill(llama_seq_id seq_id, filling f, 
         }
     }
 
-    // where a row is: its cell, or -1, the archive
+    // where each row is: its cell, or -1: in the archive
     std::vector<int32_t> src(f.rows.size());
 
     const bool host = std::all_of(layers.begin(), layers.end(), [&](const auto & l) { return is_on_host(l); });
@@ -407,7 +408,7 @@ llama_qfilter_result llama_memory_qfilter::fill(llama_seq_id seq_id, filling f, 
             const bool in_cell    = r < order.n() && st.table.get(order, r0, ih, r) == pos;
             const bool in_archive = st.archive.has(pos);
 
-            // devices are read from as little as possible
+            // read as little as possible from devices
             src[(size_t) ih*f.n() + i] = in_cell && (host || !in_archive) ? (int32_t) order.cells[r] : -1;
 
             found = found && (in_cell || in_archive);
@@ -416,7 +417,7 @@ llama_qfilter_result llama_memory_qfilter::fill(llama_seq_id seq_id, filling f, 
 
     GGML_ASSERT(found);
 
-    // all that may fail comes before the first change
+    // whatever may fail comes before the first change
 
     size_t n_bytes_row = 0;
     for (const auto & l : store_layers) {

@@ -21,10 +21,10 @@ int32_t llama_memory_qfilter::make_room(const llama_batch & batch) {
         const llama_seq_id seq_id = batch.seq_id[i][0];
 
         if (seq_id < 0 || (size_t) seq_id >= streams.size()) {
-            continue; // upstream's to refuse
+            continue; // upstream refuses it
         }
         if (batch.pos[i] <= last[seq_id]) {
-            // upstream lets equal ones through, and rows would have no order
+            // upstream allows equal positions, but then the rows would have no order
             llama_qfilter_note_error(format("position %d comes twice in a batch", batch.pos[i]));
             return LLAMA_QFILTER_REFUSED;
         }
@@ -123,7 +123,7 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
         return LLAMA_QFILTER_NO_MEM;
     }
 
-    // score and select; only reads, so it may be aborted
+    // score and select: nothing is written, so this may be aborted
 
     if (!learned.empty()) {
         const auto res = learn(seq_id, sel.order, n_window);
@@ -175,7 +175,7 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
 
     const int64_t t_scored = ggml_time_us();
 
-    // move: what can fail without harm comes first, on all devices
+    // move: the steps that can fail without harm come first, on all devices
 
     for (auto & w : workers) {
         const auto res = w->prepare_move(seq_id, sel);
@@ -234,7 +234,7 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
 
 void llama_memory_qfilter::forget(llama_seq_id seq_id) {
     if (seq_id < 0) {
-        clear(false); // recurrent parts have no sequence -1 to remove
+        clear(false); // recurrent parts can't remove sequence -1
         return;
     }
 
@@ -242,7 +242,7 @@ void llama_memory_qfilter::forget(llama_seq_id seq_id) {
 
     streams[seq_id] = stream();
 
-    // a damaged state may leave cells of no position
+    // a damaged state may leave used cells without a position
     for (auto * part : { &kv, kv_swa }) {
         if (part && part->v_cells[seq_id].get_used() > 0) {
             part->v_cells[seq_id].reset();
@@ -269,7 +269,7 @@ void llama_memory_qfilter::score_by_pos(const llama_qfilter_worker & w, size_t i
     }
 }
 
-// from scores to sel.best. false: not all of it was done
+// fills sel.best from scores. false: not completed
 bool llama_memory_qfilter::select(
         const llama_qfilter_worker & w, size_t i0, uint32_t n_parts, bool with_learned, llama_qfilter_selection & sel) {
     const uint32_t n      = sel.order.n();
@@ -281,11 +281,11 @@ bool llama_memory_qfilter::select(
     };
 
     struct head {
-        uint32_t ih; // among those of all layers
+        uint32_t ih; // among the heads of all layers
 
-        const float * scores; // [n], of its first part
+        const float * scores; // [n], its first part
 
-        size_t n_stride; // to that of the next part
+        size_t n_stride; // from one part to the next
     };
 
     std::vector<head> heads;
@@ -348,7 +348,7 @@ bool llama_memory_qfilter::select(
     });
 }
 
-// they look as if the newest candidates had been kept, from the first cell on
+// the cells after an eviction: positions as if the newest candidates had been kept, from the first cell on
 llama_kv_cells llama_memory_qfilter::cells_after(llama_seq_id seq_id, const llama_qfilter_selection & sel) const {
     llama_kv_cells cells = kv.v_cells[seq_id];
 
@@ -383,7 +383,7 @@ llama_pos llama_memory_qfilter::rewind_limit(llama_seq_id seq_id) const {
         return -1;
     }
 
-    // recurrent parts go back to no earlier position, but for the few that n_rs_seq makes snapshots of
+    // recurrent parts can't go back to an earlier position, except for the few with a snapshot (n_rs_seq)
     llama_pos low  = recr ? recr->seq_pos_max(seq_id) : -1; // refused
     llama_pos high = kv.seq_pos_max(seq_id) + 1;            // allowed
 

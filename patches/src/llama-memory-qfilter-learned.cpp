@@ -1,4 +1,4 @@
-// what learned filters say of the rows of a sequence
+// scores of a sequence's rows from learned filters
 
 #include "llama-memory-qfilter.h"
 
@@ -22,7 +22,7 @@ std::vector<llama_qfilter_learned::rows> llama_memory_qfilter::learned_rows(cons
     return res;
 }
 
-// from [n_head, r1 - r0] for each layer to the rows [r0, r1) of [n_head_all, n]
+// copies found, [n_head, r1 - r0] for each layer, to the columns [r0, r1) of out, [n_head_all, n]
 static void llama_qfilter_put(const std::vector<llama_qfilter_layer> & layers, const std::vector<llama_qfilter_learned::rows> & src,
         const std::vector<float> & found, size_t r0, size_t r1, size_t n, std::vector<float> & out) {
     const float * x = found.data();
@@ -164,7 +164,7 @@ llama_qfilter_result llama_memory_qfilter::learn(llama_seq_id seq_id, filling & 
     std::sort(wanted.begin(), wanted.end());
     wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
 
-    // of rows that all heads have it is computed, of others it is known
+    // scores are computed for positions that all heads have; for the others they are already known
     std::vector<uint32_t>  cells;
     std::vector<llama_pos> pos_cells;
     std::vector<llama_pos> pos_archive;

@@ -1,4 +1,4 @@
-// a question's queries are kept while it is read, and the rows that they look at come back from the archive
+// recall: the queries of a question are recorded while it is read, then the rows that they look at come back from the archive
 
 #include "llama-memory-qfilter.h"
 
@@ -17,22 +17,22 @@
 #include <cstring>
 #include <stdexcept>
 
-// tokens after it that a row which is looked at brings along, fewer where there is little room, and a third of that before it:
-// a question points at the start of what it wants
+// a row that is looked at brings neighbours along: an eighth of the rows that fit, between these limits, after it, and a third
+// of that before it. more come after it because a question points at the start of what it wants
 static const uint32_t LLAMA_QFILTER_RECALL_AFTER_MIN = 16;
 static const uint32_t LLAMA_QFILTER_RECALL_AFTER_MAX = 24;
 
-// rows come back around the question's words: an eighth of the rows that fit on each side, at least and at most these, where a third of
-// what the best place has is near. together they take half of the rows: others are for the newest
+// rows come back around the question's words: an eighth of the rows that fit on each side, between these limits, for places
+// with at least this share of the best place's score. together they take at most half of the rows: the rest is for the newest
 static const uint32_t LLAMA_QFILTER_RECALL_NEAR_MIN = 16;
 static const uint32_t LLAMA_QFILTER_RECALL_NEAR_MAX = 48;
 static const float    LLAMA_QFILTER_RECALL_NEAR     = 1.0f/3;
 
-// newest rows that stay in any case, at most
+// at most this many of the newest rows stay in any case
 static const uint32_t LLAMA_QFILTER_RECALL_NEWEST = 64;
 
-// rows come back if a query gives this share of its attention to them and a few others; the rest only up to a quarter of the
-// rows that could, or a few: more of them distract from the others
+// a row comes back if a query gives this share of its attention to it and a few others. other rows, by weight, only fill a
+// quarter of the rows that fit, at least LEAST: more of them would distract
 static const float    LLAMA_QFILTER_RECALL_SHARE = 0.7f;
 static const uint32_t LLAMA_QFILTER_RECALL_LEAST = 64;
 
@@ -113,7 +113,7 @@ static bool llama_qfilter_eval(ggml_tensor * t, bool ask, void * data) {
     return ((llama_memory_qfilter *) data)->eval(t, ask);
 }
 
-// upstream sets it when it builds a graph, and runs those that it has as they are
+// upstream sets the callback only when it builds a graph, not when it reuses one
 static void llama_qfilter_set_eval(llama_context * lctx, ggml_backend_sched_eval_callback cb, void * data) {
     auto & cparams = const_cast<llama_cparams &>(lctx->get_cparams());
 
@@ -176,7 +176,7 @@ void llama_memory_qfilter::note_tokens(const llama_batch & batch) {
     for (int32_t i = 0; store && i < batch.n_tokens; ++i) {
         for (int32_t is = 0; is < batch.n_seq_id[i]; ++is) {
             if (!has(batch.seq_id[i][is])) {
-                continue; // upstream's to refuse
+                continue; // upstream refuses it
             }
             auto & tokens = streams[batch.seq_id[i][is]].archive.tokens;
 
@@ -249,7 +249,7 @@ bool llama_memory_qfilter::eval(ggml_tensor * t, bool ask) {
         std::vector<float> data((size_t) attn.n_head*attn.n_tokens*attn.head_dim);
         llama_qfilter_attn_get(t, 0, data.data());
 
-        const size_t n = data.size()/attn.n_head_kv; // query heads of a KV head are neighbours
+        const size_t n = data.size()/attn.n_head_kv; // query heads of a KV head are adjacent
 
         for (int64_t ih = 0; ih < attn.n_head_kv; ++ih) {
             queries.heads[ih].insert(queries.heads[ih].end(), data.begin() + ih*n, data.begin() + (ih + 1)*n);
@@ -276,7 +276,7 @@ llama_qfilter_result llama_memory_qfilter::choose(
 
     archive_sync();
 
-    std::vector<llama_qfilter_looks> looks; // of KV heads; the same index in all layers
+    std::vector<llama_qfilter_looks> looks; // by KV head, the maximum over all layers
 
     for (size_t i = 0; i < layers.size(); ++i) {
         const auto & l = store_layers[i];
@@ -325,7 +325,7 @@ llama_qfilter_result llama_memory_qfilter::choose(
         score[i] = *std::max_element(weights.begin() + i0, weights.begin() + i1);
         share[i] = *std::max_element(shares .begin() + i0, shares .begin() + i1);
 
-        // sinks and the newest
+        // sinks and the newest rows
         if (i < n_sink || i + n_window >= n) {
             score[i] = INFINITY;
         }
@@ -340,7 +340,7 @@ llama_qfilter_result llama_memory_qfilter::choose(
 
     std::vector<bool> chosen(n);
 
-    // in this order, until there are n_max
+    // takes wanted rows in the current order, until rows has n_max entries
     const auto take = [&](size_t n_max, const std::function<bool(uint32_t)> & is_wanted) {
         for (size_t j = 0; j < n && rows.size() < n_max; ++j) {
             const uint32_t i = order[j];
@@ -408,14 +408,14 @@ int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
         return refuse("there is no archive");
     }
     if (st.table.p1 == 0) {
-        return 0; // all rows are there
+        return 0; // nothing was evicted
     }
 
     const uint32_t n_min = n_sink + 1;
     const uint32_t n_max = n_cells - std::min(n_cells, question->n);
 
     if (n_rows == 0) {
-        // room for the answer: half of what an eviction frees, but not for that much of a small cache
+        // room for the answer: half of what an eviction frees, but at most an eighth of the cells
         const uint32_t n_free = std::min((n_cells - std::min(n_cells, n_keep))/2, n_cells/8);
 
         n_rows = std::max(n_min, n_max - std::min(n_max, n_free));
@@ -440,7 +440,7 @@ int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
 
     const uint32_t n_newest = std::min({ n_window, LLAMA_QFILTER_RECALL_NEWEST, (n_rows - n_sink)/4 });
 
-    // half of the cells is for rows that the archive does not have, if there are such
+    // if some evicted rows are not in the archive, half of the rows are left for those that the cells still have
     const bool     is_whole = !st.incomplete && st.archive.pos_min == 0;
     const uint32_t n_choose = is_whole ? n_rows : std::max(n_sink + n_newest, n_rows/2);
     const uint32_t n_least  = std::min(n_choose, n_sink + n_newest + std::max(n_rows/4, LLAMA_QFILTER_RECALL_LEAST));
@@ -454,7 +454,7 @@ int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
         return res == LLAMA_QFILTER_ABORTED ? -1 : res;
     }
 
-    // those that some head did not have
+    // positions that some head did not have
     std::vector<llama_pos> recalled;
 
     const auto order = order_of(seq_id);

@@ -1,4 +1,4 @@
-// how a question looks at the rows in the cells: a repetition of a text tells what each of its rows is worth
+// how a question looks at the rows in the cells. if the question repeats the text, this tells how much each row is worth
 
 #include "llama-memory-qfilter.h"
 
@@ -90,12 +90,12 @@ int32_t llama_memory_qfilter::weights(llama_seq_id seq_id, int32_t il, float * o
     const auto & queries = asked->layers[&layer - layers.data()];
 
     const uint32_t n_question = asked->n;
-    const size_t   n_blocks   = queries.n(layer, 0)/n_question; // query heads of a KV head, in all layers that attend its rows
+    const size_t   n_blocks   = queries.n(layer, 0)/n_question; // query heads per KV head, in all layers that attend to it
     const size_t   n_rep      = layer.n_rep;
 
     const auto order = order_of(seq_id);
 
-    // the question's rows are the last ones, of all heads
+    // the rows of the question are the last ones in all heads
     const uint32_t n = std::lower_bound(order.pos.begin(), order.pos.end(), asked->p0) - order.pos.begin();
 
     if (order.n() - n != n_question || get_stream(seq_id).table.p1 > asked->p0) {

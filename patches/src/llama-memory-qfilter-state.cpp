@@ -1,4 +1,4 @@
-// what a sequence is, and what it has lost, as bytes
+// states and archives of sequences as bytes
 
 #include "llama-memory-qfilter.h"
 
@@ -23,7 +23,7 @@ void llama_memory_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_i
 
     const uint32_t head[] = { LLAMA_QFILTER_STATE_MAGIC, LLAMA_QFILTER_STATE_VERSION, n_cells, n_keep, n_sink, n_window, (uint32_t) policy.policy, n_head_all };
 
-    // copies of sequences that are still to be made
+    // run pending copies of sequences
     lctx->memory_update(false);
 
     const uint32_t is0 = seq_id < 0 ? 0              : seq_id;
@@ -37,13 +37,13 @@ void llama_memory_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_i
     io.write(&ns, sizeof(ns));
 
     for (uint32_t is = is0; is < is1; ++is) {
-        // attention adds up in the order of cells: to go on with the same bits, new ones have to go to the same places
+        // attention sums in the order of cells: for bit-identical results, new tokens have to go to the same cells
         uint32_t swa[2] = { kv_swa ? kv_swa->v_cells[is].get_used() : 0, kv_swa ? kv_swa->v_heads[is] : 0 };
 
         const auto & st = get_stream(is);
 
         if (swa[0] > 0 && swa[0] == st.swa[0]) {
-            swa[1] = st.swa[1]; // restored, and not gone on from yet
+            swa[1] = st.swa[1]; // restored, no batch since then
         }
 
         st.table.write(io, swa);
@@ -83,7 +83,7 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
         throw std::runtime_error(format("the state's version is %u, this build reads %u", head[1], LLAMA_QFILTER_STATE_VERSION));
     }
 
-    // a sequence is the same in a cache of another size, but n_sink: the table of true positions starts after the sinks
+    // a sequence fits into a cache of another size, but n_sink must match: the table of true positions starts after the sinks
     const bool resize = seq_id != -1 && this->resize;
 
     if (!resize && (head[2] != n_cells || head[3] != n_keep || head[5] != n_window)) {
@@ -103,7 +103,7 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
             throw std::runtime_error("the state was saved by a model with windowed layers");
         }
 
-        // a sequence that lost nothing is the same whatever would have decided
+        // a sequence that lost nothing does not depend on policy, filters or n_sink
         if (resize && st.table.p1 == 0) {
             continue;
         }
@@ -115,9 +115,9 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
         }
     }
 
-    lctx->memory_update(false); // or they would be made later, over what is restored now
+    lctx->memory_update(false); // pending copies would overwrite what is restored now
 
-    // an earlier point of the same sequence: what was evicted up to there is in its archive
+    // with an earlier position of the same sequence: rows evicted before it are in its archive
     stream before;
     const bool keep = seq_id != -1 && (keep_archive || (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY));
     if (keep) {
@@ -128,7 +128,7 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
     // upstream leaves the old cells when the state has none
     forget(seq_id);
 
-    // all parts of the memory, or none
+    // restore all parts of the memory, or none
     try {
         mem->state_read(io, seq_id, flags & ~LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
 
@@ -139,7 +139,7 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
     }
 
     for (auto & st : read) {
-        st.incomplete = st.table.p1 > 0; // what was evicted is not in a state
+        st.incomplete = st.table.p1 > 0; // a state does not contain evicted rows
 
         if (keep) {
             st.archive    = std::move(before.archive);
@@ -151,7 +151,7 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
     std::move(read.begin(), read.end(), streams.begin() + std::max(seq_id, 0));
 }
 
-// throws std::runtime_error unless the cells are some that a context could have, and those of the tables
+// throws std::runtime_error unless a context could have these cells, and the tables fit them
 void llama_memory_qfilter::check_state(llama_seq_id seq_id, const std::vector<stream> & read) const {
     for (size_t i = 0; i < read.size(); ++i) {
         const llama_seq_id is = std::max(seq_id, 0) + i;
@@ -171,7 +171,7 @@ void llama_memory_qfilter::check_state(llama_seq_id seq_id, const std::vector<st
         // all parts have read the same tokens
         const llama_pos pos_max = kv.seq_pos_max(is);
 
-        // a cut at the start of a chunk of attention leaves an empty window
+        // with chunked attention, a cut at the start of a chunk leaves an empty window
         const bool has_swa = kv_swa && kv_swa->v_cells[is].get_used() > 0;
 
         if (has_swa) {
@@ -205,7 +205,7 @@ struct llama_qfilter_archive_head {
     uint32_t  incomplete;
 };
 
-// fn(p, pos, n): the rows of a layer's tensor from p on, of n positions that lie one after the other
+// calls fn(pos, n, offset, n_bytes_row) for each tensor of each layer, for each run of n adjacent positions from pos on
 template <typename F>
 static void llama_qfilter_archive_each(
         const std::vector<llama_pos> & pos, const std::vector<llama_qfilter_archive_layer> & layers, F fn) {

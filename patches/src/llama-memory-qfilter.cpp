@@ -14,7 +14,7 @@
 #include <limits>
 #include <stdexcept>
 
-// cells are allocated in steps of what llama_kv_cache::get_n_kv() pads to
+// the number of allocated cells is a multiple of the padding of llama_kv_cache::get_n_kv()
 static const uint32_t LLAMA_QFILTER_PAD = 256;
 
 //
@@ -39,7 +39,7 @@ static llama_memory_recurrent * llama_qfilter_recr_of(llama_memory_i * mem) {
     return hybrid ? hybrid->get_mem_recr() : nullptr;
 }
 
-// the KV cache that grows with the context, nullptr: none, or of a kind that can't be bounded
+// the KV cache that grows with the context; nullptr: there is none, or its kind can't be bounded
 static llama_kv_cache * llama_qfilter_cache_of(llama_memory_i * mem) {
     if (auto * iswa = llama_qfilter_iswa_of(mem)) {
         return iswa->get_base();
@@ -86,7 +86,7 @@ std::unique_ptr<llama_memory_i> llama_memory_qfilter::create(
 
     cparams.n_ctx_seq = n_alloc;
 
-    // upstream makes the windowed part as large as the other one when swa_full is set, and never larger
+    // with swa_full, upstream would make the windowed part as large as the other one; it never makes it larger
     params_mem.swa_full = false;
 
     if (model.hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
@@ -107,7 +107,7 @@ std::unique_ptr<llama_memory_i> llama_memory_qfilter::create(
 
     auto * iswa = llama_qfilter_iswa_of(mem.get());
     if (iswa && kv->get_size() > n_alloc) {
-        // the window needs more cells than the bound allows: the same cache again, smaller
+        // the window needs more cells than the bound allows: make the other cache again, with fewer cells
         std::map<int32_t, int32_t> ils; // layer -> layer whose cells it uses
         for (const auto & [il, ikv] : kv->map_layer_ids) {
             ils[il] = kv->layers[ikv].il;
@@ -174,8 +174,8 @@ llama_memory_qfilter::llama_memory_qfilter(
     init_archive(params);
 
     if (kv_swa) {
-        // a state needs all cells of the window, also those that the next token does not see: then the sums of attention
-        // are the same to the last bit
+        // keep all cells of the window in a state, also those that the next token does not see: bit-identical sums of
+        // attention need the same cells in the same order
         kv_swa->qfilter_window = true;
     }
 
@@ -216,7 +216,7 @@ void llama_memory_qfilter::init(llama_context * lctx) {
     vectors.init_ropes(lctx, layers);
 
     if (!vectors.empty()) {
-        // beside the keys
+        // the vectors lie on the device of the keys
         for (auto & layer : layers) {
             ggml_context_ptr ctx(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
 
@@ -239,7 +239,7 @@ void llama_memory_qfilter::init(llama_context * lctx) {
         auto * buffer = layer.k[0]->buffer;
         auto * dev    = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
 
-        // plain CPU buffers name no device
+        // plain CPU buffers have no device
         ggml_backend_t backend = threads.backend;
         for (int i = 0; i < n_backends; ++i) {
             if (dev && ggml_backend_get_device(ggml_backend_sched_get_backend(sched, i)) == dev) {
@@ -327,7 +327,7 @@ bool llama_memory_qfilter::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
         return true;
     }
 
-    // there is an archive
+    // not possible in the cells alone: fill them from the archive
     if (seq_id == -1 && streams.size() == 1) {
         seq_id = 0;
     }
@@ -395,7 +395,7 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_memory_qfilter::memory_breakd
 //
 
 uint64_t llama_memory_qfilter::n_keep_min(uint32_t n_window) const {
-    return (uint64_t) n_sink + std::max(1u, n_window); // the newest position has to stay: batches go on from it
+    return (uint64_t) n_sink + std::max(1u, n_window); // the newest position has to stay: the next batch follows it
 }
 
 bool llama_memory_qfilter::has(llama_seq_id seq_id) const {
@@ -432,7 +432,7 @@ bool llama_memory_qfilter::can_cut(llama_seq_id seq_id, llama_pos p0) const {
     const auto & table = get_stream(seq_id).table;
 
     if (p0 > cells.seq_pos_max(seq_id)) {
-        return true; // nothing
+        return true; // nothing to cut
     }
 
     if (p0 < table.p1) {
@@ -441,7 +441,7 @@ bool llama_memory_qfilter::can_cut(llama_seq_id seq_id, llama_pos p0) const {
     }
 
     if (table.p1 > 0) {
-        // the next position would be one that was compacted
+        // a row after the sinks has to be left, or the sequence would go on at a compacted position
         const auto & sp = cells.seq_pos_get(seq_id);
         const auto   it = sp.lower_bound({ table.p0, 0 });
 
@@ -485,11 +485,11 @@ bool llama_memory_qfilter::can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p
 
         const auto & table = get_stream(is).table;
 
-        // without sinks the first cell is of no position that was read
+        // without sinks the first cell is compacted: its position is not the first one of the sequence
         const llama_pos pos_min = table.p1 > 0 && table.p0 <= cells.seq_pos_min(is) ? 0 : cells.seq_pos_min(is);
 
         if (cells.get_used() == 0 || p0 >= p1 || (p0 <= pos_min && p1 > cells.seq_pos_max(is))) {
-            continue; // nothing, or the whole sequence
+            continue; // nothing to remove, or the whole sequence
         }
         if (p0 < table.p1 || (p1 > cells.seq_pos_max(is) && !can_cut(is, p0))) {
             return false;

@@ -17,7 +17,7 @@ class llama_memory_recurrent;
 
 struct llama_cparams;
 
-// what is kept of a question while it is read
+// what is recorded of a question while it is read
 struct llama_qfilter_asked {
     llama_seq_id seq_id = -1;
 
@@ -26,13 +26,13 @@ struct llama_qfilter_asked {
 
     uint32_t n_batches = 0;
 
-    std::string why_not; // can't be one
+    std::string why_not; // why it can't be used as a question, "": it can
 
     std::vector<llama_qfilter_queries> layers;
 
-    std::vector<uint8_t> recr; // the recurrent part before it
+    std::vector<uint8_t> recr; // state of the recurrent part before the question
 
-    // of the context's user, who goes on to be called
+    // callback of the context's user, which is still called
     ggml_backend_sched_eval_callback cb      = nullptr;
     void *                           cb_data = nullptr;
     bool                             cb_asks = false;
@@ -42,14 +42,15 @@ struct llama_qfilter_asked {
 // llama_memory_qfilter
 //
 
-// a memory with at most n_cells cells per sequence in the KV cache that grows with the context: that cache is the memory
-// owned here, or the part of it that is not windowed or recurrent. when a batch does not fit, init_batch() makes room
+// a memory that bounds the KV cache that grows with the context: it has at most n_cells cells per sequence. that cache is
+// the whole memory owned here, or the part of it that is not windowed or recurrent. when a batch does not fit, init_batch()
+// makes room
 //
-// every layer and KV head keeps rows of its own, so after an eviction one cell holds rows of different positions. all heads
-// have the same number of rows, so the cells (and with them masks, batch checks, graphs) stay as upstream has them: their
-// positions are written as if the newest candidates had been kept, and the true ones are remembered here. what would cut
-// into them is refused before any part of the memory is touched, unless there is an archive: rows that are evicted lie there,
-// and the cells can be filled with others at any time
+// every layer and KV head keeps its own rows, so after an eviction one cell holds rows of different positions. all heads have
+// the same number of rows, so the cells (and with them masks, batch checks, graphs) work as they do upstream: cell positions
+// are written as if the newest candidates had been kept, and the true positions are stored here. without an archive, a cut
+// into compacted positions is refused before any part of the memory is touched. with an archive, where evicted rows go, the
+// cells can be filled with other rows at any time
 class llama_memory_qfilter : public llama_memory_i {
 public:
     // throws std::runtime_error when the parameters don't fit the model or each other
@@ -94,8 +95,8 @@ public:
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
 
-    // states are complete, also for LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: such a state is restored over rows that are still
-    // there, and after an eviction they may not be
+    // states are complete, also for LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: a partial state relies on rows that are still in the
+    // cache, and an eviction may have removed them
     void state_write(llama_io_write_i & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) const override;
     void state_read (llama_io_read_i  & io, llama_seq_id seq_id = -1, llama_state_seq_flags flags = 0) override;
 
@@ -106,7 +107,7 @@ public:
     // what llama_decode() shall return after init_batch() has returned nullptr
     int32_t decode_error() const;
 
-    // given: scores of all rows in place of the policy's, see llama_qfilter_compress_scored(), or nullptr
+    // given: scores of all rows that replace the policy's, see llama_qfilter_compress_scored(), or nullptr
     int32_t compress(llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window, const float * given, size_t n_given);
 
     int32_t   room        (llama_seq_id seq_id) const;
@@ -119,14 +120,14 @@ public:
     // archive
     //
 
-    // the tokens of a sequence that are decoded from here on are a question, until recall(); -1: not any more
+    // tokens of this sequence that are decoded from now until recall() are a question; -1: no question any more
     int32_t question(llama_seq_id seq_id);
 
-    // cut the question back and fill the cells with n_rows rows, those that it looks at; n_rows 0: as
-    // many as leave the answer room. returns the tokens of the question
+    // cut the sequence back to where the question began, and fill the cells with n_rows rows that it looks at. n_rows 0: as
+    // many as leave room for the answer. returns the number of tokens in the question
     int32_t recall(llama_seq_id seq_id, uint32_t n_rows);
 
-    // how the question's queries look at the cells before it, see llama_qfilter_weights()
+    // how the queries of the question look at the cells before it, see llama_qfilter_weights()
     int32_t weights(llama_seq_id seq_id, int32_t il, float * out, size_t capacity);
 
     // called by the context's scheduler
@@ -136,17 +137,17 @@ public:
 
     size_t archived(llama_seq_id seq_id, llama_pos pos, int32_t il, bool is_v, void * out, size_t size);
 
-    // the archive of a sequence beside its state; the second one throws std::runtime_error
+    // the archive of a sequence, separate from its state. archive_read() throws std::runtime_error
     size_t archive_write(llama_seq_id seq_id,       uint8_t * dst, size_t size);
     void   archive_read (llama_seq_id seq_id, const uint8_t * src, size_t size);
 
     void get_stats(llama_qfilter_stats & stats) const;
     bool get_stats(llama_seq_id seq_id, llama_qfilter_seq_stats & stats) const;
 
-    // the next state_read() may be of a cache of another size
+    // the next state_read() may get the state of a cache with another size
     bool resize = false;
 
-    // the next state_read() is of the same sequence at an earlier position: it keeps its archive
+    // the next state_read() gets an earlier position of the same sequence, which keeps its archive
     bool keep_archive = false;
 
 private:
@@ -157,24 +158,24 @@ private:
             const llama_cparams       & cparams,
                   uint32_t              n_cells);
 
-    // what a sequence's cells don't tell
+    // what we know of a sequence besides its cells
     struct stream {
         llama_qfilter_table table;
 
         uint64_t n_evictions = 0;
         uint64_t n_dropped   = 0;
 
-        // restored and not gone on from yet: used cells of the windowed part, and the one to look from
+        // windowed part of a restored sequence before its next batch: number of used cells, and where to look for a free one
         uint32_t swa[2] = { 0, 0 };
 
         llama_qfilter_archive archive;
 
-        bool incomplete = false; // rows were dropped that are not in the archive
+        bool incomplete = false; // some dropped rows are not in the archive
 
         std::vector<llama_pos> recalled;
     };
 
-    // what the cells of a sequence are filled with
+    // the rows to fill the cells of a sequence with
     struct filling {
         llama_pos p0; // where the sequence goes on
 
@@ -225,15 +226,15 @@ private:
 
     std::vector<llama_qfilter_archive_layer> store_layers;
 
-    bool store_stopped = false; // there was no memory
+    bool store_stopped = false; // out of memory, nothing more is archived
 
-    std::vector<std::unique_ptr<llama_qfilter_scorer>> scorers; // of the workers
+    std::vector<std::unique_ptr<llama_qfilter_scorer>> scorers; // one per worker
 
     std::unique_ptr<llama_qfilter_asked> asked;
 
     std::vector<stream> streams;
 
-    std::vector<float> scores; // of the layers that are scored at once
+    std::vector<float> scores; // of the layers that are scored together
 
     std::vector<float> scores_learned; // [n_head_all, n] of all rows of a sequence by rank, NaN where they are not needed
 
@@ -241,7 +242,7 @@ private:
 
     int32_t error = 0; // of the last init_batch()
 
-    // does the memory have a place for this sequence? false, with a note: no
+    // is there such a sequence? false, with a note: no
     bool has(llama_seq_id seq_id) const;
 
     // rows that always stay, at least one of them the newest
@@ -255,19 +256,19 @@ private:
     // does the CPU read and write the layer's rows itself?
     bool is_on_host(const llama_qfilter_layer & layer) const;
 
-    // cells that were emptied since have no history
+    // a sequence whose cells have been emptied has no history
     const stream & get_stream(llama_seq_id seq_id) const;
 
-    // false: what is before p0 is not as it was when p0 was the next position
+    // false: the rows before p0 are not those that were there when p0 was the next position
     bool can_cut(llama_seq_id seq_id, llama_pos p0) const;
 
-    // false: the range would cut positions of which some heads have dropped rows, or leave a window with holes
+    // false: the range would cut into positions that some heads have dropped, or leave a window with holes
     bool can_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
-    // remove a sequence, all for -1, whatever is in its cells
+    // remove a sequence (-1: all of them), whatever its cells hold
     void forget(llama_seq_id seq_id);
 
-    // state_read() throws std::runtime_error through it
+    // the two steps of state_read(); both throw std::runtime_error
     void read_state (llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags);
     void check_state(llama_seq_id seq_id, const std::vector<stream> & read) const;
 
@@ -275,18 +276,18 @@ private:
     int32_t make_room(const llama_batch & batch);
 
     // LLAMA_QFILTER_REFUSED: there is nothing to drop
-    // given: [n_head_all, n] scores in place of the policy's, or nullptr
+    // given: [n_head_all, n] scores that replace the policy's, or nullptr
     llama_qfilter_result evict(llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window, const float * given = nullptr);
 
     // fills scores_learned
     llama_qfilter_result learn(llama_seq_id seq_id, const llama_qfilter_order & order, uint32_t n_window);
 
-    // of rows that the table of a filling has; before any of them moves
+    // fills f.table.learned; called before any row moves
     llama_qfilter_result learn(llama_seq_id seq_id, filling & f);
 
     std::vector<llama_qfilter_learned::rows> learned_rows(const llama_qfilter_worker & w, llama_seq_id seq_id) const;
 
-    // [n_head_all, n] of the rows of these positions, which lie in cells, or in the archive
+    // out: [n_head_all, n] learned scores of the rows at these positions, which lie in cells, or in the archive
     llama_qfilter_result learn_cells  (llama_seq_id seq_id, const std::vector<uint32_t> & cells, const std::vector<llama_pos> & pos, std::vector<float> & out);
     llama_qfilter_result learn_archive(llama_seq_id seq_id, const std::vector<llama_pos> & pos, std::vector<float> & out);
 
@@ -302,7 +303,7 @@ private:
     void init_archive(const llama_qfilter_params & params);
     void init_scorers();
 
-    // cells that are empty have no history
+    // sequences without used cells lose their history
     void forget_empty();
 
     // the index of the worker that has a layer
@@ -310,41 +311,42 @@ private:
 
     size_t archive_row_size() const { return store->n_bytes_block/llama_qfilter_archive::n_block; }
 
-    // waits for rows that are on their way to the archive
+    // waits until all copies to the archive are done
     void archive_sync() const;
 
-    // rows that are not in the archive, and whose positions are the same in all heads
+    // copies to the archive all rows that it lacks and whose position is the same in all heads
     void archive_rows(llama_seq_id seq_id);
 
-    // the block of a position, for which others may have to go; nullptr: there is no memory
+    // the archive's block for a position; older blocks may be dropped for it. nullptr: out of memory
     uint8_t * archive_block(llama_seq_id seq_id, llama_pos pos);
 
     // false: nothing can be archived any more
     bool archives() const { return store && !store_stopped; }
 
-    // the first position from which on all rows are in the archive, up to the compacted ones
+    // the first position from which all rows up to the last compacted one are in the archive
     llama_pos archive_begin(llama_seq_id seq_id) const;
 
-    // can the cells be filled so that the sequence goes on at p0? recr_saved: its recurrent part will be restored
+    // can the cells be filled so that the sequence can go on at p0? recr_saved: the recurrent part will be restored
     bool can_fill(llama_seq_id seq_id, llama_pos p0, llama_pos begin, bool recr_saved) const;
 
-    // does the window have what a sequence that goes on at p0 sees?
+    // do the windowed layers still have all rows that position p0 sees?
     bool can_cut_window(llama_seq_id seq_id, llama_pos p0) const;
 
-    // at most n rows for each head: sinks, the last n_window before p0, rows (ascending), those that are in the cells; and the
-    // newest if no rows are given
+    // at most n rows for each head: sinks, the last n_window before p0, the given rows (ascending), then rows that are in the
+    // cells; if no rows are given, also the newest others
     filling plan(llama_seq_id seq_id, llama_pos p0, uint32_t n, uint32_t n_window, const std::vector<llama_pos> & rows) const;
 
-    // all of it or nothing. LLAMA_QFILTER_REFUSED: a part of the memory can't be cut at p0
+    // fills all cells or changes nothing, except that the sequence is cleared if rows may already have moved
+    // LLAMA_QFILTER_REFUSED: a part of the memory can't be cut at p0
     llama_qfilter_result fill(llama_seq_id seq_id, filling f, const std::vector<uint8_t> & recr_state);
 
-    // cut all parts at p0, the bounded one as far as upstream can; recr_state: what the recurrent part was there, or empty
+    // cut all parts at p0, the bounded one as far as upstream can; recr_state: state of the recurrent part at p0, or empty
     bool cut_parts(llama_seq_id seq_id, llama_pos p0, const std::vector<uint8_t> & recr_state);
 
     bool rewind(llama_seq_id seq_id, llama_pos p0);
 
-    // the positions that a question is about, n_rows at most: n_least that its queries look at most, those that they look at
-    // closely, and those around its words
+    // the positions to bring back for a question, at most n_rows: the n_least with the largest weights, rows around its words,
+    // and rows that its queries look at closely
     llama_qfilter_result choose(
             const llama_qfilter_asked & asked, uint32_t n_least, uint32_t n_rows, uint32_t n_window, std::vector<llama_pos> & rows);
 
@@ -353,18 +355,18 @@ private:
 
     std::unique_ptr<llama_qfilter_asked> end_question();
 
-    // "": the sequence ends with this question
+    // why the question can't be used; "": it can, and the sequence ends with it
     std::string why_no_question(const llama_qfilter_asked * question, llama_seq_id seq_id) const;
 
-    // for each query of each KV head the logarithm of what the question's own n rows of K, up to its token, add to its softmax
+    // for each query of each KV head: log of the sum of exp(logit) over the question's own n rows of K, up to the query's token
     std::vector<std::vector<float>> own_sums(
             const llama_qfilter_layer & layer, const llama_qfilter_queries & queries, const std::vector<float> & rows, uint32_t n) const;
 };
 
-// the bounded memory behind a context's, or nullptr
+// a context's memory as a bounded memory; nullptr: it is not one
 llama_memory_qfilter * llama_memory_qfilter_of(llama_memory_t mem);
 
-// what llama_qfilter_last_error() says; the second one logs it, too
+// set what llama_qfilter_last_error() returns; note_error() also logs it
 void llama_qfilter_set_error (const std::string & message);
 void llama_qfilter_note_error(const std::string & message);
 
@@ -379,7 +381,7 @@ llama_memory_i * llama_qfilter_create_memory(
         const llama_cparams        & cparams,
         const llama_qfilter_params * params);
 
-// what llama_decode() shall return where the memory could not be prepared for a batch
+// what llama_decode() shall return when the memory could not be prepared for a batch
 int32_t llama_qfilter_decode_error(llama_memory_t mem);
 
 // upstream's llama_init_from_model(), which now takes our parameters; defined in llama-context.cpp

@@ -34,7 +34,7 @@ uint32_t llama_qfilter_abi_version() {
     return LLAMA_QFILTER_ABI_VERSION;
 }
 
-// the bounded memory of a context; nullptr, with a note, if it has none
+// the bounded memory of a context; nullptr, with an error set: it has none
 static llama_memory_qfilter * llama_qfilter_memory(const llama_context * ctx) {
     llama_qfilter_error.clear();
 
@@ -55,7 +55,7 @@ llama_memory_i * llama_qfilter_create_memory(
         const llama_memory_params  & params_mem,
         const llama_cparams        & cparams,
         const llama_qfilter_params * params) {
-    // the one that shares the memory of another context, see llama_model::create_memory()
+    // this architecture shares the memory of another context, see llama_model::create_memory()
     if (model.arch == LLM_ARCH_GEMMA4_ASSISTANT && llama_memory_qfilter_of(params_mem.mem_other)) {
         throw std::runtime_error("a draft context can't share a bounded cache");
     }
@@ -109,7 +109,7 @@ bool llama_qfilter_policy_learned(int32_t policy) {
 // C API: contexts
 //
 
-// what both sides know of a struct whose first field is its size
+// copies the fields of a struct that both sides know; its first field is its size
 template <typename T>
 static void llama_qfilter_copy(T & dst, const T & src, size_t struct_size) {
     memset((void *) &dst, 0, struct_size);
@@ -253,7 +253,7 @@ bool llama_qfilter_layer_evicts(const llama_model * model, int32_t il) {
 
     const auto & hparams = model->hparams;
 
-    // falcon-h1 has both in every layer
+    // every layer of falcon-h1 is recurrent and has attention
     const bool is_recr = il >= 0 && il < (int32_t) hparams.n_layer() && hparams.is_recr(il) && model->arch != LLM_ARCH_FALCON_H1;
 
     return il >= 0 && il < (int32_t) hparams.n_layer() && hparams.n_head_kv(il) > 0 &&
@@ -264,7 +264,7 @@ llama_context * llama_init_from_model(llama_model * model, llama_context_params 
     return llama_qfilter_init_context(model, cparams, nullptr);
 }
 
-// NULL, with a note: these parameters don't make a context
+// NULL, with a note: the parameters are refused
 static llama_context * llama_qfilter_try_init(llama_model * model, llama_context_params cparams, const llama_qfilter_params * params_in) {
     if (!model) {
         llama_qfilter_note_error("model cannot be NULL");
@@ -279,7 +279,7 @@ static llama_context * llama_qfilter_try_init(llama_model * model, llama_context
     memcpy((void *) &params, (const void *) params_in, params_in->struct_size);
 
     if (cparams.n_seq_max <= 1) {
-        cparams.kv_unified = false; // one stream either way; this way ids of other sequences are refused
+        cparams.kv_unified = false; // there is one stream either way, but this refuses ids of other sequences
     }
 
     const std::string refusal = llama_qfilter_refusal(*model, cparams);

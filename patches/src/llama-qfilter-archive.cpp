@@ -67,7 +67,7 @@ uint8_t * llama_qfilter_archive_store::map_block() {
 
     const off_t offset = n_file*n_bytes_mapped;
 
-    // a page of a full disk would be a signal, not an error
+    // reserve the space now: writing to a mapped page on a full disk would raise a signal, not return an error
 #ifdef __linux__
     if (posix_fallocate(fd, offset, n_bytes_mapped) != 0) {
         return nullptr;

@@ -15,21 +15,21 @@
 // llama_qfilter_archive_store
 //
 
-// host memory in blocks of one size: anonymous, or a mapped file that has no name, so that a crash leaves nothing
+// host memory in blocks of equal size: anonymous, or mapped from an unlinked file (it has no name), so a crash leaves nothing
 class llama_qfilter_archive_store {
 public:
-    // dir: of the file, "": anonymous; buft: of anonymous memory that devices copy from faster, or nullptr
-    // throws std::runtime_error if there can be no such file
+    // dir: folder of the file, "": anonymous memory; buft: type of anonymous memory that devices copy from faster, or nullptr
+    // throws std::runtime_error if the file can't be made
     llama_qfilter_archive_store(size_t n_bytes_block, uint64_t n_bytes_limit, const std::string & dir, ggml_backend_buffer_type_t buft);
 
     ~llama_qfilter_archive_store();
 
     bool full() const { return n_bytes + n_bytes_block > n_bytes_limit; }
 
-    // nullptr: full, or there is no memory. not to outlive the store
+    // nullptr: full, or out of memory. a block must not outlive the store
     std::shared_ptr<uint8_t> alloc();
 
-    uint64_t n_bytes = 0; // of blocks that are in use
+    uint64_t n_bytes = 0; // of blocks in use
 
     const size_t   n_bytes_block;
     const uint64_t n_bytes_limit;
@@ -45,9 +45,9 @@ private:
 
     size_t n_bytes_mapped = 0; // of a block in the file
 
-    uint64_t n_file = 0; // blocks in it
+    uint64_t n_file = 0; // blocks in the file
 
-    std::vector<uint8_t *> free_blocks; // of the file, mapped
+    std::vector<uint8_t *> free_blocks; // of the file, still mapped
 };
 
 //
@@ -63,7 +63,7 @@ struct llama_qfilter_archive_layer {
     size_t n_bytes_v;
 };
 
-// every row of a sequence that was ever evicted, by position. copies share blocks until one of them writes
+// the evicted rows of a sequence, by position. copies of a sequence share blocks until one of them writes
 class llama_qfilter_archive {
 public:
     static constexpr uint32_t n_block = 256; // positions
@@ -79,7 +79,7 @@ public:
         return blocks[pos/n_block].data.get() + offset + pos % n_block*n_bytes_row;
     }
 
-    // the block of a position, to be written by this sequence alone; nullptr: the store has no more
+    // the block of a position, for this sequence alone to write to; nullptr: the store has no more blocks
     uint8_t * write(llama_pos pos, llama_qfilter_archive_store & store);
 
     void set(llama_pos pos) {
@@ -87,28 +87,28 @@ public:
         blocks[pos/n_block].has.set(pos % n_block);
     }
 
-    // can positions be added? not those that were dropped
+    // can this position be added? false if it is there already, or was dropped at the limit
     bool takes(llama_pos pos, uint32_t n_sink) const { return !has(pos) && (pos >= pos_min || pos < (llama_pos) n_sink); }
 
     // remove the positions [p0, p1)
     void rm(llama_pos p0, llama_pos p1);
 
-    // give the oldest block after the sinks back, but for the newest one. false: there is none
+    // give back the oldest block after the sinks, but never the newest block. false: there is none to give
     bool drop_oldest(uint32_t n_sink);
 
     uint32_t n_blocks() const;
 
-    // those that it has in [p0, p1), ascending
+    // the archived positions in [p0, p1), ascending
     std::vector<llama_pos> positions(llama_pos p0, llama_pos p1) const;
 
-    // LLAMA_TOKEN_NULL: not known
+    // LLAMA_TOKEN_NULL: unknown
     llama_token token(llama_pos pos) const { return pos < (llama_pos) tokens.size() ? tokens[pos] : LLAMA_TOKEN_NULL; }
 
-    std::vector<llama_token> tokens; // of all positions that were read, also of those whose rows it does not have yet
+    std::vector<llama_token> tokens; // of all positions that were read, also of those whose rows are not archived yet
 
     uint64_t n = 0; // positions
 
-    llama_pos pos_min = 0; // those from the sinks up to it were dropped at the limit
+    llama_pos pos_min = 0; // positions from the sinks up to here were dropped at the limit
 
 private:
     struct block {

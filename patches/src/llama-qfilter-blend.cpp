@@ -1,4 +1,5 @@
-// the scores of qblend, kvdiff and learned, and what keydiff has of them: rows whose value is unlike the others and whose key is, too, and their neighbours
+// the scores of qblend, kvdiff and learned, and their key part, which is the score of keydiff: large for rows whose value and
+// key both differ from the others, and for their neighbours
 
 #include "llama-qfilter-policy.h"
 
@@ -7,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-// the compiler may use what the CPU has, where it can choose when we are loaded
+// compile a function for several CPUs, where the loader can choose between them
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__) && !defined(__SANITIZE_THREAD__)
 #    define LLAMA_QFILTER_ANY_CPU __attribute__((target_clones("avx2", "default")))
 #else
@@ -21,24 +22,24 @@
 #endif
 
 std::vector<ggml_tensor *> llama_qfilter_blend_parts(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
-    // an evicted row changes the output by (the output less its value) times its weight
+    // evicting a row changes the output by weight*(output - value)
     std::vector<ggml_tensor *> res = { llama_qfilter_square(ctx, ggml_sub(ctx, v, llama_qfilter_mean(ctx, v))) };
 
     if (f) {
         res.push_back(llama_qfilter_dot(ctx, k, ggml_reshape_2d(ctx, f, f->ne[0], f->ne[3])));
     }
-    res.push_back(llama_qfilter_likeness(ctx, k)); // the last one to need k, of which it has copies
+    res.push_back(llama_qfilter_likeness(ctx, k)); // comes last because it makes copies of k
 
     return res;
 }
 
 //
-// the same on the CPU: all heads of a row at once, straight from the cache, whatever is computed of them
+// the same on the CPU: reads each row straight from the cache and computes all parts of all its heads at once
 //
 
-static const int64_t LLAMA_QFILTER_N_CHUNK = 128; // rows; sums do not depend on the number of threads
+static const int64_t LLAMA_QFILTER_N_CHUNK = 128; // rows; fixed, so that sums do not depend on the number of threads
 
-// in lanes, which compilers turn into vectors
+// the sum of 16 lanes; compilers turn loops over lanes into vector instructions
 static LLAMA_QFILTER_INLINE float llama_qfilter_lanes(float * lanes) {
     for (int w = 8; w > 0; w /= 2) {
         for (int j = 0; j < w; ++j) {
@@ -80,7 +81,7 @@ static LLAMA_QFILTER_INLINE float llama_qfilter_vec_distance(const float * x, co
     return llama_qfilter_lanes(lanes) + rest;
 }
 
-// ggml's own, for which no compiler may choose what the CPU has, takes longer than all that follows
+// ggml's own conversion is not compiled for several CPUs, and would take longer than all the rest
 static LLAMA_QFILTER_INLINE void llama_qfilter_vec_from_f16(const ggml_fp16_t * x, float * y, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
         const uint32_t h = x[i];
@@ -89,7 +90,7 @@ static LLAMA_QFILTER_INLINE void llama_qfilter_vec_from_f16(const ggml_fp16_t * 
 
         float f;
         memcpy(&f, &bits, sizeof(f));
-        f *= 0x1p112f; // the exponents' biases; denormals become normal
+        f *= 0x1p112f; // corrects the exponent bias; denormals become normal numbers
         memcpy(&bits, &f, sizeof(f));
 
         bits |= (h & 0x8000) << 16;
@@ -99,7 +100,7 @@ static LLAMA_QFILTER_INLINE void llama_qfilter_vec_from_f16(const ggml_fp16_t * 
     }
 }
 
-// a row of a cache, F32
+// a row of the cache in F32
 static LLAMA_QFILTER_INLINE const float * llama_qfilter_row(const ggml_tensor * t, int32_t cell, float * buf) {
     const void * x = (const char *) t->data + cell*t->nb[1];
 
@@ -110,10 +111,10 @@ static LLAMA_QFILTER_INLINE const float * llama_qfilter_row(const ggml_tensor * 
     }
 }
 
-// the rows of a layer, and where a node puts what it computes of them
+// the rows of a layer and the chunks that nodes work in
 struct llama_qfilter_blend_rows {
     const ggml_tensor * k;
-    const ggml_tensor * v; // nullptr: only keys are wanted
+    const ggml_tensor * v; // nullptr: only the keys are used
 
     const int32_t * cells;
 
@@ -134,10 +135,10 @@ struct llama_qfilter_blend_rows {
     int64_t end  (int64_t chunk) const { return std::min(begin(chunk + 1), n_rows); }
 };
 
-// the sources of all nodes; what comes later is missing in earlier ones
+// the sources of the three nodes (sums, means, parts); each node has the first few of them
 enum llama_qfilter_blend_src {
     LLAMA_QFILTER_BLEND_K,
-    LLAMA_QFILTER_BLEND_V, // the same as K: only keys are wanted
+    LLAMA_QFILTER_BLEND_V, // the same tensor as K: only the keys are used
     LLAMA_QFILTER_BLEND_IDX,
     LLAMA_QFILTER_BLEND_SUMS,
     LLAMA_QFILTER_BLEND_MEANS,
@@ -152,7 +153,7 @@ static llama_qfilter_blend_rows llama_qfilter_blend_rows_of(ggml_tensor * const 
     return { k, v == k ? nullptr : v, src[LLAMA_QFILTER_BLEND_IDX], (intptr_t) n_head };
 }
 
-// of the rows of a chunk: one over the lengths of keys [n_head] each, and sums of keys at unit length and of values
+// for the rows of a chunk: 1/|k| for each row and head, and the sums of normalized keys and of values
 LLAMA_QFILTER_ANY_CPU
 static void llama_qfilter_blend_sum(const llama_qfilter_blend_rows & rows, int64_t chunk, float * lengths, float * sums, float * buf) {
     float * sums_v = sums + rows.n_head*rows.n_embd_k;
@@ -184,7 +185,8 @@ static void llama_qfilter_blend_sum(const llama_qfilter_blend_rows & rows, int64
     }
 }
 
-// the parts of the rows of a chunk; parts: [n_rows, n_head, n_parts]; f: [n_embd_k] of each head, stride_f apart, or nullptr
+// computes the parts for the rows of a chunk
+//   parts: [n_rows, n_head, n_parts], f: [n_embd_k] for each head, stride_f apart, or nullptr
 LLAMA_QFILTER_ANY_CPU
 static void llama_qfilter_blend_score(
         const llama_qfilter_blend_rows & rows, int64_t chunk, const float * lengths, const float * means,
@@ -222,7 +224,7 @@ static std::vector<float> llama_qfilter_blend_buf(const llama_qfilter_blend_rows
     return std::vector<float>(rows.n_head*std::max(rows.n_embd_k, rows.n_embd_v));
 }
 
-// [n_head*n_rows + n_chunks*n_embd]: lengths and sums
+// dst: [n_head*n_rows + n_chunks*n_embd]: 1/|k| of each row and head, then the sums of each chunk
 static void llama_qfilter_blend_op_sums(ggml_tensor * dst, int ith, int nth, void * n_head) {
     const auto rows = llama_qfilter_blend_rows_of(dst->src, n_head);
 
@@ -235,7 +237,7 @@ static void llama_qfilter_blend_op_sums(ggml_tensor * dst, int ith, int nth, voi
     }
 }
 
-// [n_embd]: means of keys at unit length and of values, each thread those of some columns
+// dst: [n_embd]: means of normalized keys and of values; each thread computes some columns
 static void llama_qfilter_blend_op_means(ggml_tensor * dst, int ith, int nth, void * n_head) {
     const auto rows = llama_qfilter_blend_rows_of(dst->src, n_head);
 
@@ -259,7 +261,7 @@ static void llama_qfilter_blend_op_means(ggml_tensor * dst, int ith, int nth, vo
     }
 }
 
-// [n_rows, n_head, n_parts]
+// dst: [n_rows, n_head, n_parts]
 static void llama_qfilter_blend_op_parts(ggml_tensor * dst, int ith, int nth, void * n_head) {
     const auto rows = llama_qfilter_blend_rows_of(dst->src, n_head);
 
@@ -327,8 +329,8 @@ void llama_qfilter_add_standardized(const float * x, uint32_t n, float weight, f
 }
 
 void llama_qfilter_blend(const float * parts, size_t n_stride, uint32_t n_parts, uint32_t n, float * tmp, float * out) {
-    const float    weight = 0.25f; // of filter and keys, that of values is 1. without filters that of the keys counts twice
-    const float    self   = 0.3f;  // how much more a row counts than the 5 neighbours that it is one of
+    const float    weight = 0.25f; // of the filter part and the key part (twice that without filters); the value part has 1
+    const float    self   = 0.3f;  // factor of a row's own sum, added to the mean over 5 adjacent rows
     const uint32_t reach  = 2;
 
     for (uint32_t i = 0; i < n; ++i) {

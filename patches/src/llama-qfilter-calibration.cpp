@@ -1,4 +1,4 @@
-// the inputs of attention while a context computes: what filters are calibrated from
+// the inputs of attention while a context computes; filters are calibrated from them
 
 #include "qfilter-calibration.h"
 
@@ -15,8 +15,8 @@
 #include <map>
 #include <vector>
 
-// the layer whose rows a tensor holds: upstream names the cache of layer 7 "cache_k_l7", see llama-kv-cache.cpp; a view
-// points to it, the copy for another device has its name within its own
+// the layer whose rows a tensor holds. upstream names the cache of layer 7 "cache_k_l7", see llama-kv-cache.cpp. a view points
+// to that tensor; a copy on another device has a name that contains it
 int32_t llama_qfilter_layer_of(const ggml_tensor * k) {
     static const char prefix[] = "cache_k_l";
 
@@ -88,7 +88,7 @@ void llama_qfilter_attn_get(const ggml_tensor * t, int32_t i, float * out) {
 }
 
 struct llama_qfilter_ropes {
-    std::map<int32_t, llama_qfilter_rope> layers; // those that can be turned
+    std::map<int32_t, llama_qfilter_rope> layers; // only layers whose queries can be turned back
 };
 
 llama_qfilter_ropes * llama_qfilter_ropes_init(llama_context * ctx) {

@@ -60,7 +60,7 @@ void llama_qfilter_learned::init(llama_context * lctx) {
                         "use a policy that needs no learned filters", layer.il));
         }
 
-        // beside the keys
+        // the weights lie on the device of the keys
         ggml_context_ptr ctx(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
 
         tensors.push_back(ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, weights[i].size()/layer.n_head, layer.n_head));
@@ -84,7 +84,7 @@ ggml_tensor * llama_qfilter_learned::input(ggml_type type, int64_t ne0, int64_t 
     return res;
 }
 
-// outputs: [n_head, n] for each layer; inputs[0]: [n] I32, the rows
+// outputs: [n_head, n] for each layer; inputs[0]: [n] I32, indices of the rows
 void llama_qfilter_learned::build(bool on_host, const std::vector<rows> & src, const std::vector<llama_pos> & pos_rows) {
     const int64_t n = pos_rows.size();
 
@@ -114,7 +114,7 @@ void llama_qfilter_learned::build(bool on_host, const std::vector<rows> & src, c
         ggml_tensor * v = ggml_get_rows(ctx, s.v, idx);
 
         if (rot) {
-            // its own inverse
+            // undo the rotation: the matrix is its own inverse
             k = ggml_mul_mat(ctx, rot, ggml_reshape_2d(ctx, k, rotation.n_rot, n_k*n/rotation.n_rot));
             ggml_prec_set_acc(k, GGML_PREC_F32);
         }
@@ -141,7 +141,7 @@ void llama_qfilter_learned::build(bool on_host, const std::vector<rows> & src, c
     }
 }
 
-// of the layers that have RoPE at all, which is of one kind
+// all layers with RoPE take positions in the same layout
 std::vector<int32_t> llama_qfilter_learned::positions(const std::vector<llama_pos> & pos) const {
     const auto it = std::find_if(ropes.begin(), ropes.end(), [](const auto & rope) { return rope.n_embd_head > 0; });
 
@@ -176,7 +176,7 @@ llama_qfilter_result llama_qfilter_learned::score(
     inputs[0].second = idx.data();
 
     for (const auto & [t, data] : inputs) {
-        if (t->buffer) { // else nothing reads it
+        if (t->buffer) { // without a buffer, no node reads it
             ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
         }
     }

@@ -10,8 +10,8 @@
 // llama_qfilter_learned
 //
 
-// learned filters: a linear map from what the cache holds at a position, keys before RoPE and values of all KV heads of a
-// layer, to a number for each head. a row gets it once, while all heads still have the rows of its position
+// learned filters: for each layer, a linear map from the keys (before RoPE) and values of all KV heads at a position to one
+// score per head. a row is scored once, while all heads still hold the rows of its position
 class llama_qfilter_learned {
 public:
     // a layer's rows of some positions
@@ -22,26 +22,27 @@ public:
         ggml_tensor * v; // [n_embd_v*n_head, n]
     };
 
-    // throws std::runtime_error if a layer has none, or of another shape. how the cached rows are rotated: see llama_qfilter_rotation
+    // rotation_k, rotation_v: of the cached rows, see llama_qfilter_rotation
+    // throws std::runtime_error if a layer has no learned filter, or one of another shape
     void load(
             const llama_qfilter_params             & params,
             const std::vector<llama_qfilter_layer> & layers,
                   llama_qfilter_rotation             rotation_k,
                   llama_qfilter_rotation             rotation_v);
 
-    // throws std::runtime_error if the context's graph does not show how RoPE turns the keys, or there is no memory
+    // throws std::runtime_error if the context's graph does not show how RoPE turns the keys, or if out of memory
     void init(llama_context * lctx);
 
     bool empty() const { return weights.empty(); }
 
-    // at once, so that their copies take little memory
+    // rows scored at once at most, so that their copies take little memory
     static constexpr uint32_t n_rows_max = 1024;
 
     // throws std::runtime_error if the backend can't score n rows
     void check(ggml_backend_t backend, const std::vector<rows> & src, uint32_t n);
 
-    // the rows idx of k and v, which are of the positions pos; on_host: k and v are the CPU's
-    // out: [n_head, n] for each of src, one after the other
+    // score the rows idx of k and v, which have the positions pos; on_host: k and v lie in the CPU's memory
+    // out: [n_head, n] for each entry of src, one after the other
     llama_qfilter_result score(
             ggml_backend_t                 backend,
             bool                           on_host,
@@ -65,9 +66,9 @@ private:
 
     std::vector<llama_qfilter_layer> layers;
 
-    std::vector<std::vector<float>> weights; // [n_head, n_embd_k*n_head + n_embd_v*n_head] of each layer, V as the cache has it
+    std::vector<std::vector<float>> weights; // [n_head, n_embd_k*n_head + n_embd_v*n_head] per layer, V rotated as in the cache
 
-    std::vector<ggml_tensor *> tensors; // the same beside the keys
+    std::vector<ggml_tensor *> tensors; // the same weights, on the device of the keys
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
 
@@ -79,9 +80,9 @@ private:
 
     ggml_context * ctx = nullptr; // of the graph
 
-    std::vector<std::pair<ggml_tensor *, const void *>> inputs; // and where their data is
+    std::vector<std::pair<ggml_tensor *, const void *>> inputs; // each with its data
 
-    std::vector<int32_t> pos_graph; // as RoPE takes them
+    std::vector<int32_t> pos_graph; // positions in the layout that RoPE takes
 
     std::map<ggml_backend_t, ggml_gallocr_ptr> gallocs;
 };

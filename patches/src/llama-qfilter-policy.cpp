@@ -14,8 +14,8 @@ ggml_tensor * llama_qfilter_dot(ggml_context * ctx, ggml_tensor * k, ggml_tensor
     return ggml_reshape_2d(ctx, s, s->ne[0], s->ne[2]);
 }
 
-// the paper's score (arXiv 2503.02812, section 3): <k, v1>, averaged over the query heads of a group; or <k, q> of the query
-// that is expected
+// the paper's score (arXiv 2503.02812, section 3): <k, v1>, averaged over the query heads of a group; or <k, q> with the
+// expected query q
 static std::vector<ggml_tensor *> llama_qfilter_score_qfilters(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
     GGML_UNUSED(v);
 
@@ -28,10 +28,10 @@ ggml_tensor * llama_qfilter_square(ggml_context * ctx, ggml_tensor * x) {
     return ggml_transpose(ctx, ggml_reshape_2d(ctx, cur, x->ne[1], x->ne[2]));
 }
 
-// second order: log E[exp(<q, k>)] for normally distributed q, for each query head; its softmax over the rows, mean over the
-// query heads of a group, times |v|: what the row is expected to add to the output
-//   f: per KV head, first the n_rep rows that are multiplied with k, then n_rank rows for each of the query heads, whose
-//      products are squared: not in the order of its dimensions, which only tell the numbers
+// second order: log E[exp(<q, k>)] for each query head, for normally distributed q. take the softmax over the rows, then the
+// mean over the query heads of a group, times |v|: what the row is expected to add to the output
+//   f: for each KV head, first n_rep rows that are multiplied with k, then n_rank rows for each query head, whose products
+//      with k are squared. this order differs from that of its dimensions, which only give the counts
 static std::vector<ggml_tensor *> llama_qfilter_score_qfilters2(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
     const int64_t n_embd = f->ne[0];
     const int64_t n_rep  = f->ne[1];
@@ -58,7 +58,7 @@ static std::vector<ggml_tensor *> llama_qfilter_score_qfilters2(ggml_context * c
     cur = ggml_cont(ctx, ggml_permute(ctx, cur, 1, 0, 2, 3));                    // [n_rows, n_rep, n_head]
     cur = ggml_soft_max(ctx, cur);
     cur = ggml_cont(ctx, ggml_permute(ctx, cur, 1, 0, 2, 3));                    // [n_rep, n_rows, n_head]
-    cur = ggml_reshape_2d(ctx, ggml_sum_rows(ctx, cur), n_rows, n_head);         // as good as the mean
+    cur = ggml_reshape_2d(ctx, ggml_sum_rows(ctx, cur), n_rows, n_head);         // ranks rows like the mean
 
     return { ggml_mul(ctx, cur, ggml_sqrt(ctx, ggml_cont(ctx, llama_qfilter_square(ctx, v)))) };
 }
@@ -77,7 +77,7 @@ ggml_tensor * llama_qfilter_mean(ggml_context * ctx, ggml_tensor * x) {
     return ggml_reshape_2d(ctx, ggml_mean(ctx, cur), x->ne[0], x->ne[1]);
 }
 
-// every row of x at unit length. two dimensions: CUDA has a grid dimension of at most 65,535 for the third
+// normalizes every row of x. reshaped to two dimensions because CUDA's grid is limited to 65,535 for the third
 //   x: [n_embd, n_head, n_rows]
 static ggml_tensor * llama_qfilter_unit(ggml_context * ctx, ggml_tensor * x) {
     const float eps = 1e-12f;
@@ -93,7 +93,7 @@ ggml_tensor * llama_qfilter_likeness(ggml_context * ctx, ggml_tensor * k) {
     return llama_qfilter_dot(ctx, k, llama_qfilter_mean(ctx, k));
 }
 
-// keys unlike the others stay (arXiv 2504.15364, section 3)
+// keys that differ from the others stay (arXiv 2504.15364, section 3)
 static std::vector<ggml_tensor *> llama_qfilter_score_keydiff(ggml_context * ctx, ggml_tensor * k, ggml_tensor * v, ggml_tensor * f) {
     GGML_UNUSED(v);
     GGML_UNUSED(f);
@@ -101,8 +101,8 @@ static std::vector<ggml_tensor *> llama_qfilter_score_keydiff(ggml_context * ctx
     return { ggml_scale(ctx, llama_qfilter_likeness(ctx, k), -1.0f) };
 }
 
-// uniform in [0, 1): what the others have to beat. a position's score is the same at every eviction, so what stays does
-// not depend on how the tokens were split into batches
+// uniform in [0, 1): a baseline for the other policies. a position has the same score at every eviction, so the rows that
+// stay do not depend on how the tokens were split into batches
 static float llama_qfilter_score_random(uint32_t seed, uint32_t il, uint32_t ih, llama_pos pos) {
     uint64_t x = 0;
 
@@ -117,7 +117,7 @@ static float llama_qfilter_score_random(uint32_t seed, uint32_t il, uint32_t ih,
     return (float) (x >> 40)*0x1p-24f;
 }
 
-// in the order of their numbers
+// indexed by enum llama_qfilter_policy
 static const llama_qfilter_policy_info LLAMA_QFILTER_POLICIES[] = {
     // policy, name, needs, learned, score, score_cpu, score_pos
     { LLAMA_QFILTER_POLICY_QFILTERS,  "qfilters",  { LLAMA_QFILTER_KIND_FILTERS, -1 },                             false, llama_qfilter_score_qfilters,  nullptr,                       nullptr                    },

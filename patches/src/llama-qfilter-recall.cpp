@@ -23,7 +23,7 @@ bool llama_qfilter_scorer::supports(const llama_qfilter_layer & layer) {
     queries.heads.assign(layer.n_head, std::vector<float>((size_t) layer.n_rep*layer.n_embd_k));
     queries.softcap = 1.0f;
 
-    // CUDA says that it can multiply with a part of such a row, and aborts
+    // CUDA says that it supports a product with a part of such a row, but then aborts
     if (layer.k[0]->type == GGML_TYPE_IQ4_NL && !on_host) {
         return false;
     }
@@ -41,12 +41,13 @@ bool llama_qfilter_scorer::supports(const llama_qfilter_layer & layer) {
     return true;
 }
 
-// kq: [n_rows, n], p: its softmax -> [1, n]
+// log of the sum of exp(logit) over the rows, for each query
+//   kq: [n_rows, n], p: its softmax, returns [1, n]
 ggml_tensor * llama_qfilter_scorer::sums(ggml_context * ctx, ggml_tensor * kq, ggml_tensor * p) {
     if (on_host) {
         ggml_tensor * args[] = { kq, p };
 
-        // log(sum) = x - log(p) for any row; the largest p is exact
+        // log(sum) = x - log(p) for any row; most exact for the row with the largest p
         return ggml_custom_4d(ctx, GGML_TYPE_F32, 1, kq->ne[1], 1, 1, args, 2, [](ggml_tensor * dst, int ith, int nth, void * data) {
             const int64_t n_rows = dst->src[0]->ne[0];
 
@@ -61,19 +62,20 @@ ggml_tensor * llama_qfilter_scorer::sums(ggml_context * ctx, ggml_tensor * kq, g
         }, GGML_N_TASKS_MAX, &scale);
     }
 
-    // log(sum) = c + log(sum(exp(x - c))), where c, the mean of x by p, is less than log(n_rows) below the largest x
+    // log(sum) = c + log(sum(exp(x - c))). c is the mean of x weighted by p: at most log(n_rows) less than the largest x
     ggml_tensor * x = ggml_scale(ctx, kq, scale);
     ggml_tensor * c = ggml_sum_rows(ctx, ggml_mul(ctx, p, x));
 
     return ggml_add(ctx, c, ggml_log(ctx, ggml_sum_rows(ctx, ggml_exp(ctx, ggml_sub(ctx, x, c)))));
 }
 
-// 1 where a query looks at a row, else 0
+// 1 if the query looks at the row, else 0
 static ggml_tensor * llama_qfilter_looks_at(ggml_context * ctx, ggml_tensor * p) {
     return ggml_step(ctx, ggml_scale_bias(ctx, p, 1.0f, -llama_qfilter_looks::min_weight));
 }
 
-// p: [n_rows, n] -> [1, n]
+// for each query, the sum of the weights of the rows that it looks at
+//   p: [n_rows, n], returns [1, n]
 ggml_tensor * llama_qfilter_scorer::shares(ggml_context * ctx, ggml_tensor * p) {
     if (on_host) {
         return ggml_custom_4d(ctx, GGML_TYPE_F32, 1, p->ne[1], 1, 1, &p, 1, [](ggml_tensor * dst, int ith, int nth, void * data) {
@@ -100,7 +102,8 @@ ggml_tensor * llama_qfilter_scorer::shares(ggml_context * ctx, ggml_tensor * p) 
     return ggml_sum_rows(ctx, ggml_cont(ctx, ggml_view_2d(ctx, x, p->ne[0] - n_sink, p->ne[1], x->nb[1], n_sink*sizeof(float))));
 }
 
-// p: [n_rows, n], shares: [1, n] -> [n_rows, 2]
+// the weight and the share of each row, each the largest over all queries
+//   p: [n_rows, n], shares: [1, n], returns [n_rows, 2]
 ggml_tensor * llama_qfilter_scorer::looks(ggml_context * ctx, ggml_tensor * p, ggml_tensor * shares) {
     if (on_host) {
         ggml_tensor * args[] = { p, shares };
@@ -207,7 +210,7 @@ void llama_qfilter_scorer::build(
     graph.inputs.insert(graph.inputs.end(), given.begin(),   given.end());
 }
 
-// rows [i0, i0 + n_rows), with the graph that was built for them
+// computes the graph that was built for rows [i0, i0 + n_rows)
 llama_qfilter_result llama_qfilter_scorer::compute(
         const llama_qfilter_layer & layer, const llama_qfilter_queries & queries, const std::vector<llama_qfilter_run> & k, uint32_t i0, uint32_t n_rows) {
     ggml_tensor * dst = graph.inputs[0];
@@ -264,11 +267,11 @@ llama_qfilter_result llama_qfilter_scorer::score(
         n_queries = std::max(n_queries, queries.n(layer, ih));
     }
 
-    // a head's product, its softmax and two results of it are there at once
+    // per head, the product, its softmax and two results of it are in memory at once
     const size_t   n_bytes_row = layer.k[0]->nb[1] + 4*n_queries*sizeof(float);
     const uint32_t n_chunk     = std::max<size_t>(1, n_bytes_part/n_bytes_row);
 
-    // numbers for each query, of all heads
+    // a number for each query of each head
     using per_query = std::vector<std::vector<float>>;
 
     const auto get = [](const ggml_tensor * t) {
@@ -283,7 +286,7 @@ llama_qfilter_result llama_qfilter_scorer::score(
         }
     };
 
-    // for each part of the rows
+    // builds and computes a graph for each part of the rows
     const auto run = [&](build_type type, const std::function<void(size_t part)> & before, const std::function<void(size_t part)> & after) {
         for (size_t part = 0; part*n_chunk < n_rows; ++part) {
             const uint32_t i0 = part*n_chunk;
@@ -327,7 +330,7 @@ llama_qfilter_result llama_qfilter_scorer::score(
         return others.empty() ? run(BUILD_ALL, nothing, take_looks) : run(BUILD_BESIDE, [&](size_t) { set(1 + layer.n_head, others); }, take_looks);
     }
 
-    // the factors of each part: its part of a softmax over all rows; before that the logarithms of its sums
+    // for each part: first log of its sum of exp(logit), then its factor, the part's share of the softmax over all rows
     std::vector<per_query> factors;
 
     auto res = run(BUILD_SUMS, nothing, [&](size_t) {

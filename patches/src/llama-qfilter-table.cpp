@@ -23,7 +23,7 @@ uint32_t llama_qfilter_table::rank_p0(const llama_qfilter_order & order) const {
 llama_qfilter_table llama_qfilter_table::after(const llama_qfilter_selection & sel, uint32_t n_head_all, bool has_learned) const {
     const auto & order = sel.order;
 
-    // after a cut, the window may reach into the rows that an earlier eviction left: they stay in the table
+    // after a cut, the window may include rows that an earlier eviction compacted: they stay in the table
     uint32_t n_tab = sel.n_best;
     while (sel.n_sink + n_tab < sel.n_keep() && order.pos[sel.rank_cell(sel.n_sink + n_tab)] < p1) {
         n_tab++;
@@ -115,7 +115,7 @@ void llama_qfilter_table::check(const llama_qfilter_order & order, uint32_t n_si
         throw std::runtime_error(format("the state is damaged: %u cells for %u rows up to position %d", n_in, n, p1));
     }
 
-    // the rows of each head come after the sinks
+    // the rows of the table come right after the sinks, in every head
     const uint32_t r0 = rank_p0(order);
 
     if (p1 > 0 && r0 != n_sink) {

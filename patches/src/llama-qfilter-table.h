@@ -40,7 +40,7 @@ struct llama_qfilter_selection {
         return i < n_sink ? i : i < n_sink + n_best ? best[(size_t) ih*n_best + i - n_sink] : order.n() - n_keep() + i;
     }
 
-    // the cells look as if the newest rows had been kept: the rank of the row that the i-th cell is said to hold
+    // cell positions are written as if the newest rows had been kept: the rank of the row whose position the i-th cell gets
     uint32_t rank_cell(uint32_t i) const {
         return i < n_sink ? i : order.n() - n_keep() + i;
     }
@@ -48,8 +48,8 @@ struct llama_qfilter_selection {
 
 // the true positions of a sequence's rows
 //
-// after an eviction a cell holds rows of different positions, one per KV head: the positions of the cells in [p0, p1) are
-// not those of their rows. all heads have the same number of rows, in the same order of positions
+// after an eviction a cell holds rows of different positions, one per KV head. so the cells with positions in [p0, p1) hold
+// rows of other positions. all heads have the same number of rows, each in ascending order of position
 struct llama_qfilter_table {
     llama_pos p0 = 0;
     llama_pos p1 = 0;
@@ -58,9 +58,9 @@ struct llama_qfilter_table {
 
     std::vector<llama_pos> pos; // [n_head_all, n] by rank
 
-    std::vector<float> learned; // what learned filters say of them, or empty
+    std::vector<float> learned; // their scores from learned filters, or empty
 
-    // does a cell of this position hold rows of others?
+    // does the cell with this position hold rows of other positions?
     bool covers(llama_pos pos_cell) const { return pos_cell >= p0 && pos_cell < p1; }
 
     // the position of a head's row; r0: see rank_p0()
@@ -71,18 +71,18 @@ struct llama_qfilter_table {
     // the first rank whose cell is not before p0
     uint32_t rank_p0(const llama_qfilter_order & order) const;
 
-    // the table after an eviction, where each head's rows are still to be written by update()
+    // the table after an eviction; update() still has to write the rows of each head
     llama_qfilter_table after(const llama_qfilter_selection & sel, uint32_t n_head_all, bool has_learned) const;
 
-    // learned: [n_head_all, n] of all rows that stay, but for sinks and those in no table, or empty
+    // learned: [n_head_all, n] learned scores by rank, only needed for rows that go into the table; or empty
     void update(const llama_qfilter_selection & sel, uint32_t ih, const std::vector<float> & learned, llama_qfilter_table & res) const;
 
-    // extra: two numbers of the caller's in between
+    // extra: two numbers of the caller, written between the header and the rows
     void write(llama_io_write_i & io, const uint32_t extra[2]) const;
 
-    // throws std::runtime_error if what is read makes no sense for n_head_all heads and at most n_cells cells
+    // throws std::runtime_error if the data is impossible for n_head_all heads and at most n_cells cells
     void read(llama_io_read_i & io, uint32_t extra[2], uint32_t n_head_all, uint32_t n_cells, bool has_learned);
 
-    // throws std::runtime_error if these are not the cells that the table is about
+    // throws std::runtime_error if the table does not fit these cells
     void check(const llama_qfilter_order & order, uint32_t n_sink) const;
 };

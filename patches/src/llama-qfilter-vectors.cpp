@@ -10,8 +10,8 @@
 #include <stdexcept>
 #include <string>
 
-// what node i of a graph uses: the tensor itself, or for its copy on another device, see ggml_backend_sched_split_graph(), the
-// node before i that was copied. names of nodes come back in every layer
+// the tensor that node i of a graph uses as t. if t is a copy on another device, see ggml_backend_sched_split_graph(), this is
+// the last node before i with the copied name (names are repeated in every layer), or the leaf with that name
 static const ggml_tensor * llama_qfilter_original(ggml_cgraph * gf, int i, const ggml_tensor * t) {
     const std::string name = t->name;
 
@@ -20,7 +20,7 @@ static const ggml_tensor * llama_qfilter_original(ggml_cgraph * gf, int i, const
         return t;
     }
 
-    // "DEVICE#NAME#NUMBER", cut at the end if it is too long
+    // a copy is named "DEVICE#NAME#NUMBER"; the end is cut off if it is too long
     const size_t i1 = name.size() + 1 < GGML_MAX_NAME ? name.rfind('#') : name.size();
 
     const std::string original = name.substr(i0 + 1, i1 - i0 - 1);
@@ -68,10 +68,10 @@ bool llama_qfilter_rope::init(llama_context * lctx, int32_t il) {
 
     const int64_t n_embd = ggml_graph_node(gf, i)->src[0]->ne[0];
 
-    // from the queries back to their RoPE, or to the weights that project to them
+    // go back from the queries to their RoPE, or to the weights that they are projected with
     const ggml_tensor * t = ggml_graph_node(gf, i)->src[0];
 
-    bool is_last = true; // what attention sees has the direction of t
+    bool is_last = true; // after t, the queries are only scaled: attention sees the direction of t
 
     while (true) {
         t = llama_qfilter_original(gf, i, t);
@@ -94,7 +94,7 @@ bool llama_qfilter_rope::init(llama_context * lctx, int32_t il) {
             case GGML_OP_RMS_NORM:
                 break;
             case GGML_OP_MUL:
-                is_last = is_last && t->src[1]->ne[0] == 1; // by one number per query
+                is_last = is_last && t->src[1]->ne[0] == 1; // a scale with one number per query
                 break;
             case GGML_OP_ADD:
             case GGML_OP_NORM:
@@ -102,7 +102,7 @@ bool llama_qfilter_rope::init(llama_context * lctx, int32_t il) {
                 is_last = false;
                 break;
             case GGML_OP_MUL_MAT:
-                // what turns the rows of a quantized cache turns the filters, too: see llama_qfilter_rotation::apply()
+                // the rotation of a quantized cache, which is applied to the filters, too: see llama_qfilter_rotation::apply()
                 if (t->op_params[1] == GGML_HINT_SRC0_IS_HADAMARD) {
                     t = t->src[1];
                     continue;
@@ -137,7 +137,7 @@ bool llama_qfilter_rope::init(llama_context * lctx, int32_t il) {
 
 bool llama_qfilter_rope::turn(bool back, const llama_pos * pos, int64_t n_pos, int64_t n_rows, float * x) const {
     if (n_embd_head == 0) {
-        return true; // no RoPE
+        return true; // no RoPE in this layer
     }
 
     auto pos_all = positions(back, pos, n_pos);
@@ -164,7 +164,7 @@ bool llama_qfilter_rope::turn(bool back, const llama_pos * pos, int64_t n_pos, i
     auto * gf = ggml_new_graph_custom(ctx.get(), 4, false);
     ggml_build_forward_expand(gf, res);
 
-    // a graph of one node has run in full even if it was aborted
+    // a graph of one node runs to its end even if it is aborted
     const auto status = ggml_backend_graph_compute(backend_cpu, gf);
     if (status != GGML_STATUS_SUCCESS && status != GGML_STATUS_ABORTED) {
         return false;
@@ -184,7 +184,7 @@ ggml_tensor * llama_qfilter_rope::build(ggml_context * ctx, ggml_tensor * a, ggm
     memcpy(res->op_params, op_params, sizeof(op_params));
 
     if (back) {
-        // what RoPE scales is to be divided, and YaRN scales by itself
+        // RoPE multiplied by attn_factor*yarn. divide by that, and by the yarn that this op will multiply by once more
         float freq_scale, ext_factor, attn_factor;
         memcpy(&freq_scale,  op_params + 6, sizeof(float));
         memcpy(&ext_factor,  op_params + 7, sizeof(float));
@@ -206,7 +206,7 @@ std::vector<int32_t> llama_qfilter_rope::positions(bool back, const llama_pos * 
     std::vector<int32_t> res((is_multi ? 4 : 1)*n_pos, 0);
 
     for (int64_t i = 0; i < (is_multi ? 3 : 1)*n_pos; ++i) {
-        res[i] = back ? -pos[i % n_pos] : pos[i % n_pos]; // all devices have the op, few the one that turns back
+        res[i] = back ? -pos[i % n_pos] : pos[i % n_pos]; // all devices support RoPE, few of them its inverse op
     }
 
     return res;
@@ -221,7 +221,7 @@ bool llama_qfilter_rope::operator==(const llama_qfilter_rope & other) const {
 // llama_qfilter_vector_store
 //
 
-// the positions that queries are expected at: a few hundred, of which every 16th is looked at
+// queries are expected at the next AHEAD positions; every STEP-th of them is used
 static const uint32_t LLAMA_QFILTER_AHEAD      = 256;
 static const uint32_t LLAMA_QFILTER_AHEAD_STEP = 16;
 
@@ -261,7 +261,7 @@ void llama_qfilter_vector_store::load(
         throw std::runtime_error("n_vectors without vectors");
     }
 
-    // the best kind that all layers have; the last one is complained about
+    // the best kind that all layers have; if there is none, the error names the last kind
     const llama_qfilter_layer * lacks = nullptr;
 
     for (int i = 0; policy.needs[i] >= 0; ++i) {
@@ -323,7 +323,7 @@ void llama_qfilter_vector_store::load(
         dst.assign(src.data, src.data + n);
 
         if (kind == LLAMA_QFILTER_KIND_MOMENTS) {
-            // the first rows of the query heads of a KV head together, see llama_qfilter_score_qfilters2()
+            // for each KV head, put the first rows of its query heads together, see llama_qfilter_score_qfilters2()
             const size_t n_group = layer.n_rep*(1 + rank);
 
             for (size_t j = 0; j < src.n_rows; ++j) {
@@ -395,7 +395,7 @@ bool llama_qfilter_vector_store::set(const std::vector<llama_qfilter_layer> & la
         return true;
     }
 
-    // the mean of the turned queries
+    // the mean of the queries turned to the positions ahead
     std::vector<llama_pos> ahead;
     for (uint32_t i = 0; i < LLAMA_QFILTER_AHEAD; i += LLAMA_QFILTER_AHEAD_STEP) {
         ahead.push_back(pos + i);

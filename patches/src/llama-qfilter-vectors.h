@@ -15,10 +15,10 @@ constexpr uint64_t LLAMA_QFILTER_HASH_INIT = 0xcbf29ce484222325ull;
 
 uint64_t llama_qfilter_hash(uint64_t hash, const void * data, size_t size);
 
-// the vectors of a kind and layer, or nullptr
+// the vectors of a kind for a layer, or nullptr
 const llama_qfilter_vectors * llama_qfilter_find(const llama_qfilter_params & params, int32_t kind, int32_t il);
 
-// the layer whose rows of K in the cache a tensor holds, or -1
+// the layer whose cached K the tensor holds, or -1
 int32_t llama_qfilter_layer_of(const ggml_tensor * k);
 
 // a layer whose rows are evicted
@@ -42,18 +42,18 @@ struct llama_qfilter_layer {
 // llama_qfilter_rope
 //
 
-// how the queries of a layer are turned by their positions, as a context's graph has it
+// how RoPE turns the queries of a layer by their positions, read from a context's graph
 struct llama_qfilter_rope {
-    // before the context decodes. false: something else is done to them after RoPE, or it is not to be found
+    // call it before the context decodes. false: the graph changes the queries again after RoPE, or RoPE is not found
     bool init(llama_context * lctx, int32_t il);
 
-    // x: [n_embd_head, n_rows, n_pos]; back: from what it is after RoPE to what it was before
+    // x: [n_embd_head, n_rows, n_pos]; back: undo RoPE instead of applying it
     bool turn(bool back, const llama_pos * pos, int64_t n_pos, int64_t n_rows, float * x) const;
 
     // a: [n_embd_head, n_rows, n_pos], b: see positions(), c: the factors, or nullptr
     ggml_tensor * build(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, ggml_tensor * c, bool back) const;
 
-    // as RoPE takes them
+    // positions in the layout that RoPE takes
     std::vector<int32_t> positions(bool back, const llama_pos * pos, int64_t n_pos) const;
 
     bool operator==(const llama_qfilter_rope & other) const;
@@ -70,8 +70,8 @@ struct llama_qfilter_rope {
 // llama_qfilter_vector_store
 //
 
-// how llama.cpp rotates the rows of a quantized cache: blocks of n_rot numbers, see llama_kv_cache::build_input_k_rot() and
-// build_input_v_rot(). the matrix is its own inverse
+// how llama.cpp rotates the rows of a quantized cache, in blocks of n_rot numbers: see llama_kv_cache::build_input_k_rot()
+// and build_input_v_rot(). the matrix is its own inverse
 struct llama_qfilter_rotation {
     uint32_t n_rot = 0; // 0: not at all
 
@@ -90,7 +90,7 @@ public:
             const std::vector<llama_qfilter_layer> & layers,
                   llama_qfilter_rotation             rotation);
 
-    // queries before RoPE: throws std::runtime_error if the context's graph does not show how they are turned
+    // needed for queries, which are before RoPE. throws std::runtime_error if the graph does not show how RoPE turns them
     void init_ropes(llama_context * lctx, const std::vector<llama_qfilter_layer> & layers);
 
     bool empty() const { return kind < 0; }
@@ -98,13 +98,13 @@ public:
     // shape of a layer's vectors, see llama_qfilter_policy_info::score
     void shape(const llama_qfilter_layer & layer, int64_t ne[4]) const;
 
-    // sets layer.vectors to those of all layers at the positions from pos on; only queries depend on it
+    // sets layer.vectors of all layers, for queries at the positions from pos on; other kinds do not depend on pos
     bool set(const std::vector<llama_qfilter_layer> & layers, llama_pos pos) const;
 
-    // are they others at every position?
+    // do the vectors depend on the position?
     bool turns() const { return kind == LLAMA_QFILTER_KIND_QUERIES; }
 
-    uint64_t hash = LLAMA_QFILTER_HASH_INIT; // of the vectors as given, or of what else the scores depend on
+    uint64_t hash = LLAMA_QFILTER_HASH_INIT; // of the vectors as given, or of the seed
 
 private:
     int32_t  kind = -1; // enum llama_qfilter_kind, -1: none
@@ -112,8 +112,8 @@ private:
 
     llama_qfilter_rotation rotation;
 
-    std::vector<std::vector<float>> data; // for each layer, rotated as the cached K; queries are before RoPE
+    std::vector<std::vector<float>> data; // for each layer, rotated as the cached K; queries are before RoPE and not rotated
 
-    std::vector<llama_qfilter_rope>  ropes; // for each layer, of queries
-    std::vector<std::vector<size_t>> same;  // layers with the same
+    std::vector<llama_qfilter_rope>  ropes; // of the queries of each layer
+    std::vector<std::vector<size_t>> same;  // groups of layers with the same rope
 };

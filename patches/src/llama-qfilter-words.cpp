@@ -1,4 +1,4 @@
-// where the words of a question are in a text
+// finds the words of a question in a text
 
 #include "llama-qfilter-words.h"
 
@@ -10,7 +10,7 @@
 #include <string>
 #include <unordered_map>
 
-// "": nothing that a text could be searched for
+// the word of a token; "": it has none to search for
 static std::string llama_qfilter_word(const llama_vocab & vocab, llama_token id) {
     std::string res;
 
@@ -42,7 +42,7 @@ std::vector<float> llama_qfilter_words(
 
     std::vector<std::vector<size_t>> found(words.size()); // where each word is
 
-    std::unordered_map<llama_token, size_t> numbers; // words.size(): another word
+    std::unordered_map<llama_token, size_t> numbers; // of a token's word; words.size(): not a word of the question
 
     for (size_t i = 0; i < tokens.size(); ++i) {
         auto it = numbers.find(tokens[i]);
@@ -56,7 +56,7 @@ std::vector<float> llama_qfilter_words(
         }
     }
 
-    const size_t n_block  = 2*n_near; // the parts of the text that frequencies count
+    const size_t n_block  = 2*n_near; // tokens per block of the text: a word's frequency is the number of blocks with it
     const size_t n_blocks = (tokens.size() + n_block - 1)/n_block;
 
     std::vector<float> res(tokens.size(), 0.0f);

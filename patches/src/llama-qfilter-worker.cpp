@@ -12,7 +12,7 @@
 // graph nodes and leaves per group of heads, at most
 static const size_t LLAMA_QFILTER_MAX_TENSORS = 96;
 
-// pieces of a layer's rows that are moved on their own: those of each head, or whole rows where all heads keep the same
+// pieces that each row of a layer is moved in: one per head, or the whole row if all heads keep the same rows
 static uint32_t llama_qfilter_n_moved(const llama_qfilter_layer & layer, bool same) {
     return same ? 1 : layer.n_head;
 }
@@ -61,7 +61,7 @@ bool llama_qfilter_threads::run(size_t n_tasks, const std::function<void(size_t 
 
     ggml_build_forward_expand(graph.gf, node);
 
-    // a graph of one node has run in full even if it was aborted: what counts is what was done
+    // a graph of one node runs to its end even if it is aborted: so count the tasks, and ignore the status
     ggml_backend_graph_compute(backend, graph.gf);
 
     return work.n_done == n_tasks;
@@ -151,7 +151,7 @@ size_t llama_qfilter_worker::n_bytes() const {
     return graph.n_bytes() + ggml_gallocr_get_buffer_size(galloc.get(), 0);
 }
 
-// layers [i0, i0 + n_layers_at_once())
+// for layers [i0, i0 + n_layers_at_once())
 // input:  [n_rows] I32, the cell of each rank
 // output: [n_rows, n_head, n_parts] F32 for each layer
 void llama_qfilter_worker::build_score(size_t i0, uint32_t is, uint32_t n_rows) {
@@ -171,7 +171,7 @@ void llama_qfilter_worker::build_score(size_t i0, uint32_t is, uint32_t n_rows) 
 
     ggml_tensor * out = nullptr;
 
-    size_t n_out = 0; // rows of it that are written
+    size_t n_out = 0; // rows of out that are written
 
     for (size_t i = i0; i < i1; ++i) {
         const auto & layer = layers[i];
@@ -185,7 +185,7 @@ void llama_qfilter_worker::build_score(size_t i0, uint32_t is, uint32_t n_rows) 
         for (int64_t ih = 0; ih < n_head; ih += n_group) {
             const int64_t n = std::min(n_group, n_head - ih);
 
-            // always to F32: a product of two types would round the vectors to the type of the cache
+            // always convert to F32: a product of two types would round the vectors to the type of the cache
             const auto rows = [&](ggml_tensor * t, int64_t n_embd_head) {
                 t = ggml_view_2d(ctx, t, n*n_embd_head, t->ne[1], t->nb[1], ggml_row_size(t->type, ih*n_embd_head));
 
@@ -201,7 +201,7 @@ void llama_qfilter_worker::build_score(size_t i0, uint32_t is, uint32_t n_rows) 
             if (!out) {
                 n_parts = cur.size();
 
-                // one tensor, so that all scores are read at once. as an input it shares no memory with what comes before it
+                // one tensor, so that all scores are read at once. marked as input so that it shares no memory with other nodes
                 out = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_rows, n_head_sum*n_parts);
                 ggml_set_input(out);
                 ggml_set_output(out);
@@ -228,7 +228,7 @@ void llama_qfilter_worker::init(uint32_t n_cells) {
     for (const bool by_group : { true, false }) {
         this->by_group = by_group;
 
-        build_score(0, 0, n_cells); // n_parts is known then
+        build_score(0, 0, n_cells); // sets n_parts
         build_score(0, 0, n_cells);
 
         bad = graph.unsupported(backend);
@@ -275,7 +275,7 @@ public:
     uint32_t n_heads_at_once(const llama_qfilter_layer &)     const override { return 1; }
 
     llama_qfilter_result prepare_move(uint32_t is, const llama_qfilter_selection & sel) override {
-        // as long as no cell is before the place of its rank, rows are read before their place is written
+        // with ascending cells, no row moves to a later cell, so every row is read before its cell is written
         in_place = std::is_sorted(sel.order.cells.begin(), sel.order.cells.end());
 
         size_t n_bytes = 0;
@@ -333,7 +333,7 @@ private:
 
     bool in_place = true;
 
-    std::vector<uint8_t> buf; // the rows that stay of one tensor
+    std::vector<uint8_t> buf; // for the rows of one tensor that stay
 };
 
 //
@@ -346,8 +346,8 @@ public:
 
     bool is_cpu() const override { return false; }
 
-    // all in one graph: to launch a graph costs more than to compute it. beside a quantized cache the scores, which are there
-    // twice, would be large
+    // all layers in one graph: launching a graph costs more than computing it. fewer with a quantized cache: there the scores,
+    // which are in memory twice, would be large compared with the cache
     size_t n_layers_at_once() const override {
         const auto & layer = layers[0];
         if (!ggml_is_quantized(layer.k[0]->type)) {
@@ -359,10 +359,10 @@ public:
         return std::clamp<size_t>((layer.k[0]->nb[1] + layer.v[0]->nb[1])/(3*n_bytes_scores), 1, layers.size());
     }
 
-    // the copies that an eviction makes, beside the scores, shall not take more memory than K and V of four layers; all heads
-    // at once of an F16 cache, where each node costs more than what it computes
+    // the copies that an eviction makes, besides the scores, shall not take more memory than K and V of four layers. for an F16
+    // cache this allows all heads at once, which is faster: there the launch of a node costs more than its computation
     uint32_t n_heads_at_once(const llama_qfilter_layer & layer) const override {
-        const size_t n_copies = 3; // F32 copies of keys or values that a policy has at once
+        const size_t n_copies = 3; // F32 copies of keys or values that a policy needs at the same time
 
         const size_t n_vectors = layer.vectors ? layer.vectors->ne[1]*layer.vectors->ne[2] : 0;
 
@@ -411,7 +411,7 @@ public:
         }
 
         std::vector<int32_t> data(ggml_nelements(graph.inputs[0]));
-        std::vector<size_t>  begin(layers.size(), 0); // of each layer's
+        std::vector<size_t>  begin(layers.size(), 0); // of each layer's data
 
         for (size_t i = 1; i < layers.size(); ++i) {
             begin[i] = begin[i - 1] + sel.n_keep()*llama_qfilter_n_moved(layers[i - 1], sel.same);
@@ -445,7 +445,7 @@ public:
     }
 
 private:
-    // the rows of a stream's cache tensor seen as integers, so that they are moved and never converted: [n_ints, n_rows]
+    // a view of a stream's cache tensor as integers, so that rows are moved and never converted: [n_ints, n_rows]
     static ggml_tensor * view_i32(ggml_context * ctx, ggml_tensor * t, int64_t n_ints, int64_t n_rows) {
         ggml_tensor * res = ggml_view_1d(ctx, t, ggml_blck_size(t->type), 0);
 
@@ -462,7 +462,7 @@ private:
         return res;
     }
 
-    // input: [n_moved*n_rows] I32 for each layer, cell*n_moved + head in the order of the destination
+    // input: [n_moved*n_rows] I32 for each layer: cell*n_moved + head, in the order of the destination
     void build_move(uint32_t is, uint32_t n_rows, bool same) {
         auto * ctx = graph.start(layers.size()*LLAMA_QFILTER_MAX_TENSORS);
 
@@ -491,13 +491,13 @@ private:
                 ggml_tensor * src = view_i32(ctx, t, n_ints, n*t->ne[1]);
                 ggml_tensor * dst = view_i32(ctx, t, n_ints, n*n_rows);
 
-                // two steps: rows are read before their place is written
+                // two steps: all rows are read before any cell is written
                 ggml_build_forward_expand(graph.gf, ggml_cpy(ctx, ggml_get_rows(ctx, src, idx), dst));
             }
         }
     }
 
-    // a device that copies integers as floats may change bits: try it on those that are NaN or denormal as floats
+    // a device that copies integers as floats may change bits: test it with integers that are NaN or denormal as floats
     void test_bits() {
         const uint32_t rows[4][4] = {
             { 0x00000001, 0x007fffff, 0x80000001, 0x807fffff },
@@ -539,7 +539,7 @@ private:
         }
     }
 
-    // every graph at its largest, once: a backend may say that it supports an op and fail at its size. all rows stay
+    // run every graph once at its largest size: a backend may report that it supports an op, but fail at this size. all rows stay
     void test_largest(uint32_t n_cells) {
         llama_qfilter_selection all;
 
