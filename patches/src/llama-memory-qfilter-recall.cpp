@@ -367,15 +367,15 @@ llama_qfilter_result llama_memory_qfilter::choose(
 
     const uint32_t n_near = std::min(std::max(n_rows/8, LLAMA_QFILTER_RECALL_NEAR_MIN), LLAMA_QFILTER_RECALL_NEAR_MAX);
 
-    const auto near = llama_qfilter_words(lctx->get_model().vocab, tokens, words, n_near);
+    const auto worth = llama_qfilter_words(lctx->get_model().vocab, tokens, words, n_near);
 
-    float near_max = 0.0f;
+    float worth_max = 0.0f;
     for (size_t i = n_sink; i + n_window < n; ++i) {
-        near_max = std::max(near_max, near[i]);
+        worth_max = std::max(worth_max, worth[i]);
     }
 
-    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return near[a] > near[b] || (near[a] == near[b] && looked_at_more(a, b)); });
-    take(std::min<size_t>(n_rows, rows.size() + n_rows/2), [&](uint32_t i) { return near[i] > 0.0f && near[i] >= LLAMA_QFILTER_RECALL_NEAR*near_max; });
+    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return worth[a] > worth[b] || (worth[a] == worth[b] && looked_at_more(a, b)); });
+    take(std::min<size_t>(n_rows, rows.size() + n_rows/2), [&](uint32_t i) { return worth[i] > 0.0f && worth[i] >= LLAMA_QFILTER_RECALL_NEAR*worth_max; });
 
     std::sort(order.begin(), order.end(), looked_at_more);
     take(n_rows, [&](uint32_t i) { return share[i] >= LLAMA_QFILTER_RECALL_SHARE; });
