@@ -96,7 +96,7 @@ def _lines(files, shape, filters, heads):
 
 
 def _without_filters(file):
-    """What to do about a model that has none."""
+    """The line for a model without filters: what to do, or why there can be none."""
     from ..engine import Model
 
     try:
@@ -160,7 +160,7 @@ def _facts(files, shape, filters):
 
 
 def _print(text):
-    """To stdout, whoever reads it may stop before the end (`| head`)."""
+    """Print to stdout, where a reader may stop before the end (`| head`)."""
     try:
         click.echo(text)
     except BrokenPipeError:
