@@ -78,7 +78,7 @@ def cache_of(
     cache: dict, full: bool, saved: Prompt | None, *, n_gpu_layers, **options
 ) -> tuple[QFilterConfig | None, int | str]:
     """(config, layers on the GPU). The config is made of the options in `cache` (names of
-    QFilterConfig), None for the full cache. options: of `plan.make_plan`, for a max_length of auto."""
+    QFilterConfig), None for the full cache. options: of `plan.make_plan`, if max_length is auto."""
     if cache["max_length"] == "auto" and not full:
         n_gpu_layers = fill_memory(cache, n_gpu_layers=n_gpu_layers, **options)
     return bound(cache, full, saved), n_gpu_layers
