@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 VERSION = 3
-"""Of the schema that is written."""
+"""Version of the schema that is written."""
 OPTIONAL = ("queries", "moments", "learned")
 """Kinds of vectors that a model may have besides filters."""
 REQUIRED = ("queries", "moments")
-"""Those of them that a reader has to understand: without learned filters all others are as they were."""
+"""Those that a reader must understand. It may ignore learned filters: the others don't change."""
 LAYOUTS = {-1: "none", 0: "norm", 2: "neox", 8: "mrope", 24: "vision", 40: "imrope"}
 """The rotary pairs in a row of K by llama.cpp's `enum llama_rope_type`: norm pairs 2i with 2i + 1,
 neox i with i + n_rot/2, the others as neox but with positions of several dimensions."""
