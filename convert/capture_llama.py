@@ -61,7 +61,7 @@ class Attention:
 
 
 class LlamaModel:
-    """A GGUF file that llama.cpp runs, on the GPU where there is one.
+    """A GGUF file that llama.cpp runs, on the GPU if there is one.
 
     n_ctx: longest sequence it will read; n_gpu_layers: see engine.Model
 

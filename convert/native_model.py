@@ -1,4 +1,4 @@
-"""Models as llama.cpp sees them: loading where Ctrl-C is not lost, what can be evicted, RoPE."""
+"""Models in llama.cpp for convert: loading without losing Ctrl-C, evicting layers, RoPE."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import numpy as np
 from . import gguf_header
 from .config import QFilterError
 
-MAX_NAME = 230  # bytes of a file's name, of which most systems allow 255; temporary files add some
+MAX_NAME = 230  # bytes of a file's name; most systems allow 255, and temporary files add some
 
 
 def targets(src, dst, *, whole=False) -> list[Path]:

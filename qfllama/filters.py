@@ -84,8 +84,8 @@ class Filters:
         )
 
     def figures(self, name: str) -> list[np.ndarray] | None:
-        """Quality figure `name` of each of `layers`: [n_head_kv], or [1] where there is one number
-        per layer; None if it is neither."""
+        """Quality figure `name` of each of `layers`: [n_head_kv], or [1] for one number per layer;
+        None if it has another size."""
         values = np.ravel(self.quality[name])
         if values.size == sum(self.n_head_kv):
             return np.split(values, np.cumsum(self.n_head_kv)[:-1])
@@ -93,7 +93,7 @@ class Filters:
 
 
 def span(numbers) -> str:
-    """One number, or the least and largest where they differ."""
+    """One number, or the least and largest if they differ."""
     numbers = list(numbers)
     least, largest = min(numbers), max(numbers)
     return str(least) if least == largest else f"{least} to {largest}"

@@ -46,7 +46,7 @@ PART_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.g
 
 @dataclass(frozen=True)
 class Field:
-    """One key-value pair: bytes [start, end) of the file, of which the value is [value, end)."""
+    """One key-value pair: bytes [start, end) of the file; the value is [value, end)."""
 
     type: int
     start: int

@@ -127,7 +127,7 @@ def layers_that_fit(sizes: list[int], buffers: int, found: list[Device]) -> int:
 
     Args:
         sizes: bytes of each layer with its cache, the output last.
-        buffers: bytes that each device needs besides.
+        buffers: bytes that each device needs in addition.
     """
     room = sum(max(0, device.free - RESERVE - buffers) for device in found)
     # layers are not divided between devices: each further device may leave up to a layer unused

@@ -287,7 +287,7 @@ class OwnStates(BaseLlamaCache):
         self.inner[key] = state
 
     def __getitem__(self, key) -> LlamaState:
-        """The state to load for a prompt; KeyError where none is better than the live cache."""
+        """The state to load for a prompt; KeyError if none is better than the live cache."""
         state = self._find(list(key))
         if state is None:
             raise KeyError("no state that fits")

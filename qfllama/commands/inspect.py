@@ -118,7 +118,7 @@ def _of_these_tensors(files, filters):
 
 
 def _quality(filters, name):
-    """A quality figure by layer, where there is one number per KV head, else as it is."""
+    """A quality figure, split by layer if it has one number per KV head."""
     by_layer = filters.figures(name)
     if by_layer is None or [len(values) for values in by_layer] != filters.n_head_kv:
         return filters.quality[name]

@@ -25,13 +25,15 @@ if TYPE_CHECKING:
     "the GPU, else half of this machine's free memory]",
 )
 @option("n-ctx")
-@option("max-length", help="Count the conversations that fit with so many cells.  [default: 4096]")
+@option(
+    "max-length", help="Count the conversations that fit with this many cells.  [default: 4096]"
+)
 @click.option(
     "--slots",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Count the cells for so many conversations at the same time.",
+    help="Count the cells for this many conversations at the same time.",
 )
 @option("type-k")
 @option("type-v")
