@@ -1,15 +1,15 @@
 """Queries -> second moments -> filters. Pure mathematics, no model code.
 
 The recipe is that of Q-Filters (arXiv 2503.02812): collect queries after RoPE, take the first right
-singular vector v1 of every query head's query matrix, turn it so that most queries project
+singular vector v1 of every query head's query matrix, choose its sign so that most queries project
 positively on it, and average over the query heads that share a KV head.
 
-The second moments (policy qfilters2) come from the same sums: mean and covariance of the queries
-give the logarithm of the mean of exp(logit) that a key gets from queries that are normally distributed.
+The second moments (policy qfilters2) come from the same sums. From the mean and the covariance of
+normally distributed queries follows the logarithm of the mean of exp(logit) that a key gets.
 
-v1 of a matrix Q is the top eigenvector of Q^T Q, so Q need not be kept: the sum of outer products
-does, [n_layer, n_head, d, d] whatever the number of queries. Only the vote on the sign needs v1
-beforehand; for it a bounded, evenly thinned part of the queries is kept.
+v1 of a matrix Q is the top eigenvector of Q^T Q. So Q need not be kept: the sum of outer products
+is enough, [n_layer, n_head, d, d] for any number of queries. Only the vote on the sign needs v1
+first; for it a bounded part of the queries is kept, evenly spaced.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def sample_positions(lengths: list[int], num_samples: int, seed: int) -> list[np
 
 
 class QueryMoments:
-    """What is kept of the queries of every query head.
+    """Sums over the queries of every query head, and some of the queries.
 
     counts: layer -> number of queries taken in
     first: layer -> float64 [n_head, d], their sum
@@ -67,7 +67,7 @@ class QueryMoments:
         n_votes = self.votes[layer].shape[1]
         slot = count * n_votes // self.num_samples
         chosen = (count + 1) * n_votes // self.num_samples > slot
-        chosen &= slot < n_votes  # a layer that others share its keys with sees more queries
+        chosen &= slot < n_votes  # a layer whose keys other layers attend gets more queries
         voters = exact[:, chosen]
         lengths = np.linalg.norm(voters, axis=-1, keepdims=True)
         self.votes[layer][:, slot[chosen]] = voters / np.maximum(lengths, np.finfo(float).tiny)
@@ -94,12 +94,12 @@ class QueryMoments:
         return {layer: total / self.counts[layer] for layer, total in self.first.items()}
 
     def second_order(self, rank: int, scale: dict[int, float]) -> dict[int, np.ndarray]:
-        """layer -> float64 [n_head, 1 + rank, head_dim]: of every query head the mean query and
+        """layer -> float64 [n_head, 1 + rank, head_dim]: for every query head the mean query and
         the first `rank` principal directions of its covariance, scaled to rows r with
 
             log E[exp(scale * q.k)] = k.r[0] + sum_j (k.r[j])^2    for normally distributed q
 
-        up to the directions left out. scale: layer -> factor of q.k in front of the softmax."""
+        without the directions left out. scale: layer -> factor of q.k before the softmax."""
         means = self.means()
         return {
             layer: _log_mean_exp_rows(
@@ -110,7 +110,7 @@ class QueryMoments:
 
     def directions(self) -> dict[int, np.ndarray]:
         """layer -> v1 of every query head, float64 [n_head, head_dim], unit length, with the sign
-        on which most queries project positively (a draw goes to the mean query)."""
+        on which most queries project positively (in a tie the mean query decides)."""
         if not self.counts:
             raise QFilterError("the model handed out no queries: it is not supported")
         return {layer: self._directions(layer) for layer in sorted(self.counts)}
@@ -137,7 +137,7 @@ class QueryMoments:
 
 
 class MeanQueries:
-    """The mean query of every KV head before RoPE: linear, so that RoPE at any position turns it
+    """The mean query of every KV head before RoPE. RoPE is linear, so at any position it turns this
     into the mean query of that position."""
 
     def __init__(self):

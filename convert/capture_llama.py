@@ -2,7 +2,7 @@
 
 llama.cpp hands every node of a computed graph to a callback (cb_eval). With Flash Attention on,
 the attention of every architecture is one node, whose inputs are the final queries (after norm,
-bias, RoPE) and the rows of the K cache: nothing has to be known of the architecture.
+bias, RoPE) and the rows of the K cache. So this works without knowing the architecture.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Attention:
 
 
 class LlamaModel:
-    """A GGUF file that llama.cpp runs, on the GPU where there is one.
+    """A GGUF file that llama.cpp runs, on the GPU if there is one.
 
     n_ctx: longest sequence it will read; n_gpu_layers: see engine.Model
 
@@ -80,10 +80,10 @@ class LlamaModel:
             self.offload, self._model = model.offload, model
             self._context = stack.enter_context(self._open(model, n_ctx))
             self._ropes = stack.enter_context(closing(native_model.Ropes(self._context)))
-            # the thread that computes is never interrupted: Ctrl-C reaches the one that waits; it
-            # ends before what it works on is freed
+            # the computing thread is never interrupted: Ctrl-C reaches the thread that waits for
+            # it. It ends before the data that it works on is freed
             self._thread = stack.enter_context(ThreadPoolExecutor(1))
-            # it runs from now on: interrupted while it starts it would not be waited for
+            # start it now: if Ctrl-C came while it starts, nobody would wait for it
             self._thread.submit(int).result()
             self._close = stack.pop_all()
 
@@ -99,7 +99,7 @@ class LlamaModel:
             ) from None
 
     def to_cached(self, vectors: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Vectors in the layout of this route's queries -> of rows of the K cache: the same."""
+        """Vectors in the layout of K cache rows, which is that of this route's queries, too."""
         return vectors
 
     def tokens(self, text: str) -> list[int]:
@@ -120,7 +120,7 @@ class LlamaModel:
                 self._thread.submit(self._decode, tokens[start : start + N_BATCH], start).result()
             except BaseException:
                 self._stopped = True
-                # Ctrl-C may come before submit returns: what it began has ended when this has
+                # Ctrl-C may come before submit returns: when this job has ended, so has that one
                 native_model.finish(self._thread.submit(int))
                 raise
             progress(len(tokens[start : start + N_BATCH]))
@@ -137,7 +137,7 @@ class LlamaModel:
             )
 
     def _on_node(self, tensor, ask, _):
-        """cb_eval. ask: is this node of interest? afterwards: it is computed; False: stop."""
+        """cb_eval: with `ask`, is this node wanted? Without: the node is computed; False stops."""
         try:
             attn = native.Attn()
             if self._stopped or not native.attn_of(tensor, ctypes.byref(attn)):

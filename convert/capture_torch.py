@@ -70,8 +70,8 @@ class TorchModel:
         self._ropes = self._llama_cpp_ropes(gguf, n_ctx)
 
     def _llama_cpp_ropes(self, gguf, n_ctx):
-        """How llama.cpp will turn the queries of the GGUF; None if it can't run it here. Nothing is
-        computed, but the file is mapped into memory."""
+        """How llama.cpp rotates the queries of the GGUF; None if it can't run the file here.
+        Nothing is computed, but the file is mapped into memory."""
         with ExitStack() as stack:
             stack.enter_context(engine_log.errors())
             loaded = native_model.loaded(gguf, n_gpu_layers=0, use_extra_bufts=False)
@@ -108,7 +108,7 @@ class TorchModel:
         progress(len(tokens))
 
     def to_cached(self, vectors: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Layer -> [..., head_dim] in the model's head layout, brought into that of llama.cpp's
+        """Layer -> [..., head_dim] vectors, from the model's head layout to that of llama.cpp's
         cached K rows."""
         if unknown := sorted(set(vectors) - set(self.orders)):
             raise QFilterError(
@@ -195,8 +195,8 @@ def _loader(folder, **kwargs):
 
 
 def _apply_rope_scaling(model, path, header):
-    """Scale the rotary frequencies as the GGUF asks, which transformers doesn't read from it:
-    a tensor of divisors (Llama 3.1 and later) or one linear factor."""
+    """Scale the rotary frequencies as the GGUF says, by a tensor of divisors (Llama 3.1 and later)
+    or one linear factor: transformers doesn't read these from a GGUF."""
     arch = header.get("general.architecture")
     kind = header.get(f"{arch}.rope.scaling.type", "none")
     frequencies = model.rotary_emb.inv_freq
@@ -255,7 +255,7 @@ def _donors(model) -> dict[int, int]:
 
 
 def _k_weights(module):
-    """What the K weight of an attention module may be: arrays [n_head_kv*head_dim, n_embd]."""
+    """Candidates for the K weight of an attention module: arrays [n_head_kv*head_dim, n_embd]."""
     if hasattr(module, "k_proj"):
         return [_array(module.k_proj.weight)]
     fused = _array(next(getattr(module, name) for name in FUSED if hasattr(module, name)).weight)
@@ -270,8 +270,8 @@ def _array(weight):
 
 @contextmanager
 def _observed(model, observer):
-    """Within the block, every attention call of `model` first does observer(layer, query, key,
-    scale), [n_batch, n_head or n_head_kv, n_tokens, head_dim], after norms and RoPE.
+    """In the block, every attention call of `model` first calls observer(layer, query, key, scale).
+    Query and key are [n_batch, n_head or n_head_kv, n_tokens, head_dim], after norms and RoPE.
 
     Works for every model that goes through transformers' attention interface."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -300,6 +300,6 @@ def _observed(model, observer):
 
 
 def _needs_eager(model):
-    """Whether attention is more than softmax(QK)V here: capped logits or attention sinks, which
-    only the model's own, slower implementation knows."""
+    """Does attention do more than softmax(QK)V here? Only the model's own, slower implementation
+    has capped logits or attention sinks."""
     return not model._supports_sdpa or getattr(model.config, "attn_logit_softcapping", None)

@@ -1,7 +1,6 @@
 """Checkpoint -> GGUF with upstream's converter, GGUF -> smaller GGUF with llama.cpp's quantizer.
 
-Both run as processes of their own: Ctrl-C stops them at once, and what they abort on does not take
-this program along.
+Both run in their own process: Ctrl-C stops them at once, and if they abort, this program goes on.
 """
 
 from __future__ import annotations
@@ -68,9 +67,9 @@ def quantizations() -> dict[str, int]:
 
 
 def needs_quantizing(gguf, name: str) -> bool:
-    """Whether the GGUF file has to be re-written to become of type `name`.
+    """Must the GGUF file be rewritten to become of type `name`?
 
-    QFilterError if it is quantized otherwise: quantizing twice loses more than it seems."""
+    QFilterError if it has another quantization: quantizing twice loses more than it seems."""
     headers = [gguf_header.scan(part) for part in gguf_header.parts(gguf)]
     if headers[0].get("general.file_type") == quantization(name):
         return False

@@ -1,11 +1,11 @@
 """Hugging Face's head layout and that of the rows of llama.cpp's K cache.
 
 Both rotate pairs of a head's numbers, but not always the same pairs. transformers mostly pairs i
-with i + n_rot/2 (halves). For some architectures RoPE in ggml pairs 2i with 2i + 1 (interleaved;
-llama), upstream's converter re-orders the rows of the Q and K weights of every head for it, and
-cached keys come out in that order; for the others (NeoX-style RoPE) nothing is re-ordered. A filter
-must take the same way as the rows of the K weight, so the order is read off these rows and not off
-the name of the architecture.
+with i + n_rot/2 (halves). For some architectures (llama) RoPE in ggml pairs 2i with 2i + 1
+(interleaved): upstream's converter re-orders the rows of the Q and K weights of every head for it,
+and cached keys have that order. For the others (NeoX-style RoPE) nothing is re-ordered. A filter
+must be re-ordered like the rows of the K weight. So the order is found by comparing these rows, not
+by the name of the architecture.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ def halves(head_dim: int) -> np.ndarray:
 
 
 def interleaved(head_dim: int, n_rot: int | None = None) -> np.ndarray:
-    """Indices that bring a head from halves to interleaved: 2i + j takes j * n_rot/2 + i. Numbers
-    that are not rotated, from n_rot (default: head_dim) on, stay where they are."""
+    """Indices that bring a head from halves to interleaved: 2i + j takes j * n_rot/2 + i. From
+    n_rot (default: head_dim) on, the numbers are not rotated and keep their place."""
     n_rot = head_dim if n_rot is None else n_rot
     pairs = np.arange(n_rot).reshape(2, n_rot // 2).T.ravel()
     return np.concatenate([pairs, np.arange(n_rot, head_dim)])
 
 
 def head_orders(gguf, k_weights) -> dict[int, np.ndarray]:
-    """Layer -> indices [head_dim] with which a vector in the head layout of a transformers model
-    becomes one in the layout of the K rows of the GGUF file `gguf`: cached = vector[..., indices].
+    """Layer -> indices [head_dim] that bring a vector from the head layout of a transformers model
+    to that of the K rows of the GGUF file `gguf`: cached = vector[..., indices].
 
-    k_weights: yields (layer, head_dim, what the model's K weight may be: a list of arrays
-        [n_head_kv*head_dim, n_embd], more than one where Q, K and V are fused: `k_candidates`)
-    QFilterError where no known order makes the weights equal, or where layers differ."""
+    k_weights: yields (layer, head_dim, candidates for the model's K weight: a list of arrays
+        [n_head_kv*head_dim, n_embd], more than one if Q, K and V are fused: `k_candidates`)
+    QFilterError if no known order makes the weights equal, or if layers differ."""
     weights = Weights(gguf)
     found = {
         layer: _matching(weights, layer, ours, head_dim) for layer, head_dim, ours in k_weights
@@ -51,12 +51,12 @@ def head_orders(gguf, k_weights) -> dict[int, np.ndarray]:
 
 
 def _orders(head_dim, n_rot):
-    """Name -> indices of every order that is known for a head of which n_rot numbers are rotated"""
+    """Name -> indices of every known order for a head with n_rot rotated numbers."""
     orders = {"as it is": halves(head_dim)}
     for name, rotated in ("whole", head_dim), ("rotated part", n_rot):
         if rotated and rotated % 2 == 0 and rotated <= head_dim:
             orders[f"interleaved {name}"] = interleaved(head_dim, rotated)
-            # models that interleave themselves, for architectures that don't in ggml
+            # models that are interleaved in transformers, but not in ggml
             orders[f"halved {name}"] = np.argsort(interleaved(head_dim, rotated))
     return orders
 
@@ -117,8 +117,8 @@ class Weights:
         }
 
     def k_rows(self, layer: int, n_rows: int) -> np.ndarray:
-        """K weight of a layer, expanded to float32 [n_head_kv*head_dim, n_embd]. n_rows: how many
-        rows it has, needed only where it is stored with Q and V (in this order, V as large as K)"""
+        """K weight of a layer, expanded to float32 [n_head_kv*head_dim, n_embd]. n_rows: its number
+        of rows, needed only if it is stored with Q and V (order Q, K, V; V as large as K)."""
         for name in ("attn_k", "attn_qkv"):
             if f"blk.{layer}.{name}.weight" in self.tensors:
                 rows = self._read(f"blk.{layer}.{name}.weight")
@@ -132,8 +132,8 @@ class Weights:
         name = f"blk.{layer}.attn_output.weight"
         if name not in self.tensors:
             raise QFilterError(
-                f"{self.path} has no tensor {name}, which would tell what a value adds to the "
-                "output; leave out --filters learned, or --score replay"
+                f"{self.path} has no tensor {name}, which learned filters and replay need; leave "
+                "out --filters learned, or --score replay"
             )
         return self._read(name)
 

@@ -1,11 +1,12 @@
-"""Learned filters: which rows of a text a repetition of it will look at, told from the rows alone.
+"""Learned filters predict, from the rows of a text alone, which rows its repetition will look at.
 
-A text is read, and read again behind a request to repeat it. A row of the first reading is worth
-the largest weight that the second one gives it, times the length of what its value adds to the
-output: the score of KVzip+ (arXiv 2505.23416; 2601.07891, section 3). A linear map from what the
-cache holds at a position, the keys before RoPE and the values of all KV heads of the layer, is
-fitted to the logarithm of that score: one filter per layer and KV head, as those of Q-Filters, with
-a better target. The least squares take sums over rows only, so memory does not grow with the text.
+A text is read, and read again after a request to repeat it. The score of a row of the first reading
+is the largest weight that the second one gives it, times the norm of what its value adds to the
+output. This is the score of KVzip+ (arXiv 2505.23416; 2601.07891, section 3). A linear map is
+fitted to the logarithm of that score. Its input is what the cache holds at a position: the keys
+before RoPE and the values of all KV heads of the layer. As in Q-Filters there is one filter per
+layer and KV head, but with a better target. The least squares need only sums over rows, so memory
+does not grow with the text.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ from .capture_llama import LlamaModel
 
 REQUEST = "\n\nRepeat the previous context exactly.\n\n"
 LENGTH = 800
-"""Tokens of a text that is read twice, at most."""
+"""Most tokens of a text that is read twice."""
 SINKS = 8
-"""First rows of a text, which everything looks at: they are left out."""
+"""The first rows of a text are left out, since everything looks at them."""
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
-"""What is added to the diagonal, in parts of each input's variance; the held-out texts choose."""
+"""Added to the diagonal, relative to each input's variance; the held-out texts decide which."""
 TEST_LENGTH, TEST_DOCUMENTS, RATIO, WINDOW = 1024, 4, 4, 32
-"""Of the test that decides: tokens of a document, documents, how far they are compressed once."""
+"""Of the test that chooses the policy: tokens of a document, documents, compression, window."""
 TINY = 1e-12
 AT_ONCE = 64 << 20
 """Bytes of the weights of attention that are computed at once."""
 
 
 class ValueNorms:
-    """The length of what the value of a row adds to the output, for every query head."""
+    """The norm of what the value of a row adds to the output, for every query head."""
 
     def __init__(self, output_weights):
         """output_weights: layer -> the weight [n_embd, n_head*head_dim] behind attention."""
@@ -47,7 +48,7 @@ class ValueNorms:
         self._squares: dict[int, np.ndarray] = {}
 
     def of(self, layer: int, values: np.ndarray, n_head: int) -> np.ndarray:
-        """[n_head, n] of the values [n_head_kv, n, head_dim]."""
+        """Norms [n_head, n] for the values [n_head_kv, n, head_dim]."""
         n_head_kv, _, dim = values.shape
         if layer not in self._squares:
             weights = self._weights(layer).reshape(-1, n_head, dim).transpose(1, 0, 2)
@@ -58,7 +59,7 @@ class ValueNorms:
 
 
 class Repetition:
-    """Watches a text being read twice: what its rows are, and what they are worth.
+    """Observes a text while it is read twice: its rows, and what they are worth.
 
     rows: layer -> float32 [n, n_head_kv*(head_dim + head_dim of V)], keys before RoPE, then values
     worth: layer -> float32 [n, n_head_kv], logarithms
@@ -106,8 +107,8 @@ class Repetition:
 
 
 def _largest_weights(queries, keys, start, scale, softcap):
-    """[n_head, n_keys]: the largest weight that a query [n_head, n, head_dim], the first one at
-    position `start`, gives to a key [n_keys, head_dim]."""
+    """[n_head, n_keys]: the largest weight that the queries [n_head, n, head_dim] give to each of
+    the keys [n_keys, head_dim]. The first query is at position `start`."""
     n_head, n, _ = queries.shape
     step = max(1, AT_ONCE // (4 * n_head * len(keys)))
     result = np.zeros((n_head, len(keys)), np.float32)
@@ -125,7 +126,7 @@ def _largest_weights(queries, keys, start, scale, softcap):
 
 
 class Sums:
-    """What least squares need of all rows of a layer."""
+    """The sums over all rows of a layer that least squares need."""
 
     def __init__(self):
         self._sums: dict[int, list[np.ndarray]] = {}
@@ -221,8 +222,8 @@ def _lines(rng):
 
 
 def texts(gguf, sequences: list[list[int]], n: int, seed: int) -> list[list[int]]:
-    """n texts that are read twice: three fifths of the calibration's own, the others code, numbers
-    and tables, which a repetition looks at in other ways."""
+    """n texts that are read twice: about three fifths are calibration texts, the others are code,
+    numbers and tables, which a repetition looks at in other ways."""
     n_code, n_tables = n // 4, n // 7
     own = [tokens[:LENGTH] for tokens in sequences[: n - n_code - n_tables]]
     length = max(map(len, own))
@@ -235,7 +236,7 @@ def texts(gguf, sequences: list[list[int]], n: int, seed: int) -> list[list[int]
 
 
 def n_read(tokens: list[int]) -> int:
-    """Tokens that are read for a text, about."""
+    """About how many tokens are read for a text."""
     return 2 * len(tokens) + 16
 
 
@@ -252,8 +253,8 @@ def add(filters, gguf, texts, n_held_out: int, n_gpu_layers, progress) -> float:
 
 
 def compare(gguf, filters, n_gpu_layers, seed: int) -> dict[str, float]:
-    """Policy -> loss per digit of needles in text that filters were not calibrated on, compressed
-    once to 1/RATIO; filters: of the file, which need not be in it yet."""
+    """Policy -> loss per digit of needles, in text that filters were not calibrated on, compressed
+    once to 1/RATIO. filters: those for the file, which need not be in it yet."""
     from ..engine import Model
     from ..evaluation import needle, run, tasks
     from ..evaluation.results import Results
@@ -282,10 +283,10 @@ def calibrate(model, output_weights, layers, sequences, n_held_out: int, progres
         output_weights: layer -> the weight [n_embd, n_head*head_dim] behind attention.
         layers: whose rows are evicted.
         sequences: tokens of the texts; the last n_held_out choose the ridge.
-        progress: called with numbers of tokens that were read.
+        progress: called with the number of tokens read since its last call.
 
     Returns:
-        layer -> filters float32 [n_head_kv, n_in], and R^2 on the texts held out, of every KV head
+        layer -> filters float32 [n_head_kv, n_in]; and R^2 on the held-out texts, for every KV head
         of all layers in turn.
 
     Raises:

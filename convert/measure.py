@@ -1,6 +1,6 @@
 """How well filters fit a model: figures over sequences that they were not calibrated on.
 
-A filter is good where ranking keys by `key . filter` ranks them as later queries will weigh them.
+A filter is good if `key . filter` ranks keys in the same order as later queries weigh them.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Fit:
 
 
 class _Sequence:
-    """One layer's keys of one sequence: their scores, and what later queries think of them.
+    """One layer's keys of one sequence: their scores, and the logits that later queries give them.
 
     The mean logit of a key over later queries is its product with the mean of these queries, so
     sums of queries are enough, and no attention matrix is computed."""

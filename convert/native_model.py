@@ -1,4 +1,4 @@
-"""Models as llama.cpp sees them: loading where Ctrl-C is not lost, what can be evicted, RoPE."""
+"""Models in llama.cpp for convert: loading without losing Ctrl-C, evicting layers, RoPE."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def loaded(path, **params) -> Iterator[Model]:
 
 
 def in_thread(work, undo=None):
-    """work() in another thread, which is waited for; undo(its result) if that is interrupted.
+    """Run work() in another thread and wait for it; if the wait is interrupted, undo(its result).
 
-    Whatever logs or calls back has to run this way: a KeyboardInterrupt that is raised within a
+    Everything that logs or calls back must run this way: a KeyboardInterrupt that is raised in a
     Python callback of llama.cpp is lost. Only the main thread is interrupted."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(work)
@@ -45,8 +45,8 @@ def in_thread(work, undo=None):
 
 
 def finish(future) -> None:
-    """Wait until the work behind a future has ended, however often Ctrl-C is pressed: what it
-    works on is freed next."""
+    """Wait until the work behind a future has ended, however often Ctrl-C is pressed: its data is
+    freed next."""
     while not future.done():
         with suppress(BaseException):
             wait([future])
@@ -80,8 +80,8 @@ def rope_layout(path) -> str:
 
 
 def context(model: Model, n_ctx: int, n_batch: int, **params) -> Context:
-    """A context of a `loaded` model with the whole cache, for one sequence of up to n_ctx tokens;
-    to be closed by the caller. params: of `engine.context_params`.
+    """A context of a `loaded` model with the whole cache, for one sequence of up to n_ctx tokens.
+    The caller closes it. params: of `engine.context_params`.
 
     QFilterError with llama.cpp's own words if it cannot run the model."""
     with _cure_of_convert():
@@ -92,7 +92,7 @@ def context(model: Model, n_ctx: int, n_batch: int, **params) -> Context:
 
 @contextmanager
 def _cure_of_convert() -> Iterator[None]:
-    """Where memory runs out within the block, the message names the option of convert, too."""
+    """If memory runs out in the block, the message also names the option of convert."""
     try:
         yield
     except NoMemory as error:
@@ -100,8 +100,8 @@ def _cure_of_convert() -> Iterator[None]:
 
 
 class Ropes:
-    """How RoPE turns the queries of a context's layers: made before it decodes anything, closed
-    before it is."""
+    """How RoPE turns the queries of a context's layers. Make it before the context decodes
+    anything, and close it before the context."""
 
     def __init__(self, context: Context):
         self._ropes = native.ropes_init(context.ctx)
@@ -109,9 +109,9 @@ class Ropes:
     def back(self, layer: int, positions, queries: np.ndarray) -> np.ndarray | None:
         """What queries were before RoPE.
 
-        positions: [n] of the queries [n_head, n, head_dim], in the layout of cached K rows.
-        Returns float32 of the same shape, None if something else is done to this layer's queries
-        after RoPE, or llama.cpp's graph does not show it."""
+        queries: [n_head, n, head_dim], in the layout of cached K rows; positions: [n].
+        Returns float32 of the same shape. None if RoPE is not the last step for this layer's
+        queries, or llama.cpp's graph does not show it."""
         positions = np.ascontiguousarray(positions, np.int32)
         rows = np.array(queries.transpose(1, 0, 2), np.float32, order="C")
         n_pos, n_head, _ = rows.shape

@@ -33,12 +33,12 @@ from . import (
 
 BACKENDS = ("torch", "llama")
 HELD_OUT = 5
-"""One of so many sequences is held out to measure the fit on."""
+"""One sequence out of this many is held out to measure the fit on."""
 DTYPES = {"filters": np.float32, "queries": np.float32, "moments": np.float16}
 NUM_SEQUENCES, LEARNED_SEQUENCES = 6, 20
-"""Sequences that are read if nobody says how many; learned filters need texts of three kinds."""
+"""Default numbers of sequences; learned filters need texts of three kinds."""
 LEARNED = "learned"
-"""For `filters`: calibrate learned filters, too, and find out whether they are better."""
+"""A value of `filters`: calibrate learned filters, too, and test whether they are better."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Calibration:
     """How filters are calibrated.
 
     Texts: files, else a dataset NAME[:config], else built in. column: of the dataset, or the field
-    of a .jsonl file. strict: refuse to make do with less text than asked for.
+    of a .jsonl file. strict: fail if there is less text than asked for.
     num_sequences: None for NUM_SEQUENCES
     backend: what runs the model, one of BACKENDS; by default torch for a checkpoint and llama for
     a GGUF. n_gpu_layers: of the backend llama, see engine.Model
@@ -91,13 +91,12 @@ def convert(
     """Calibrate filters for the model SRC (GGUF file, checkpoint folder, hub id) and write the GGUF
     file OUT with them. OUT appears complete or not at all; SRC is never changed.
 
-    filters: published filters (folder, file or hub id) to be taken instead of calibrating; or
-        LEARNED
+    filters: published filters (folder, file or hub id) to use instead of calibrating; or LEARNED
     quantize: llama.cpp's name of a quantization for OUT, or None to leave the weights as they are
     outtype: type of the GGUF that upstream's converter makes of a checkpoint
     force: replace OUT, and filters that SRC has already
     note: called with lines for the user; bars: show progress on stderr
-    Raises QFilterError for anything that a user can put right."""
+    Raises QFilterError for anything that a user can fix."""
     started = time.monotonic()
     out, note = Path(out), note or (lambda line: None)
     learn = filters == LEARNED
@@ -138,7 +137,7 @@ def _workspace(out):
     """A folder beside `out` for the time of the block."""
     with ExitStack() as stack:
         folder = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
-        # once more, where Ctrl-C came just when it was being removed
+        # removes it again if Ctrl-C came during the removal
         stack.callback(shutil.rmtree, folder.name, ignore_errors=True)
         yield stack.enter_context(folder)
 
@@ -220,7 +219,7 @@ def _calibrated(model, calibration, texts, note, bar, learn):
     if n_samples < head_dim:
         note(
             f"warning: only {n_samples} queries per head, fewer than a head's {head_dim} "
-            "dimensions: the filters are hardly determined; use more --num-samples or text"
+            "dimensions: too few for reliable filters; use more --num-samples or text"
         )
     with bar("hashing the model", source.n_bytes(model.path)) as hashing:
         sha256 = source.digest(model.path, hashing.update)
@@ -239,8 +238,9 @@ def _calibrated(model, calibration, texts, note, bar, learn):
     if missing:
         del vectors["queries"]
         note(
-            f"warning: llama.cpp's graph does not show that RoPE comes last to the queries of layer "
-            f"{missing}: no mean queries for qahead, the filters hold near the calibration's positions"
+            "warning: llama.cpp's graph does not show that RoPE is the last step for queries of "
+            f"layer {missing}: no mean queries for qahead, and the filters hold only near the "
+            "calibration's positions"
         )
     layout = native_model.rope_layout(model.gguf)
     filters = Filters(vectors, provenance, quality, layout)
@@ -276,7 +276,7 @@ def _learn(model, calibration, sequences, filters, note, bar):
 
 
 def _sequences(gguf, calibration, texts, note):
-    """Calibration text as tokens; notes what there is less of than asked for."""
+    """Calibration text as tokens, with a note if there is less of it than asked for."""
     max_seq_len = calibration.max_seq_len
     n_ctx_train = model_shape(gguf).n_ctx_train
     if 0 < n_ctx_train < max_seq_len:
@@ -292,15 +292,15 @@ def _sequences(gguf, calibration, texts, note):
 
 
 def held_out(n_sequences: int) -> int:
-    """How many of so many sequences are held out: a fifth, at least one of several."""
+    """How many of n_sequences are held out: a fifth, but at least one if there are several."""
     return 0 if n_sequences < 2 else max(n_sequences // HELD_OUT, 1)
 
 
 def _run(model, layers, sequences, calibration, progress):
     """Run the model over all sequences. Returns the vectors (kind -> layer -> array, in the layout
-    of cached keys; queries of those layers only that have them; moments if calibration.rank > 0),
-    the figures of the fit, and the number of queries that all this was calibrated on."""
-    # held out are the longest: the rank correlations need queries far behind their keys
+    of cached keys; queries only for layers that have them; moments if calibration.rank > 0), the
+    figures of the fit, and the number of queries per head that were used."""
+    # the longest are held out: the rank correlations need queries far behind their keys
     n_first = len(sequences) - held_out(len(sequences))
     sequences = sorted(sequences, key=len)
     first, last = sequences[:n_first], sequences[n_first:]
@@ -345,7 +345,7 @@ def _run(model, layers, sequences, calibration, progress):
 
 @contextmanager
 def _bytes(bar):
-    """What is called with the bytes done so far, and with all of them where that is known."""
+    """Yields a function for the bytes done so far and, if known, the total."""
 
     def at(done, total=None):
         bar.total = total

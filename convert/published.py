@@ -38,8 +38,8 @@ _REORDERED = """
     nanbeige olmo smollm3 xverse
 """
 REORDERED = frozenset(_REORDERED.split())
-"""Architectures for which upstream's converter brings the rows of the Q and K weights from halves
-to pairs side by side (vendor/llama.cpp/conversion/*.py)."""
+"""Architectures for which upstream's converter re-orders the rows of the Q and K weights from
+halves to interleaved pairs (vendor/llama.cpp/conversion/*.py)."""
 
 _AS_THEY_ARE = """
     chatglm cohere2 cohere2moe command-r ernie4_5 ernie4_5-moe glm4 llama4 maincoder starcoder
@@ -55,8 +55,8 @@ def load(spec, gguf, note=None, *, order=None) -> Filters:
     spec: a folder, a .safetensors file, or a hub id (user/name)
     note: called with lines for the user
     order: indices [head_dim] that bring a head from transformers' layout to that of the K rows of
-        `gguf`, or a dict with one such array per layer; by the architecture where not given
-    Raises QFilterError for filters that can't be had, are damaged, or are those of another model.
+        `gguf`, or a dict with one such array per layer; default: by the architecture
+    Raises QFilterError for filters that can't be had, are damaged, or belong to another model.
     """
     check_packages()
     shape = model_shape(gguf)
@@ -84,12 +84,12 @@ def load(spec, gguf, note=None, *, order=None) -> Filters:
 def save(filters, gguf, folder, *, force=False, repo=None, order=None, note=None) -> Path:
     """Write the filters of the GGUF file `gguf` as a folder in the published format; returns it.
 
-    Layers that have none get zeros, as the format has a row for every layer. kvpress skips the
-    windowed layers of Gemma3ForConditionalGeneration and never reads them there; elsewhere all keys
-    of such a layer would score the same, so the card shows a press that leaves these layers alone.
+    Layers without filters get zeros, as the format has a row for every layer. kvpress skips the
+    windowed layers of Gemma3ForConditionalGeneration and never reads their zeros. In other models
+    all keys of such a layer would score the same, so the card shows a press that skips it.
 
-    The folder appears complete or not at all. force: replace our files in a folder that has any,
-    and leave the others. repo: hub id that the model card names. order, note: as for `load`."""
+    The folder appears complete or not at all. force: in a folder that is not empty, replace our
+    files and leave the others. repo: hub id for the model card. order, note: as for `load`."""
     check_packages()
     folder = check_folder(folder, force=force)
     gguf, _ = gguf_header.scan_first(gguf)  # where all keys are, and what llama.cpp loads
@@ -144,7 +144,7 @@ def evicting_layers(gguf, n_layer: int) -> list[int]:
 
 
 def _n_layer(gguf, shape):
-    """Layers of the model in transformers: without those that only draft tokens, which come last."""
+    """Layers of the model in transformers: without the last ones that only draft tokens."""
     header = gguf_header.scan(gguf)
     return shape.n_layer - int(header.get(f"{shape.architecture}.nextn_predict_layers", 0))
 
@@ -153,13 +153,13 @@ def _n_layer(gguf, shape):
 
 
 def head_order(gguf) -> np.ndarray:
-    """Indices [head_dim] with which a head in transformers' layout becomes one in the layout of
-    the K rows of the GGUF file `gguf`: cached = vector[..., indices].
+    """Indices [head_dim] that bring a head from transformers' layout to that of the K rows of the
+    GGUF file `gguf`: cached = vector[..., indices].
 
-    By the architecture, as there is no checkpoint to compare with. All that matters is whether the
-    converter moved the rows, which it does for models whose RoPE in ggml is interleaved; with any
-    other kind of RoPE, or none, they are where they were. QFilterError for an architecture of
-    which it is not known."""
+    Goes by the architecture, as there is no checkpoint to compare with. The question is only
+    whether the converter moved the rows. It does so for models whose RoPE in ggml is interleaved;
+    with any other kind of RoPE, or none, the rows stay. QFilterError if that is not known for the
+    architecture."""
     shape = model_shape(gguf)
     arch = shape.architecture
     if arch in REORDERED:
@@ -215,8 +215,8 @@ def _find(spec, n_layer, shape):
 
 
 def _check_config(spec, path, n_layer, shape):
-    """QFilterError unless config.json is that of filters for this model: the weights of anything
-    else are not worth a download."""
+    """QFilterError unless config.json is that of filters for this model; checked before the weights
+    are downloaded."""
     try:
         config = json.loads(path.read_text("utf-8"))
         sizes = tuple(int(config[key]) for key in ("num_layers", "num_kv_heads", "kv_head_dim"))
@@ -233,7 +233,7 @@ def _read(file):
     from safetensors import SafetensorError, safe_open
 
     try:
-        open(file, "rb").close()  # safe_open says of whatever goes wrong that there is no file
+        open(file, "rb").close()  # whatever is wrong, safe_open says that there is no file
         with safe_open(file, framework="np") as tensors:
             names = list(tensors.keys())
             if TENSOR not in names:
@@ -286,8 +286,8 @@ def _check_numbers(spec, tensor, layers):
 
 
 def _write_folder(folder, tensor, card):
-    """Write the three files beside `folder`, or within it if it exists, and move them there: a
-    folder that exists stays the same one, as it may be somebody's current one or a mount point."""
+    """Write the three files beside `folder`, or in it if it exists, and move them there. A folder
+    that exists is not replaced, as it may be a mount point or somebody's current folder."""
     from safetensors.numpy import save as packed
 
     n_layer, n_head_kv, head_dim = tensor.shape

@@ -10,7 +10,7 @@ HUB_URL = re.compile(r"https://huggingface\.co/(?P<id>\w[\w.-]*/\w[\w.-]*)/?")
 
 
 def card(filters, gguf, shape, n_layer, repo):
-    """The model card: what hub and reader should know, and how to use the filters."""
+    """The model card: metadata for the hub, what the filters are, and how to use them."""
     header = gguf_header.scan(gguf)
     base = _base_model(header)
     front = ["tags:", "- q-filters", "- kv-cache", "- kvpress", "- qfllama"]
@@ -43,7 +43,7 @@ def _cell(value):
 
 
 def _base_model(header):
-    """Hub id of the model that a GGUF file was made of, as far as its metadata tells; None."""
+    """Hub id of the model that a GGUF file was made from; None if its metadata doesn't tell."""
     for key in ("general.base_model.0.repo_url", "general.source.repo_url", "general.repo_url"):
         if match := HUB_URL.fullmatch(str(header.get(key, ""))):
             return match["id"]

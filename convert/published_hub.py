@@ -19,8 +19,8 @@ def check_packages() -> None:
 
 
 def download(name, files, revision=None):
-    """Folder in huggingface_hub's cache (.../<revision>) with such of `files` as the repository
-    `name` has. From the cache alone where the hub can't be reached."""
+    """Folder in huggingface_hub's cache (.../<revision>) with those of `files` that the repository
+    `name` has. If the hub can't be reached, only the cache is used."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
 
@@ -48,8 +48,8 @@ def check_upload(repo) -> None:
 
 
 def upload(folder, repo, *, private=False) -> str:
-    """Upload what `save` wrote to the hub repository `repo`, which is created if need be; returns
-    its address. QFilterError if that fails; `folder` stays."""
+    """Upload what `save` wrote to the hub repository `repo`, which is created if it doesn't exist;
+    returns its address. QFilterError if that fails; `folder` stays."""
     check_upload(repo)
     from huggingface_hub import HfApi
     from huggingface_hub.utils import logging
@@ -72,6 +72,6 @@ def upload(folder, repo, *, private=False) -> str:
         raise
     except Exception as error:  # noqa: BLE001 - the hub, the network or the token
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-            again = f"log in with `hf auth login` as one who may write, then {again}"
+            again = f"log in with `hf auth login` as a user with write access, then {again}"
         raise QFilterError(f"cannot upload to {repo}: {reason(error)}; {again}") from None
     return str(address)

@@ -62,9 +62,9 @@ def check_packages() -> None:
 
 
 def resolve(src) -> Path:
-    """The GGUF file or checkpoint folder that SRC means, checked to be of a kind that can be
-    converted. A hub id (user/name) is downloaded into huggingface_hub's cache first, its weights
-    only after a look at its config.json."""
+    """The GGUF file or checkpoint folder that SRC means; checks that it can be converted. A hub id
+    (user/name) is downloaded into huggingface_hub's cache first; its config.json is checked before
+    the weights are downloaded."""
     path = Path(src)
     if not path.exists():
         if path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(src)):
@@ -86,8 +86,8 @@ def resolve(src) -> Path:
 
 
 def check_gguf(path) -> None:
-    """QFilterError unless `path` is a whole GGUF file, or a part of one in parts, of a decoder with
-    keys per head and a tokenizer."""
+    """QFilterError unless `path` is a complete GGUF file, or a part of a split one, of a decoder
+    with keys per head and a tokenizer."""
     first, header = gguf_header.scan_first(path)
     arch = str(header.get("general.architecture"))
     kind = str(header.get("general.type", "model"))
@@ -129,7 +129,7 @@ def _refusal(path, what, why):
 
 
 def _download(name, files):
-    """Folder with those files of the hub's repository `name` that match one of the patterns."""
+    """Folder with those files of the hub repository `name` that match a pattern in `files`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
 
@@ -197,7 +197,7 @@ def _text_config(config):
 
 def _why_not_checkpoint(name, module, config):
     """A key of WHY_NOT for a checkpoint of the architecture `name`, or None. module: of upstream's
-    converter. What slips through here, `check_gguf` sees once the checkpoint is converted."""
+    converter. `check_gguf` finds the other cases once the checkpoint is converted."""
     config = config | _text_config(config)
     if module in CHECKPOINT_KINDS:
         return CHECKPOINT_KINDS[module]
@@ -214,8 +214,8 @@ def _why_not_checkpoint(name, module, config):
 
 def text_models() -> dict[str, str]:
     """Architectures (as config.json names them) of the text models that upstream's converter knows,
-    and its module for each; empty where this version of it keeps no such table. It is read and not
-    imported, as that takes torch and seconds."""
+    and its module for each; empty if this version of it has no such table. The file is parsed, not
+    imported: an import takes seconds and needs torch."""
     table = export.converter_path().parent / "conversion" / "__init__.py"
     if not table.is_file():
         return {}
@@ -248,8 +248,8 @@ def weight_files(folder) -> list[Path]:
 
 
 def digest(path, progress=None) -> str:
-    """SHA-256 of a model: of its GGUF file or the weight files of a checkpoint folder; where there
-    are several, one after another. progress: called with the number of bytes read, per piece."""
+    """SHA-256 of a model's GGUF file or of the weight files of a checkpoint folder; several files
+    count as one, in order. progress: called with the number of bytes of every piece."""
     sha = hashlib.sha256()
     for file in _files(path):
         with open(file, "rb") as data:

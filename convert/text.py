@@ -58,7 +58,7 @@ def builtin() -> Source:
 
 
 def _is_prose(paragraph):
-    """False for headlines, grammar, tables and code, which are short or full of signs."""
+    """False for short paragraphs and those full of signs: headlines, grammar, tables and code."""
     letters = sum(c.isalpha() or c.isspace() for c in paragraph)
     return (
         len(paragraph.split()) >= 8 and letters >= 0.85 * len(paragraph) and "::=" not in paragraph
@@ -68,8 +68,8 @@ def _is_prose(paragraph):
 def sources(text_files=(), dataset=None, split=None, column=None) -> list[Source]:
     """The texts to calibrate on: files, else a dataset NAME[:config], else the built-in text.
 
-    split, column: see `file` and `from_dataset`. Everything is opened here, so that what can't be
-    read is refused before a model is loaded.
+    split, column: see `file` and `from_dataset`. Everything is opened here, so that an unreadable
+    text is refused before a model is loaded.
     Raises QFilterError for a missing or damaged file, dataset, split or column."""
     if split and not dataset:
         raise QFilterError("--split is for datasets; give --dataset NAME with it")
@@ -83,8 +83,8 @@ def sources(text_files=(), dataset=None, split=None, column=None) -> list[Source
 
 
 def file(path, column=None) -> Source:
-    """A text file in UTF-8: plain text, or .jsonl with an object in every line, of which `column`
-    is used (default: `text`, else the only field that is text)."""
+    """A text file in UTF-8: plain text, or .jsonl with an object in every line. `column` is the
+    field to read (default: `text`, else the only field that is text)."""
     path = Path(path)
     if not path.is_file():
         what = "is not a regular file" if path.exists() else "does not exist"
@@ -113,7 +113,7 @@ def _read_pieces(path):
 
 @contextmanager
 def _opened(path):
-    """A text file in UTF-8, with or without a byte order mark; QFilterError if it is no such."""
+    """A text file in UTF-8, with or without a byte order mark; QFilterError if it is not UTF-8."""
     try:
         with open(path, encoding="utf-8-sig") as text:
             yield text
@@ -235,8 +235,8 @@ def _load_dataset(datasets, spec):
 
 
 def _check_on_hub(name):
-    """QFilterError, with the cause and at once, if the hub has no such dataset or can't be reached:
-    `datasets` tries for half a minute and doesn't say why."""
+    """QFilterError with the cause if the hub has no such dataset or can't be reached. `datasets`
+    would try for half a minute and not say why."""
     from huggingface_hub import HfApi, constants, utils
 
     utils.logging.set_verbosity_error()
@@ -280,7 +280,7 @@ def _dataset_errors(what):
 
 
 def reason(error: BaseException) -> str:
-    """An exception's message and, where that says something else, the one that caused it."""
+    """An exception's message and, if different, that of the exception that caused it."""
     cause = error
     while cause.__cause__ or cause.__context__:
         cause = cause.__cause__ or cause.__context__
@@ -299,7 +299,7 @@ def need_packages(who: str, *names: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The start of an exception's message as one line, or its type where it has none."""
+    """The start of an exception's message as one line; without a message its type."""
     message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return message if len(message) <= 300 else message[:300] + " ..."
 
@@ -308,10 +308,10 @@ def sequences(
     gguf, sources: list[Source], num_sequences: int, max_seq_len: int, *, strict=False
 ) -> list[list[int]]:
     """Token sequences of at most max_seq_len, in turns from the sources, with the tokenizer that
-    llama.cpp will use on the GGUF file `gguf` (and its BOS token where the model wants one).
+    llama.cpp will use on the GGUF file `gguf` (and its BOS token if the model wants one).
 
-    Fewer and shorter sequences than asked for where there is too little text (`shortage` words
-    that); QFilterError then if `strict`, and always when there are less than MIN_TOKENS tokens."""
+    With too little text there are fewer and shorter sequences than asked for (`shortage` has the
+    message). QFilterError then if `strict`, and always with less than MIN_TOKENS tokens."""
     with _tokenizer(gguf) as (tokenize, bos):
         size = max_seq_len - len(bos)
         if size < 1:
@@ -321,7 +321,7 @@ def sequences(
             )
         chunks = [_chunks(tokenize, source, size, num_sequences) for source in sources]
     in_turns = [chunk for turn in zip_longest(*chunks) for chunk in turn if chunk]
-    # a source's last, shorter chunk only where there are not enough full ones
+    # a source's last, shorter chunk is used only if there are not enough full ones
     full = [chunk for chunk in in_turns if len(chunk) == size]
     chosen = (full + [chunk for chunk in in_turns if len(chunk) < size])[:num_sequences]
     n_tokens = sum(len(chunk) for chunk in chosen)
@@ -338,7 +338,7 @@ def sequences(
 
 
 def shortage(chosen: list[list[int]], num_sequences: int, max_seq_len: int) -> str | None:
-    """What to tell a user whose text gave fewer tokens than asked for; None if it did not."""
+    """The message if there are fewer tokens than asked for; else None."""
     n_tokens, wanted = sum(map(len, chosen)), num_sequences * max_seq_len
     if n_tokens >= wanted:
         return None

@@ -13,7 +13,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """What takes time to load, on first use: `qfllama --help` needs none of it."""
+    """Loads slow modules on first use: `qfllama --help` needs none of them."""
     if name == "Llama":
         from qfllama.llama import Llama
 

@@ -1,4 +1,4 @@
-"""The `qfllama` command, also as `python -m qfllama`: Ctrl-C while it is imported is quiet, too."""
+"""The `qfllama` command, also as `python -m qfllama`. Ctrl-C is quiet even during imports."""
 
 import sys
 

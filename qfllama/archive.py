@@ -1,4 +1,4 @@
-"""What a bounded cache evicts is kept in an archive; recall brings rows back that a question looks at."""
+"""The archive keeps what a bounded cache evicts; recall brings back what a question looks at."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from qfllama.config import EngineError, QFilterConfig, QFilterError
 from qfllama.machine import available_bytes
 
 UNKNOWN_MEMORY = 4 << 30
-"""Taken for what is free where the system doesn't tell."""
+"""Bytes that count as free if the system doesn't tell."""
 
 
 def limit_bytes(config: QFilterConfig) -> int:
-    """Most bytes of the archive of a cache that is made now; 0: none.
+    """Most bytes for the archive of a cache that is made now; 0: no archive.
 
     Raises:
-        QFilterError: the folder is none.
+        QFilterError: `config.archive` is a name, but not of a folder.
     """
     if not config.archive:
         return 0
@@ -42,8 +42,8 @@ class Archived(internals.LlamaContext):
     """The part of `context.Context` that is about the archive and saved states; it needs the rest."""
 
     def question(self, seq: int = 0) -> None:
-        """The tokens of a sequence that are read from here on are a question, until `recall`; -1:
-        not any more.
+        """Tokens that a sequence reads from now on are a question, until `recall`; with seq -1 this
+        ends.
 
         Raises:
             EngineError: no such sequence.
@@ -53,7 +53,7 @@ class Archived(internals.LlamaContext):
 
     @contextmanager
     def asking(self, seq: int = 0) -> Iterator[None]:
-        """What is read within is the question of the next `recall`; none if that fails."""
+        """What is read in the block is the question of the next `recall`; if it fails, none."""
         self.question(seq)
         try:
             yield
@@ -62,9 +62,8 @@ class Archived(internals.LlamaContext):
             raise
 
     def weights(self, layer: int, n_cells: int, seq: int = 0) -> np.ndarray:
-        """How the question looks at the n_cells that were used before it, see
-        llama_qfilter_weights: the largest weight that each query head of a layer gives to each of
-        their rows, float32 [n_head, n_cells].
+        """The question's attention to the n_cells used before it, see llama_qfilter_weights: the
+        largest weight that each query head of a layer gives to each row, float32 [n_head, n_cells].
 
         Raises:
             EngineError: there is no question, it was more than one batch, or llama.cpp failed.
@@ -79,12 +78,12 @@ class Archived(internals.LlamaContext):
         """Cut the question off again and fill the cells with the rows that it looks at.
 
         Args:
-            n_rows: of every head, at most; 0: all that leaves room for the question and some of the
-                answer.
+            n_rows: most rows of each head; 0: as many as leave room for the question and some of
+                the answer.
 
         Returns:
-            the tokens of the question, which have to be read again; 0 if nothing was evicted and
-            all is as it was.
+            how many tokens the question has, which must be read again; 0 if nothing was evicted:
+            then nothing has changed.
 
         Raises:
             EngineError: llama.cpp failed; what the sequence has left is in `n_past`.
@@ -101,9 +100,9 @@ class Archived(internals.LlamaContext):
         return out
 
     def read_question(self, tokens: list[int], seq: int = 0, n_rows: int = 0) -> np.ndarray:
-        """Read tokens after those that a sequence has, bring back the rows that the last
-        `recall_queries` of them look at, and read these once more. The logits after the last one
-        are there afterwards; n_rows as in `recall`.
+        """Read tokens after those that a sequence has, with recall: the last `recall_queries` of
+        them are the question, and are read again after the rows that they look at came back.
+        `logits` then gives those after the last token. n_rows: as in `recall`.
 
         Returns:
             the positions that came back: int32, ascending.
@@ -162,8 +161,8 @@ class Archived(internals.LlamaContext):
         return data
 
     def restore(self, data, archive=b"", *, seq: int = 0, flags: int = native.STATE_RESIZE) -> bool:
-        """Take over the state of a sequence of this or another context of the model, also of
-        another size if its cells fit; one with another policy only if nothing was evicted in it.
+        """Load the state of a sequence of this or another context of the model. Its cache may have
+        had another size, if the cells fit, and another policy, if nothing was evicted in it.
 
         Args:
             data: what `state` gave, bytes or bytearray.
@@ -171,7 +170,8 @@ class Archived(internals.LlamaContext):
             flags: enum llama_qfilter_state_flag; 0: only from a cache of the same size.
 
         Returns:
-            False: llama.cpp refused it (`native.last_error` says why), the sequence is empty.
+            False if llama.cpp refused it (`native.last_error` says why); then the sequence is
+            empty.
         """
         view, n = native.c_bytes(data), len(data)
         if self.config is None:

@@ -1,5 +1,5 @@
-"""ggml's backends and devices, and what they say they can compute: ctypes declarations of ggml.h and
-ggml-backend.h, and one question that is asked with them."""
+"""ggml's backends and devices, and whether they support Flash Attention of a given shape. Has
+ctypes declarations of ggml.h and ggml-backend.h."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _InitParams(ctypes.Structure):
 
 def _declare(name: str, restype, *argtypes):
     fn = getattr(_lib, name)
-    # a function object of our own: others declare the same functions in their own way
+    # a function object of our own: other packages declare the same functions differently
     return ctypes.cast(fn, ctypes.CFUNCTYPE(restype, *argtypes))
 
 
@@ -112,7 +112,7 @@ def has_flash_attention(
     softcap: float = 0.0,
 ) -> bool:
     """Does a device say that it can compute Flash Attention of this shape? llama.cpp asks the same
-    question, and computes on the CPU where the answer is no.
+    question; if the answer is no, it computes on the CPU.
 
     Args:
         dim_k, dim_v: numbers in a key and in a value of one head.

@@ -1,8 +1,8 @@
 """The `qfllama` command: one lazily imported module per verb, one place where errors become text.
 
-Exit codes: 0 done, 1 done but to no good end (not one message of a piped chat could be answered, a
-check of doctor failed, nothing fits in a plan), 2 something the user can fix (one line on stderr),
-130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 done with a bad result (no message of a piped chat could be answered, a check
+of doctor failed, nothing fits in a plan), 2 something the user can fix (one line on stderr), 130
+stopped by Ctrl-C.
 """
 
 from __future__ import annotations

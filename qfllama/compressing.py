@@ -39,11 +39,11 @@ class Compressing(llama_cpp.Llama):
         score: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Compressed:
-        """Compact the cache now, to `1 / ratio` of its cells or to `max_length` cells.
+        """Compress the cache now, to `1 / ratio` of its cells or to `max_length` cells.
 
-        The setting of the paper: the whole prompt is read at full size, then compressed once. For
-        that the cache has to hold the prompt, and the window should be small (without a
-        `window_length` in the config it is a quarter of what is left)::
+        This is the paper's setting: the whole prompt is read at full size, then compressed once.
+        The cache must hold the whole prompt, and the window should be small (without a
+        `window_length` in the config it is a quarter of the cells that are left)::
 
             config = QFilterConfig(max_length=32768, window_length=64)
             llm = Llama("model-qf.gguf", n_ctx=32768, qfilters=config)
@@ -52,16 +52,16 @@ class Compressing(llama_cpp.Llama):
 
         Positions go on as if nothing had happened: `n_tokens` and `input_ids` stay, a prompt that
         begins with the same tokens is not read again, and the logits of the last position are
-        still there. Only `rewind_limit` rises. The allocated memory stays what it is:
-        `save_prompt` gives what is left to a smaller cache.
+        still there. Only `rewind_limit` rises. The allocated memory stays the same; a smaller cache
+        can load what is left from a file of `save_prompt`.
 
         Args:
             ratio: how many times fewer cells, at least 1.
             max_length: cells that are left, in place of `ratio`.
             score: "replay" keeps the rows that a repetition of the text looks at, in place of those
-                that the policy chooses. All that was read is read once more, in parts of up to
-                2,048 tokens, for which the cache needs room beside it; see `replay`.
-            progress: called with numbers of tokens that were repeated.
+                that the policy chooses. Everything is read once more, in parts of up to 2,048
+                tokens; the cache needs additional room for a part. See `replay`.
+            progress: called with the number of tokens repeated since its last call.
 
         Returns:
             cells before and after; the same number if there was nothing to do.
@@ -96,8 +96,8 @@ class Compressing(llama_cpp.Llama):
         return Compressed(before, self._ctx.used())
 
     def _replay(self, progress) -> np.ndarray:
-        """See `replay.scores`. The logits of the last token are computed again if layers can go
-        back, as recurrent ones can't."""
+        """See `replay.scores`. Afterwards the logits of the last token are computed again, except
+        with recurrent layers, which can't go back."""
         from qfllama import replay
 
         tokens = self.input_ids[: self.n_tokens].tolist()
@@ -115,5 +115,5 @@ class Compressing(llama_cpp.Llama):
         return found
 
     def _always_kept(self, n_cells: int) -> int:
-        """Sinks and window where the cache is compressed to n_cells."""
+        """Cells of sinks and window when the cache is compressed to n_cells."""
         return self.qfilter_config.sinks + max(1, self.qfilter_config.window_of(n_cells))

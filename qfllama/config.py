@@ -17,7 +17,7 @@ NUMBERS = {
 }  # fmt: skip
 """The whole numbers of a QFilterConfig, and the least of each."""
 RECALL = ("prompt", "always")
-"""When rows come back: after a prompt was read; and at every eviction, too."""
+"""When rows come back: after a prompt was read; after a prompt and at every eviction."""
 
 
 class QFilterError(ValueError):
@@ -41,7 +41,7 @@ class _Default(int):
 
 
 class _DefaultName(str):
-    """A policy that nobody chose: that of the file goes before it."""
+    """A policy that nobody chose: the policy of the file takes precedence."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,14 @@ class QFilterConfig:
             default `max_length // 4`, at least 64 and at most 512.
         policy: one of `POLICIES`; those in `CALIBRATED` need filters in the file. Default: what
             `qfllama convert` found to be best for the model, else qblend.
-        seed: of the policy `random`, at least 0.
-        archive: keep what is evicted in memory of the host (True), in a file in the folder of
-            this name, or not at all (False).
-        archive_limit: most bytes of the archive; default half of what is free when the cache is
+        seed: for the policy `random`, at least 0.
+        archive: where evicted rows are kept: in host memory (True), in a file in the folder of
+            this name, or nowhere (False).
+        archive_limit: most bytes of the archive; default: half of what is free when the cache is
             made. At the limit the oldest positions after the sinks leave the archive.
-        recall: "prompt" to bring back, after a prompt was read, the rows that its last tokens look
-            at and those around their words; "always" to do so at every eviction, too; False for
-            never.
-        recall_queries: how many last tokens of a prompt are the question, at most.
+        recall: "prompt": after a prompt was read, bring back the rows that its last tokens look at
+            and the rows around the same words. "always": also at every eviction. False: never.
+        recall_queries: the question is at most this many tokens at the end of a prompt.
 
     Raises:
         QFilterError: the sizes don't fit each other.
@@ -122,7 +121,7 @@ class QFilterConfig:
             )
 
     def _sizes(self, max_length: int) -> tuple[int, int]:
-        """(window_length, interval), where not given by their defaults for `max_length`."""
+        """(window_length, interval), with the defaults for `max_length` if not given."""
         quarter = max(0, max_length // 4)
         interval = min(MAX_INTERVAL, max(MIN_INTERVAL, quarter))
         return (
@@ -163,7 +162,7 @@ class QFilterConfig:
         return self.max_length - self.interval
 
     def window_of(self, n_cells: int) -> int:
-        """Tokens of the window where a sequence is compressed to n_cells: the window that was
+        """Tokens of the window when a sequence is compressed to n_cells: `window_length` if it was
         given, else a quarter of n_cells."""
         given = type(self.window_length) is not _Default
         return self.window_length if given else n_cells // 4

@@ -63,8 +63,8 @@ def refused(
     advice: str,
     found: list[offload.Device] | None = None,
 ) -> QFilterError:
-    """The error for what llama.cpp refused, with its own first words (`lines` of its log); where the
-    memory of a device (`found`, by default those there are) was too small with the cure for that."""
+    """The error for what llama.cpp refused, with the first of the `lines` of its log. If memory ran
+    out, the advice is about that; `found`: the GPUs, None for those there are."""
     why = lines[0] if lines else "no reason given"
     if any(NO_MEMORY.search(line) for line in lines):
         on_gpu = n_gpu_layers != 0 and (offload.devices() if found is None else found)
@@ -147,7 +147,7 @@ class Context(Archived):
         Args:
             params: llama_context_params, see `context_params`.
             vectors: what the policy needs, see `needs.for_policy`.
-            bound: fields of llama_qfilter_params that shall be others than those of `config`.
+            bound: fields of llama_qfilter_params that replace those of `config`.
 
         Raises:
             QFilterError: llama.cpp refused (in its own words).
@@ -211,7 +211,7 @@ class Context(Archived):
 
     def stats(self) -> native.Stats:
         """What the cache did since it was made, and what it holds over all sequences; see
-        llama_qfilter_stats. Of the whole cache there are only numbers of cells."""
+        llama_qfilter_stats. The whole cache has only numbers of cells."""
         stats = native.Stats(struct_size=ctypes.sizeof(native.Stats))
         if not native.get_stats(self.ctx, ctypes.byref(stats)):
             stats.n_cells_used = sum(self.n_past(seq) for seq in range(self.n_seq))
@@ -227,16 +227,16 @@ class Context(Archived):
         return self.seq_stats(seq).n_cells_used
 
     def seq_stats(self, seq: int = 0) -> native.SeqStats:
-        """What a sequence holds and lost, see llama_qfilter_seq_stats; of the whole cache and of a
-        sequence that there is not only what upstream tells."""
+        """What a sequence holds and lost, see llama_qfilter_seq_stats. For the whole cache, or a
+        sequence that doesn't exist, only n_cells_used and pos_max are set."""
         stats = native.SeqStats(struct_size=ctypes.sizeof(native.SeqStats))
         if not native.get_seq_stats(self.ctx, seq, ctypes.byref(stats)):
             stats.n_cells_used, stats.pos_max = self.n_past(seq), self.n_past(seq) - 1
         return stats
 
     def room(self, seq: int = 0) -> int:
-        """Tokens of a sequence until an eviction has to come, or from this one to the next; of the
-        whole cache until it is full."""
+        """Tokens that a sequence can read before the next eviction; if one is due now, before the
+        one after it. For the whole cache: until it is full."""
         if self.config is None:
             return llama_cpp.llama_n_ctx(self.ctx) // self.n_seq - self.n_past(seq)
         return native.room(self.ctx, seq) or self.config.interval
@@ -286,10 +286,10 @@ class Context(Archived):
     # -- reading
 
     def fill(self, parts: Iterable[tuple[int, int, list[int], int]]) -> None:
-        """The batch of the next `decode_batch`.
+        """Fill the batch of the next `decode_batch`.
 
         Args:
-            parts: (sequence, first position, tokens, number of the last tokens with logits).
+            parts: (sequence, first position, tokens, how many of the last tokens get logits).
         """
         if self._batch is None:
             self._batch = llama_cpp.llama_batch_init(self.params.n_batch, 0, 1)
@@ -305,17 +305,17 @@ class Context(Archived):
         batch.n_tokens = i
 
     def decode_batch(self) -> int:
-        """llama_decode() of what `fill` got; the code that it returned, 0 if all went well."""
+        """Call llama_decode() on the batch of `fill`; returns its code, 0 for success."""
         return llama_cpp.llama_decode(self.ctx, self._batch)
 
     def outputs(self, tokens: list[int], first: int = 0, seq: int = 0) -> Iterator[np.ndarray]:
         """Read tokens after those that a sequence has, batch by batch.
 
-        A batch ends where the cache is full, so that evictions fall where they would fall token by
-        token.
+        A batch ends where the cache is full. So evictions happen at the same positions as if the
+        tokens were read one by one.
 
         Yields:
-            float32 [n, n_vocab], the logits after each of tokens[first:], n of a batch at a time;
+            float32 [n, n_vocab] for each batch, the logits after its n tokens of tokens[first:];
             overwritten by the next batch.
 
         Raises:
@@ -335,8 +335,8 @@ class Context(Archived):
                 yield np.ctypeslib.as_array(pointer, shape=(n_outputs, n_vocab))
 
     def read(self, tokens: list[int], *, logits: bool = False, seq: int = 0) -> None:
-        """Read tokens after those that a sequence has; with `logits` those of the last one are
-        there afterwards.
+        """Read tokens after those that a sequence has. With `logits=True` the method `logits` gives
+        those after the last token.
 
         Raises:
             EngineError: llama.cpp failed.
@@ -358,7 +358,7 @@ class Context(Archived):
         seq: int = 0,
         scores: np.ndarray | None = None,
     ) -> bool:
-        """Compact a sequence to n_cells now; was there anything to do?
+        """Compress a sequence to n_cells now; False if there was nothing to do.
 
         Args:
             window: last positions that stay; by default `QFilterConfig.window_of(n_cells)`.

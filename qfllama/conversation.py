@@ -1,11 +1,11 @@
 """A conversation whose tokens only ever grow.
 
-Rendering the chat template anew at each turn and tokenizing the result goes back into history: the
-model's answer comes out of the tokenizer in other tokens than it was generated in, or the template
-strips it, and from there on everything has to be read again; a bounded cache without an archive, or
-one with windowed or recurrent layers, can't even go back there. So the token list of the conversation is kept here as it
-was really read and generated, and a turn appends to it only what the template puts between the
-last answer and the next one.
+Rendering the chat template anew at each turn and tokenizing the result changes the history: the
+tokenizer splits the model's answer into other tokens than were generated, or the template strips
+the answer. From there on everything has to be read again. A bounded cache without an archive, or
+with windowed or recurrent layers, can't even go back that far. So a conversation keeps its tokens
+as they were read and generated. A turn appends only what the template puts between the last answer
+and the next one.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class Turn:
 
 
 TEMPLATE = "tokenizer.chat_template"
-"""Where the file of a model has its chat template."""
+"""The metadata key of a model's chat template."""
 
 
 def chat_formatter(llm: Llama) -> Jinja2ChatFormatter:
-    """The chat template in the model's file; ChatML, as llama.cpp does, where there is none."""
+    """The chat template in the model's file; if there is none, ChatML, as in llama.cpp."""
     return formatter(llm._model, llm.metadata.get(TEMPLATE, CHATML_CHAT_TEMPLATE))
 
 
@@ -82,7 +82,7 @@ def formatter(model: LlamaModel, template: str) -> Jinja2ChatFormatter:
 
 
 def tokenize_all(model: LlamaModel, text: str) -> list[int]:
-    """A whole conversation; BOS only if the vocabulary asks for it and the template has none."""
+    """Tokens of a whole conversation, with BOS if the vocabulary asks and the template has none."""
     tokens = model.tokenize(text.encode("utf-8", "replace"), add_bos=False, special=True)
     bos = model.token_bos()
     if model.add_bos_token() and bos != -1 and tokens[:1] != [bos]:
@@ -101,14 +101,13 @@ class Conversation:
             print(piece, end="", flush=True)
         print(chat.turn)  # tokens read and generated, seconds, why it ended
 
-    `Llama.create_chat_completion` renders and tokenizes the whole history for each answer, and reads
-    again what comes after the first token that differs; a bounded cache that can't go back so far
-    (`rewind_limit`) reads everything again. A conversation keeps the tokens as they were
-    read and generated, and only appends.
+    `Llama.create_chat_completion` renders and tokenizes the whole history for each answer. It reads
+    again from the first token that differs, and everything if a bounded cache can't go back so far
+    (`rewind_limit`). A conversation keeps the tokens as they were read and generated, and only
+    appends.
 
     Attributes:
-        llm: the `Llama`; nobody else should use it between the turns, or the conversation is read
-            again.
+        llm: the `Llama`; if other code uses it between the turns, the conversation is read again.
         messages: all of it, as `{"role": ..., "content": ...}`.
         tokens: all of it up to now, as read and generated; the first `llm.n_tokens` of them are
             in the cache.
@@ -131,7 +130,7 @@ class Conversation:
                 from the start.
 
         Raises:
-            QFilterError: `llm` can't load `prompt`, or that is no chat's.
+            QFilterError: `llm` can't load `prompt`, or the file holds no document for a chat.
         """
         self.llm, self._turns = llm, llm._turns
         self.document = document
@@ -182,7 +181,7 @@ class Conversation:
         return f"{self._mark}-document-"
 
     def _take_over_prompt(self) -> str | None:
-        """`tokens` from what was loaded, the document as a mark; the file's system message."""
+        """Set `tokens` from the loaded file and `document` to a mark; returns its system prompt."""
         extra = self._loaded.extra.get("chat")
         if not isinstance(extra, dict):
             raise QFilterError(
@@ -194,7 +193,7 @@ class Conversation:
         return extra.get("system")
 
     def _start_over(self) -> None:
-        """The engine as it was when the conversation began."""
+        """Reset the engine to where the conversation began."""
         self.llm.reset()
         if self._prompt is not None:
             self._loaded = self.llm.load_prompt(self._prompt)
@@ -214,10 +213,10 @@ class Conversation:
         Args:
             text: the user's message.
             max_tokens: of the answer; None: as many as n_ctx holds.
-            stopped: asked between batches and between tokens; what was generated until then stays
-                in the conversation, what was not read yet is read with the next message.
-            progress: gets the tokens read and those to read.
-            sampling: of `Llama.generate`: temp, top_p, grammar, ...
+            stopped: called between batches and between tokens; True ends the answer. What was
+                generated stays in the conversation; the next message reads what was not read yet.
+            progress: called with the tokens read and the total.
+            sampling: arguments of `Llama.generate`: temp, top_p, grammar, ...
 
         Raises:
             ContextFull: the conversation doesn't fit into n_ctx; nothing has changed.
@@ -247,7 +246,7 @@ class Conversation:
 
     @property
     def _reset_or(self) -> str:
-        """Advice for those who have something to give up."""
+        """Advice to /reset, if there is a conversation to give up."""
         return "/reset, or " if self._begun else ""
 
     def _add_user(self, text: str) -> None:
@@ -277,8 +276,8 @@ class Conversation:
     def _render(self, messages: list[dict[str, str]], marks: bool = False) -> str:
         """The chat template's text, up to where the answer begins.
 
-        With `marks` each answer is a mark in place of its text: what a template does to answers
-        (strip them, leave out the reasoning) has no say then in what surrounds them.
+        With `marks` a mark stands for each answer. Then the text around the answers doesn't depend
+        on what the template does to them (strip them, leave out the reasoning).
         """
         if marks:
             messages = [
@@ -292,7 +291,7 @@ class Conversation:
                 f"the model's chat template refuses this conversation: {error};"
                 f" {self._reset_or}start without --system"
             ) from error
-        # what is before the end of a document that was read before, nobody asks about any more
+        # with a saved prompt, everything up to the end of the document has been read already
         return text if self._prompt is None else text.partition(self._document_mark())[2]
 
     def _addition(self, rendered: str) -> str | None:
@@ -307,11 +306,11 @@ class Conversation:
         return after if found and self._rendered.startswith(before) else None
 
     def _tokenize_on(self, text: str) -> list[int]:
-        """The continuation of a text.
+        """Tokens of a text that continues another one.
 
-        SentencePiece vocabularies put a space before the first character that they see; a colon
-        takes it here. Where the colon melts with what follows, the vocabulary is another one,
-        which doesn't add spaces.
+        SentencePiece vocabularies put a space before the first character that they see. Here that
+        is a colon, whose tokens are cut off. If the colon merges with the text, the vocabulary is
+        of another kind and adds no space.
         """
         tokenize = self.llm.tokenize
         colon = tokenize(b":", add_bos=False, special=True)
@@ -365,10 +364,10 @@ class Conversation:
         return self.llm.detokenize(self.tokens[start:end], special=True).decode(errors="replace")
 
     def _rewind(self) -> int:
-        """Cut the engine's cache back to what it has in common with `tokens`; what is left.
+        """Cut the engine's cache back to its common prefix with `tokens`; returns its length.
 
-        There is nothing to cut unless the template has changed its mind about the beginning. A
-        cache that can't go back starts over.
+        There is something to cut only if the template has changed the beginning. A cache that
+        can't go back starts over.
         """
         llm = self.llm
         n = llm.longest_token_prefix(llm._input_ids.tolist(), self.tokens)

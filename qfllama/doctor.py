@@ -28,16 +28,16 @@ def examine(
     n_threads: int = 1,
     n_gpu_layers: int | str = "auto",
 ) -> dict:
-    """All findings, as JSON has them.
+    """All findings, as plain JSON values.
 
     Args:
-        model: a GGUF file to look at, too.
+        model: a GGUF file to check as well.
         type_k, type_v: names of the types of its cache; None: f16.
         n_gpu_layers: of the model, as in `engine.Model`.
 
     Returns:
         versions (package -> version), machine, engine, backends, devices, model (None: none was
-        given), checks (a list of name, where, ok, text) and ok: are all checks?
+        given), checks (a list of name, where, ok, text) and ok: are all checks ok?
 
     Raises:
         QFilterError: the file is no model, or there is no such type.
@@ -45,7 +45,7 @@ def examine(
     found = {"versions": _versions(), "machine": _machine(), "engine": None}
     found |= {"backends": [], "devices": [], "model": None}
     if model is not None:
-        model_shape(model)  # has a clear word about a file that is no model
+        model_shape(model)  # raises a clear error for a file that is no model
     try:
         found["engine"] = _engine()
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
@@ -135,7 +135,7 @@ def _hardware() -> dict:
 
 
 def _types(type_k: str | None, type_v: str | None) -> dict[str, str | None]:
-    """The types by their fields of llama_context_params; QFilterError for one that there is not."""
+    """The types by their fields of llama_context_params; QFilterError for an unknown one."""
     from qfllama.context import cache_type
 
     for name in (type_k, type_v):
@@ -144,8 +144,7 @@ def _types(type_k: str | None, type_v: str | None) -> dict[str, str | None]:
 
 
 def _self_test(n_threads: int, types: dict) -> list[dict]:
-    """The checks with a small model that is made for them: on the CPU, and on the GPU if there is
-    one."""
+    """The checks with a small generated model: on the CPU, and on the GPU if there is one."""
     from qfllama import offload, selftest
 
     places = [("CPU", 0)]
@@ -217,7 +216,7 @@ def _model(path, types: dict, n_threads: int, n_gpu_layers) -> tuple[dict, list[
 
 
 def _filters(path) -> tuple[str, bool | None]:
-    """(what filters there are, do they belong to the model; None: there are none)."""
+    """(text about the filters, do they belong to the model?); (text, None) without filters."""
     from qfllama import schema
     from qfllama.fit import fit
 
@@ -231,8 +230,8 @@ def _filters(path) -> tuple[str, bool | None]:
 
 
 def _flash_attention(layers, params) -> list[dict]:
-    """What each device says about the attention of each shape of layer that caches keys: for a
-    prompt and for one token."""
+    """Which devices support the attention of the layers that cache keys, by shape: for a prompt and
+    for one token."""
     from qfllama import backends, offload
     from qfllama.layers import NOTHING, UNKNOWN
 

@@ -99,12 +99,12 @@ class Model(internals.LlamaModel):
     @classmethod
     def from_header(cls, path) -> Model:
         """The model without its weights: llama.cpp reads the header of the file and nothing else, so
-        a model of any size opens. It answers questions about itself; no context is made of it.
+        a model of any size opens. It answers questions about the model, but can't have a context.
 
         Raises:
             QFilterError: no model, or llama.cpp does not know its architecture (in its own words).
         """
-        model_shape(path)  # has a clear word about a file that is no model
+        model_shape(path)  # raises a clear error for a file that is no model
         return cls(path, no_alloc=True, load_mode=NO_MMAP, use_extra_bufts=False)
 
     @functools.cached_property
@@ -150,7 +150,7 @@ class Model(internals.LlamaModel):
             model.evicting_layers()
 
     def open(self, config: QFilterConfig | None, *, n_ctx: int, **params) -> Context:
-        """An empty context for sequences of n_ctx positions each; to be closed before the model.
+        """An empty context for sequences of n_ctx positions each; close it before the model.
 
         Args:
             config: of a bounded cache; None for the whole one.
@@ -174,7 +174,7 @@ class Model(internals.LlamaModel):
     # -- text
 
     def tokens(self, text: str, *, start: bool = False) -> list[int]:
-        """Tokens of a text; with `start` after what the model wants at the start of a sequence."""
+        """Tokens of a text; with `start` BOS goes first, if the model wants it."""
         bos = [self.token_bos()] if start and self.add_bos_token() else []
         return bos + self.tokenize(text.encode("utf-8", "replace"), add_bos=False, special=False)
 
@@ -183,11 +183,11 @@ class Model(internals.LlamaModel):
         return self.detokenize(tokens, special=False).decode(errors="replace")
 
     def ends(self, token: int) -> bool:
-        """Does the token end what a model says?"""
+        """Does the token end an answer?"""
         return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
     def close(self) -> None:
-        """Free the weights; contexts on them have to be closed before."""
+        """Free the weights; close all contexts of the model first."""
         if self._exit_stack is not None:
             super().close()
 
@@ -199,7 +199,7 @@ class Model(internals.LlamaModel):
 
 
 class _FilePath(str):
-    """A path that upstream encodes as UTF-8, which not every name of a file is."""
+    """A path in the file system's encoding; upstream would always encode it as UTF-8."""
 
     def encode(self, *_) -> bytes:
         return os.fsencode(str.__str__(self))

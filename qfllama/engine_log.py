@@ -11,13 +11,13 @@ from llama_cpp._logger import llama_log_callback
 ERROR = 4  # enum ggml_log_level; not among the names of llama-cpp-python
 
 _callbacks = [llama_log_callback]
-"""Where the log goes: blocks nest, the last one has it."""
+"""Blocks nest: the last callback gets the log."""
 
 
 @contextmanager
 def errors(verbose: bool = False) -> Iterator[list[str]]:
-    """Within the block the lines of llama.cpp's errors go to the list this gives, and the log to
-    nowhere, or with `verbose` where it went before."""
+    """Yields a list that collects the lines of llama.cpp's errors in the block. The log itself is
+    dropped; with `verbose` it goes where it went before."""
     lines, before = [], _callbacks[-1]
 
     @llama_cpp.llama_log_callback

@@ -31,9 +31,9 @@ def plot(path, filters: Filters, title: str = "") -> None:
 
 
 def figure_class(path):
-    """matplotlib's Figure, for an image that shall be `path`.
+    """matplotlib's Figure class, for an image that will be `path`.
 
-    Raises QFilterError for another kind of file than IMAGES, and without matplotlib."""
+    Raises QFilterError for a kind of file that is not in IMAGES, and without matplotlib."""
     if Path(path).suffix.lower() not in IMAGES:
         raise QFilterError(f"{path}: plots are {', '.join(IMAGES)} files; name it so")
     try:
@@ -60,7 +60,7 @@ def _draw(Figure, filters, title):
     ours, norms = (_rectangle(filters, name) for name in ("spearman", "spearman_knorm"))
     figure = Figure(figsize=(7.5, 2.4 + 0.16 * min(max(n_layer, 8), 100)), layout="constrained")
     left, *right = figure.subplots(1, 1 if norms is None else 2, sharey=True, squeeze=False)[0]
-    # viridis and PuOr are told apart with every common colour blindness
+    # viridis and PuOr are readable with every common colour blindness
     bar = _heat_map(left, ours, "viridis", -0.2, 1, extend="min")
     bar.ax.axhline(WEAK, color="white")
     left.set_title("rank correlation of k·filter\nwith later attention", fontsize=9)

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all, and what is checked before they are written."""
+"""Writing files that appear complete or not at all, and the checks before that."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from . import gguf_header
 from .config import QFilterError
 
-MAX_NAME = 230  # bytes of a file's name, of which most systems allow 255; temporary files add some
+MAX_NAME = 230  # bytes of a file's name; most systems allow 255, and temporary files add some
 
 
 def targets(src, dst, *, whole=False) -> list[Path]:
@@ -64,8 +64,8 @@ def check_space(folder, n_bytes: int) -> None:
 
 @contextmanager
 def replacing(targets: list[Path]):
-    """Binary files beside the `targets` that become them when the block ends, all or none of them:
-    if it fails, they vanish and what was there before stays."""
+    """Yields open binary files, which replace the `targets` when the block ends: all of them or
+    none. If the block fails, the new files are removed and the old ones stay."""
     temporary = []
     try:
         with ExitStack() as files:
@@ -89,9 +89,9 @@ def replacing(targets: list[Path]):
 
 
 def _rename_all(temporary, targets):
-    """Rename files to `targets`. The first target, without which the others are not loaded, comes
-    last; until then the files that are replaced wait under another name, to be put back if a
-    rename fails. A single file is replaced in one step."""
+    """Rename files to `targets`, the first target last: without it the others are not loaded. Until
+    then the replaced files are kept under another name, to be put back if a rename fails. A single
+    file is replaced in one step."""
     old, new = [], []
     try:
         if len(targets) > 1:
@@ -116,12 +116,12 @@ def _rename_all(temporary, targets):
 
 
 def write_json(path, value) -> None:
-    """As `write_file`: a report in JSON."""
+    """Write a report in JSON, as `write_file` does."""
     write_file(path, (json.dumps(plain(value), indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_file(path, content: bytes) -> None:
-    """Write `path`, complete or not at all; QFilterError if that can't be."""
+    """Write `path`, complete or not at all; QFilterError if that fails."""
     try:
         with replacing([Path(path)]) as (file,):
             file.write(content)
@@ -132,8 +132,8 @@ def write_file(path, content: bytes) -> None:
 
 
 def plain(value):
-    """`value` (nested dicts and lists, arrays, numbers, text) as valid JSON has it: no NaN or
-    infinity, no undecodable bytes."""
+    """`value` (nested dicts and lists, arrays, numbers, text) made valid for JSON: without NaN,
+    infinity and undecodable bytes."""
     if isinstance(value, dict):
         return {plain(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, (np.ndarray, np.generic)):

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 VERSION = 3
-"""Of the schema that is written."""
+"""Version of the schema that is written."""
 OPTIONAL = ("queries", "moments", "learned")
 """Kinds of vectors that a model may have besides filters."""
 REQUIRED = ("queries", "moments")
-"""Those of them that a reader has to understand: without learned filters all others are as they were."""
+"""Those that a reader must understand. It may ignore learned filters: the others don't change."""
 LAYOUTS = {-1: "none", 0: "norm", 2: "neox", 8: "mrope", 24: "vision", 40: "imrope"}
 """The rotary pairs in a row of K by llama.cpp's `enum llama_rope_type`: norm pairs 2i with 2i + 1,
 neox i with i + n_rot/2, the others as neox but with positions of several dimensions."""
@@ -84,8 +84,8 @@ class Filters:
         )
 
     def figures(self, name: str) -> list[np.ndarray] | None:
-        """Quality figure `name` of each of `layers`: [n_head_kv], or [1] where there is one number
-        per layer; None if it is neither."""
+        """Quality figure `name` of each of `layers`: [n_head_kv], or [1] for one number per layer;
+        None if it has another size."""
         values = np.ravel(self.quality[name])
         if values.size == sum(self.n_head_kv):
             return np.split(values, np.cumsum(self.n_head_kv)[:-1])
@@ -93,7 +93,7 @@ class Filters:
 
 
 def span(numbers) -> str:
-    """One number, or the least and largest where they differ."""
+    """One number, or the least and largest if they differ."""
     numbers = list(numbers)
     least, largest = min(numbers), max(numbers)
     return str(least) if least == largest else f"{least} to {largest}"

@@ -13,10 +13,10 @@ SAMPLE_BYTES = 4096
 def fingerprint(path) -> str:
     """SHA-256 of the tensors of the model in the GGUF file at `path` (any part of a split model).
 
-    Hashed of every tensor, in the order of their names: the name, its length in front; type and
-    shape; and SAMPLE_BYTES from the middle of its data. So it is fast for a model of any size, and
-    the same for all keys and however the model is split into files. Another fine-tune or
-    quantization has another one.
+    For every tensor, in the order of their names, it hashes the length of the name, the name, type
+    and shape, and SAMPLE_BYTES from the middle of the data. So it is fast for a model of any size.
+    It does not depend on the metadata keys or on how the model is split into files. Another
+    fine-tune or quantization has another fingerprint.
 
     Raises QFilterError when a file is damaged or a part is missing."""
     tensors = []

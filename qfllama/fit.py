@@ -12,9 +12,9 @@ from .tables import aligned
 from .terminal import escaped
 
 WEAK = 0.3
-"""A layer whose rank correlation, mean over its KV heads, is lower is counted as weak."""
+"""A layer is weak if its rank correlation, the mean over its KV heads, is lower than this."""
 GOOD, FAIR = 0.1, 0.4
-"""The fit is good while fewer than this share of the layers are weak, then fair, then poor."""
+"""The fit is good if the share of weak layers is below GOOD, fair below FAIR, else poor."""
 ADVICE = {
     "good": "",
     "fair": ": expect losses",
@@ -45,8 +45,8 @@ class Fit:
         """One line for the user."""
         if self.verdict == "unknown":
             return (
-                "Q-Filters fit: unknown, nothing was measured: that takes calibrating with "
-                "`qfllama convert` on two sequences or more of well over 64 tokens"
+                "Q-Filters fit: unknown, nothing was measured: calibrate with `qfllama convert` "
+                "on at least two sequences of well over 64 tokens"
             )
         return (
             f"Q-Filters fit: {self.verdict}: {len(self.weak)} of {self.n_measured} layers below "
@@ -104,7 +104,7 @@ def table(filters: Filters, *, heads=False) -> str:
 
 
 def _columns(filters):
-    """Names of the figures that there is one of per layer or head, those of the schema first."""
+    """Names of the figures with one number per layer or head, those of the schema first."""
     known = [name for name in QUALITY if name in filters.quality]
     others = [name for name in filters.quality if name not in QUALITY]
     return known + [name for name in others if filters.figures(name) is not None]

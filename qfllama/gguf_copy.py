@@ -63,7 +63,7 @@ def write(src, dst, filters: Filters, *, force=False, progress=None) -> list[Pat
 
 def _copied(path, start, out):
     """Append the bytes of the file at `path` from `start` on to the open file `out`; yields the
-    size of every piece. By the kernel where it can, without a detour through this program."""
+    size of every piece. The kernel copies them if it can."""
     out.flush()
     with open(path, "rb", buffering=0) as data:
         data.seek(start)

@@ -46,7 +46,7 @@ PART_NAME = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.g
 
 @dataclass(frozen=True)
 class Field:
-    """One key-value pair: bytes [start, end) of the file, of which the value is [value, end)."""
+    """One key-value pair: bytes [start, end) of the file; the value is [value, end)."""
 
     type: int
     start: int
@@ -144,7 +144,7 @@ def _read(path) -> Header:
 
 
 def status(path) -> os.stat_result:
-    """Of the file of a model. QFilterError if there is none, and for a folder, pipe or device:
+    """os.stat of a model's file. QFilterError if it doesn't exist, or is a folder, pipe or device:
     opening a pipe would wait for its writer."""
     try:
         at = os.stat(path)
@@ -270,8 +270,8 @@ def _check_complete(path, header, file_size):
 
 
 def scan_first(path) -> tuple[Path, Header]:
-    """The file that holds the keys of the model which the file at `path` belongs to, and its
-    header: `path` itself, or the first part where it is a later part of a split model."""
+    """The file with the metadata keys of the model that `path` belongs to, and its header: `path`
+    itself, or the first part of a split model."""
     path = Path(path)
     header = scan(path)
     number, count = _place(path, header)
@@ -321,8 +321,8 @@ def parts(path) -> list[Path]:
 
 
 def part_paths(path, count: int) -> list[Path]:
-    """What the parts of a model of `count` parts are called that shall be named `path`: llama.cpp
-    finds them only as NAME-00001-of-00003.gguf, ... [path] itself for one part."""
+    """The names of all parts of a model that is to be written to `path`. llama.cpp finds several
+    parts only as NAME-00001-of-00003.gguf, ...; for one part this is [path]."""
     path = Path(path)
     if count == 1:
         return [path]
@@ -340,8 +340,8 @@ def _place(path, header):
 
 
 def _part_paths(path, number, count):
-    """The parts beside `path`, which is number `number` of them. QFilterError if it is not named
-    so that llama.cpp would find the others."""
+    """All parts of the model, of which `path` is number `number`. QFilterError if llama.cpp would
+    not find the others by its name."""
     paths = part_paths(path, count)
     if paths[number] != path:
         raise QFilterError(

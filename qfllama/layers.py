@@ -47,7 +47,7 @@ class Layers:
     Attributes:
         rows: one of each layer.
         n_window: positions that a windowed layer sees; 0: there are none.
-        recurrent: has it states of fixed size, too, which the header doesn't tell?
+        recurrent: does it also have states of fixed size, which the header doesn't tell?
         softcap: of the logits of attention; 0.0: none.
     """
 
@@ -95,7 +95,7 @@ def row_bytes(n: int, kind: int) -> int:
 
 
 def layers_of(model: Model) -> Layers:
-    """The caches of a model, of which `Model.from_header` is enough.
+    """The caches of a model; it can be one of `Model.from_header`.
 
     Raises:
         QFilterError: the cache of such a model can't be bounded.

@@ -52,7 +52,7 @@ def cache_figures(stats: native.Stats) -> dict[str, int]:
 
 
 def scales_rope(params: dict) -> bool:
-    """Do parameters of `llama_cpp.Llama` change RoPE, for more positions than were trained?"""
+    """Do these parameters of `llama_cpp.Llama` stretch RoPE beyond the trained positions?"""
     scaling = params.get("rope_scaling_type", llama_cpp.LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED)
     scaling = scaling > llama_cpp.LLAMA_ROPE_SCALING_TYPE_NONE
     return scaling or any(params.get(f"rope_freq_{name}") for name in ("base", "scale"))
@@ -61,25 +61,25 @@ def scales_rope(params: dict) -> bool:
 class Llama(Compressing, Recalling, SavedStates):
     """A drop-in `llama_cpp.Llama` whose KV cache can be bounded.
 
-    Takes every parameter of `llama_cpp.Llama` and has all its methods. The method is that of
-    Q-Filters (arXiv 2503.02812); `docs/policies.md` has what goes beyond it.
+    Takes every parameter of `llama_cpp.Llama` and has all its methods. Eviction follows Q-Filters
+    (arXiv 2503.02812); `docs/policies.md` describes what goes beyond it.
 
     Args:
         qfilters: True for the defaults of `QFilterConfig`, or a `QFilterConfig`; without it
             this is the stock class with the full cache.
-        n_ctx: with `qfilters` by default what the model was trained for; a larger one without
-            `rope_scaling_type`, `rope_freq_base` or `rope_freq_scale` is a QFilterWarning.
-        n_batch: with `qfilters` at most the config's `interval`, which is its default.
+        n_ctx: with `qfilters` the default is what the model was trained for. A larger n_ctx without
+            `rope_scaling_type`, `rope_freq_base` or `rope_freq_scale` gives a QFilterWarning.
+        n_batch: with `qfilters` at most the config's `interval`, which is also the default.
         n_gpu_layers: also "auto" for as many as fit beside the cache (see `offload`), or "all".
         type_k, type_v: KV cache types, also by name (`"q8_0"`).
 
     Several threads may call one object: calls take turns. A stream is one turn from its first piece
-    to its last; others wait until it has ended or is closed. Code that leaves a stream of its own
-    unfinished (`break`) and calls again ends that stream. In asyncio call from threads
-    (`asyncio.to_thread`): a call in the thread of the event loop that would have to wait for a
-    stream is a QFilterError. Give as many threads as there are streams at once: where those that
-    wait take every thread of the pool, none is left for the one that they wait for. An object does
-    not survive fork(): in the child all calls are a QFilterError.
+    to its last; others wait until it has ended or is closed. Code that leaves its own stream
+    unfinished (`break`) and calls again ends that stream. In asyncio, call from threads
+    (`asyncio.to_thread`): a call in the event loop's own thread that would have to wait for a
+    stream raises QFilterError. The pool needs as many threads as there are streams at once: with
+    fewer, waiting streams can take every thread, and the open stream gets none. An object does not
+    survive fork(): every call in the child raises QFilterError.
 
     Attributes:
         qfilter_config: the bound, or None.
@@ -106,7 +106,7 @@ class Llama(Compressing, Recalling, SavedStates):
         n_ctx = kwargs.get("n_ctx", 512 if self.qfilter_config is None else 0)
         if not isinstance(n_ctx, (int, np.integer)) or not 0 <= n_ctx <= MAX_LENGTH:
             raise QFilterError(f"n_ctx is {n_ctx!r}: use a whole number from 0 to {MAX_LENGTH}")
-        # llama.cpp rounds up, upstream's list of tokens does not: beyond it they would be lost
+        # llama.cpp rounds n_ctx up, upstream's list of tokens doesn't: it would lose the last ones
         kwargs["n_ctx"] = -(-n_ctx // 256) * 256
         if self.qfilter_config is not None:
             self._bound(str(model_path), kwargs)
@@ -125,7 +125,7 @@ class Llama(Compressing, Recalling, SavedStates):
             raise QFilterError("draft_model can't be used with qfilters: leave one of them out")
         if not kwargs.setdefault("flash_attn", True):
             raise QFilterError("qfilters needs Flash Attention: leave out flash_attn=False")
-        trained = model_shape(model_path).n_ctx_train  # first: it says what is wrong with the file
+        trained = model_shape(model_path).n_ctx_train  # first: its errors name what is wrong
         n_ctx = kwargs["n_ctx"] or trained
         if config.max_length < n_ctx:
             if kwargs.setdefault("n_batch", config.interval) > config.interval:
@@ -144,7 +144,7 @@ class Llama(Compressing, Recalling, SavedStates):
         self.qfilter_config, self._filters = needs.of_file(model_path, config)
 
     def _open(self, model_path: str, kwargs: dict) -> None:
-        """Upstream's constructor; again with fewer layers on the GPU where "auto" were too many."""
+        """Call upstream's constructor; if "auto" layers were too many for the GPU, try fewer."""
         wanted = kwargs.get("n_gpu_layers", 0)
         if not isinstance(wanted, str):
             return self._construct(model_path, kwargs)
@@ -192,13 +192,13 @@ class Llama(Compressing, Recalling, SavedStates):
 
     @in_turn
     def qfilter_stats(self) -> dict[str, int]:
-        """What the bounded cache did and holds.
+        """What the bounded cache has done, and what it holds.
 
         Returns:
             numbers by name. Since the context was made:
 
             - evictions; dropped: cells that they freed; bytes_moved; score_us, select_us,
-              gather_us: their parts in microseconds; graph_nodes: that the last one computed
+              gather_us: microseconds of their steps; graph_nodes: nodes that the last one computed
             - archive_written: bytes; archive_us: microseconds
             - recalls; recall_us: microseconds
             - positions: tokens seen
@@ -209,8 +209,8 @@ class Llama(Compressing, Recalling, SavedStates):
             - kv_bytes: allocated for K and V, and for windowed and recurrent layers;
               kv_bytes_full: the same if every position of n_ctx had a cell
             - scratch_bytes: allocated for evictions and recalls
-            - archived: positions in the archive; archived_from: from here on they are all there;
-              archive_bytes: memory of the host, or of a file; archive_limit
+            - archived: positions in the archive; archived_from: the first position from which none
+              is lost; archive_bytes: in host memory or in a file; archive_limit
 
         Raises:
             QFilterError: this object has no bounded cache.
@@ -258,10 +258,10 @@ class Llama(Compressing, Recalling, SavedStates):
 
     @in_turn
     def eval(self, tokens):
-        """As upstream; after a failure no token counts as read that the cache doesn't hold.
+        """As upstream. After a failure only tokens that the cache holds count as read.
 
-        A batch ends where the cache is full, so that evictions fall where they would fall token by
-        token, however the tokens come in.
+        A batch ends where the cache is full. So evictions happen at the same positions, however
+        the tokens are split into calls.
 
         Raises:
             QFilterError: `n_tokens` was set to a position that the cache can't be cut back to.
@@ -286,7 +286,7 @@ class Llama(Compressing, Recalling, SavedStates):
             raise
 
     def _need_cut(self) -> None:
-        """Take out of the cache what is beyond `n_tokens`; QFilterError if it can't be."""
+        """Cut the cache back to `n_tokens`; QFilterError if that is impossible."""
         if self._ctx.n_past() > self.n_tokens and not self._cut():
             raise QFilterError(
                 f"the cache can't be cut back to {self.n_tokens} positions (rewind_limit says how "
@@ -294,12 +294,13 @@ class Llama(Compressing, Recalling, SavedStates):
             )
 
     def _cut(self) -> bool:
-        """Take out of the cache what is beyond `n_tokens`; False: it can't be."""
+        """Cut the cache back to `n_tokens`; False if that is impossible."""
         return self._ctx.kv_cache_seq_rm(0, self.n_tokens, -1)
 
     def _recount_after_failure(self) -> None:
-        """After a failure or Ctrl-C: only what the cache still holds counts as read, and nothing
-        if it holds more (a batch that nobody noted) and can't be cut back."""
+        """After a failure or Ctrl-C: count only what the cache still holds as read.
+
+        If the cache holds more (a batch that was not counted) and can't be cut back, empty it."""
         self.n_tokens = min(self.n_tokens, self._ctx.n_past())
         self._requires_eval = True
         if not self._cut():
@@ -309,10 +310,10 @@ class Llama(Compressing, Recalling, SavedStates):
     def rewind_limit(self) -> int:
         """The first position to which the cache can be cut back without reading again.
 
-        With an archive the first position that it has: 0 unless it is full. Without one 0 as long
-        as nothing has been evicted; then about `window_length` positions before the last eviction.
-        A prompt that shares at least so many tokens with what was read costs only the rest of it.
-        Windowed layers can go back only a little, recurrent ones not at all.
+        With an archive, this is the archive's first position: 0 unless the archive is full. Without
+        one, it is 0 until the first eviction, then about `window_length` positions before the last
+        eviction. If a prompt shares at least this many tokens with what was read, only the rest of
+        it is read. Windowed layers can go back only a little, recurrent ones not at all.
 
         Returns:
             a position from 0 to `n_tokens`.
@@ -342,7 +343,7 @@ class Llama(Compressing, Recalling, SavedStates):
         with self._turns.call():
             super().close()
 
-    # what else of upstream's uses the engine
+    # upstream's other methods that use the engine
     sample = in_turn(llama_cpp.Llama.sample)
     embed = in_turn(llama_cpp.Llama.embed)
     create_completion = in_turn(llama_cpp.Llama.create_completion)

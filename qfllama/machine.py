@@ -1,4 +1,4 @@
-"""What every measurement says about where and how it ran."""
+"""Where and how a measurement ran: command, machine, versions; CPUs and free memory."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def n_threads() -> int:
 
 
 def available_bytes() -> int | None:
-    """Memory that is free or can be made so, for this process; None where the system doesn't tell
-    (only Linux does)."""
+    """Memory that this process can get, free or reclaimable, in bytes; None where the system
+    doesn't tell (only Linux does)."""
     try:
         text = Path("/proc/meminfo").read_text()
         free = int(text.split("MemAvailable:")[1].split()[0]) * 1024

@@ -42,7 +42,7 @@ def check_abi(lib) -> None:
             f"llama-cpp-python {llama_cpp.__version__} has no Q-Filters in it: "
             "install the patched build with `pip install ./patches`"
         )
-    # the first engines had no number
+    # the first engines had no version number
     has_version = hasattr(lib, "llama_qfilter_abi_version")
     version = lib.llama_qfilter_abi_version() if has_version else 1
     if version != ABI_VERSION:
@@ -85,7 +85,7 @@ FLAG_SMALL_PARTS = 2
 STATE_RESIZE = 1
 """Load a sequence into a cache of another size."""
 STATE_KEEP_ARCHIVE = 2
-"""The state is of the same sequence at an earlier position: its archive stays, up to there."""
+"""The state is of the same sequence at an earlier position: the archive stays, up to there."""
 
 
 class Vectors(ctypes.Structure):

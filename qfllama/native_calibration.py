@@ -1,5 +1,4 @@
-"""ctypes declarations of what calibration takes from the patched llama.cpp; unstable, and nothing
-else."""
+"""ctypes declarations of the unstable part of the C API, which only calibration uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a policy takes of a file's filters, and what to say where they are missing."""
+"""Which vectors a policy takes from a file's filters, and the errors if they are missing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .shape import ModelShape
 def for_policy(
     filters: Filters | None, policy: str, shape: ModelShape, rope_type: int
 ) -> dict[str, dict]:
-    """What a policy that `check_policy` let pass takes: the kind of vectors -> model layer ->
-    array; {} if it needs none.
+    """The vectors for a policy that passed `check_policy`: kind -> model layer -> array; {} if it
+    needs none.
 
     rope_type: `llama_model_rope_type` of the loaded model
 

@@ -1,8 +1,8 @@
 """How many layers of a model go to the GPU: as many as fit beside their KV cache.
 
-llama.cpp offloads the last layers first, and before them what follows the last layer (the output).
-What a layer takes is known from the file; the rest is estimated with a reserve, and a model that
-is refused for want of memory is tried again with fewer layers.
+llama.cpp offloads the output first, then the last layers. The file tells how much a layer takes;
+the rest is estimated with a reserve. If a model is refused for lack of memory, fewer layers are
+tried.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def choose(
         found: the devices; None for those there are.
 
     Raises:
-        QFilterError: `wanted` is nothing of these.
+        QFilterError: `wanted` is none of these.
     """
     if wanted == "all":
         wanted = -1
@@ -127,10 +127,10 @@ def layers_that_fit(sizes: list[int], buffers: int, found: list[Device]) -> int:
 
     Args:
         sizes: bytes of each layer with its cache, the output last.
-        buffers: bytes that each device needs besides.
+        buffers: bytes that each device needs in addition.
     """
     room = sum(max(0, device.free - RESERVE - buffers) for device in found)
-    # layers are not divided between devices: each further one may be left with a gap of a layer
+    # layers are not divided between devices: each further device may leave up to a layer unused
     room -= (len(found) - 1) * max(sizes)
     n = 0
     for size in reversed(sizes):

@@ -1,8 +1,8 @@
-"""How long a bounded cache can be: what the weights, the cells and the archive of a model take, from
-the header of its GGUF file, and how many cells fit into a memory.
+"""How long a bounded cache can be: the sizes of a model's weights, cells and archive, from the
+header of its GGUF file, and how many cells fit into the memory.
 
-What the caches take is what the engine allocates, to the byte. What a computation needs besides is an
-estimate (`offload.buffer_bytes`, `Sizes.working_bytes`).
+The sizes of the caches are what the engine allocates, to the byte. The memory for computations is
+an estimate (`offload.buffer_bytes`, `Sizes.working_bytes`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Sizes:
         path: of the file, or of any part of a split model.
         n_ctx: positions of a conversation, rounded up to 256 as `Llama` does.
         type_k, type_v: ggml types of the cache.
-        weights: of each layer, the output last: what goes to a GPU with it.
+        weights: of each layer, the output last: the bytes that go to a GPU with it.
         all_weights: of the whole file, the token embedding included.
         buffers: an estimate of what a computation needs whatever the cache.
     """
@@ -84,11 +84,11 @@ class Place:
     """The memory that the cells have to fit.
 
     Attributes:
-        name: to be shown: `--memory`, the names of the GPUs, or `this machine`.
+        name: for the user: `--memory`, the names of the GPUs, or `this machine`.
         n_bytes: what weights, cache and buffers may take of it.
-        free: what is free; more than n_bytes where some shall stay free.
+        free: what is free; larger than n_bytes if some of it must stay free.
         devices: the GPUs; () for memory of the machine.
-        host: bytes that layers which don't go to the GPU may take; None: not known.
+        host: bytes for layers that don't go to the GPU; None: not known.
     """
 
     name: str
@@ -105,11 +105,11 @@ class Plan:
     Attributes:
         sizes: of the model.
         place: the memory.
-        n_slots: conversations at the same time that the cells are counted for.
-        max_length: cells of each of them that fit; 0: nothing fits. At most n_ctx: then the cache is
-            never full.
+        n_slots: how many conversations at the same time the cells are counted for.
+        max_length: cells that fit for each of them; 0: nothing fits. At most n_ctx: then the cache
+            is never full.
         n_gpu_layers: layers on the GPU, the output is one of them; None: there is no GPU in this plan.
-        asked: max_length that `slots` is counted for.
+        asked: the max_length that `slots` is counted for.
         slots: conversations that fit with `asked` cells each.
         has_filters: has the file filters?
     """
@@ -200,9 +200,10 @@ def make_plan(
         n_slots: conversations at the same time, each with cells of its own.
         n_ctx: positions of a conversation; 0 for what the model was trained for.
         max_length: what `Plan.slots` is counted for; by default that of `QFilterConfig`.
-        memory: bytes that weights, cache and buffers may take together. None: what is free on the
-            GPUs, less `offload.RESERVE` each; without a GPU half of what is free on this machine,
-            the other half is the archive's, or all of it less `offload.RESERVE` without an archive.
+        memory: bytes that weights, cache and buffers may take together. None: the free memory of
+            the GPUs, less `offload.RESERVE` each. Without a GPU: half of this machine's free
+            memory, as the other half is for the archive; without an archive all of it less
+            `offload.RESERVE`.
         type_k, type_v: of the cache, by name or number; None: f16.
         archive: will there be an archive in memory of this machine?
         n_gpu_layers: as in `offload.choose`.
@@ -210,8 +211,8 @@ def make_plan(
         free: bytes that are free on this machine; None for what the system says.
 
     Raises:
-        QFilterError: no model, one that can't have a bounded cache of these types, no n_ctx, or the
-            memory is not known.
+        QFilterError: no model, a model that can't have a bounded cache of these types, no n_ctx, or
+            the memory is not known.
     """
     sizes = sizes_of(model, n_ctx, type_k, type_v)
     asked = min(max_length or QFilterConfig.max_length, sizes.n_ctx)
@@ -274,8 +275,8 @@ def _place(memory, found: list[Device], free: int | None, archive: bool) -> Plac
 
 
 def _on_gpu(plan: Plan, choice: offload.Offload, archive: bool) -> Plan:
-    """As many cells as fit beside all layers on the GPU. Where these don't fit, the default
-    max_length beside as many layers as do: with more cells every token would take longer."""
+    """As many cells as fit beside all layers on the GPU. If not all layers fit: the default
+    max_length and as many layers as fit beside it, since more cells would slow down every token."""
     sizes, total = plan.sizes, len(plan.sizes.weights)
     if not choice.auto:
         return _filled(plan, total if choice.n_layers < 0 else min(choice.n_layers, total))
@@ -294,7 +295,7 @@ def _on_gpu(plan: Plan, choice: offload.Offload, archive: bool) -> Plan:
 
 
 def _filled(plan: Plan, n_gpu_layers: int) -> Plan:
-    """The plan with all cells that fit beside so many layers on the GPU."""
+    """The plan with as many cells as fit beside n_gpu_layers layers on the GPU."""
     sizes, place = plan.sizes, plan.place
 
     def length(n: int) -> int:
@@ -316,7 +317,7 @@ def _counted(plan: Plan) -> Plan:
 
 
 def _largest(upper: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from 1 to `upper` that fits, where all smaller ones do; 0: none."""
+    """The largest number from 1 to `upper` that fits; 0: none. If one fits, all smaller ones do."""
     low, high = 0, upper
     while low < high:
         middle = (low + high + 1) // 2

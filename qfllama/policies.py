@@ -1,4 +1,4 @@
-"""The policies: how a cached key is scored, and what of a file's filters each of them needs.
+"""The policies: how each scores cached keys, and which vectors of the file it needs.
 
 The table is the engine's, written out here so that `--help` needs no engine; `native` compares the
 two when the engine is loaded.
@@ -17,7 +17,7 @@ class Policy(NamedTuple):
         number: its place in `enum llama_qfilter_policy`.
         needs: kinds of vectors it can work with ("filters", "queries", "moments"), the best
             first; it takes the first kind that the file has. Empty: it needs none.
-        learned: does it need learned filters besides?
+        learned: does it need learned filters, too?
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""How far long work has come, on stderr: a bar on a terminal, elsewhere a few plain lines."""
+"""Progress of long work on stderr: a bar on a terminal, elsewhere a few plain lines."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from tqdm import tqdm
 
 BAR = "{desc} {percentage:3.0f} %|{bar}| {elapsed}, {remaining} left"
 QUIET = 10.0
-"""Seconds of work without a line where stderr is no terminal."""
+"""Seconds of work before the first line, if stderr is no terminal."""
 LINES = 4
-"""The most lines there."""
+"""Most lines in that case."""
 
 
 def progress(title: str, total: int | None = None, *, shown: bool = True) -> tqdm | Lines:
     """A context in which `update(n)` says that n more steps are done.
 
     Args:
-        total: of all steps; None for bytes of which nobody knows how many come.
+        total: number of all steps; None for bytes whose total is not known.
     """
     if shown and not sys.stderr.isatty():
         return Lines(title, total)
@@ -27,8 +27,8 @@ def progress(title: str, total: int | None = None, *, shown: bool = True) -> tqd
 
 
 class Lines:
-    """A line when the work turns out to take a while, then one for each part of it. The same as
-    far as it goes as a bar of tqdm: n, total, update."""
+    """A line when the work turns out to take a while, then one for each part of it. Has the members
+    of a tqdm bar that are used here: n, total, update."""
 
     def __init__(self, title: str, total: int | None):
         self.title, self.total, self.n = title, total, 0

@@ -14,8 +14,8 @@ from qfllama.config import EngineError, QFilterError, QFilterWarning
 from qfllama.turns import in_turn, stream_in_turn
 
 LEAST_QUESTION = 16
-"""Tokens of a question at least, also where fewer of a prompt are new: the last one alone, which a
-template puts before an answer, looks at nothing in particular."""
+"""Fewest tokens of a question, even if fewer tokens of the prompt are new. A template puts the last
+token before the answer: alone it looks at nothing in particular."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Recalled:
     """What a recall did.
 
     Attributes:
-        positions: that came back, ascending: int32 [n].
-        archived: positions that the archive has.
-        seconds: it took, with reading the question once more.
+        positions: those that came back, ascending: int32 [n].
+        archived: how many positions the archive has.
+        seconds: time that it took, with the second reading of the question.
     """
 
     positions: np.ndarray
@@ -64,8 +64,7 @@ class Recalling(llama_cpp.Llama):
             the positions that came back: int32, ascending.
 
         Raises:
-            QFilterError: no bounded cache, or none with an archive, or the model's layers can't go
-                back.
+            QFilterError: no bounded cache, no archive, or the model's layers can't go back.
             RuntimeError: the engine failed; what it lost doesn't count as read any more.
         """
         self._need_archive()
@@ -84,7 +83,7 @@ class Recalling(llama_cpp.Llama):
             raise QFilterError("this cache has no archive: make it with archive=True")
 
     def _eval_recalling(self, tokens) -> None:
-        """As `eval` of a bounded cache, with what the config recalls."""
+        """`eval` of a bounded cache, with recall as the config wants it."""
         config, is_prompt = self.qfilter_config, self._is_prompt
         self._is_prompt = False
         tokens = list(tokens)
@@ -115,8 +114,8 @@ class Recalling(llama_cpp.Llama):
         return self._ctx.used() >= self.qfilter_config.max_length
 
     def _read_as_question(self, tokens: list[int], n_back: int) -> None:
-        """Read tokens, the last of them as a question; n_back tokens that were read before are a
-        part of it."""
+        """Read tokens, the last of them as a question. The n_back tokens before them, which have
+        been read already, become a part of it."""
         n_before = self.n_tokens
         back = self.input_ids[n_before - n_back : n_before].tolist()
         self.n_tokens -= n_back
@@ -136,7 +135,7 @@ class Recalling(llama_cpp.Llama):
             if self._ctx.n_past() != self.n_tokens:
                 self._recount_after_failure()
                 raise
-            warnings.warn(f"{error}; the answer goes by what is in the cache", QFilterWarning, 2)
+            warnings.warn(f"{error}; the answer uses what is in the cache", QFilterWarning, 2)
             return
         if n > 0:
             positions = self._ctx.recalled()

@@ -1,8 +1,9 @@
-"""Replay: a text that is read again tells what each of its rows is worth.
+"""Replay: a text is read again, to find out what each of its rows is worth.
 
-The score of KVzip+ (arXiv 2505.23416; 2601.07891, section 3) on the very text: it is repeated behind
-a request to do so, and a row is worth the largest weight that the repetition gives it, times the
-length of what its value adds to the output of the layer. Learned filters guess this number.
+This is the score of KVzip+ (arXiv 2505.23416; 2601.07891, section 3) on the text itself. The text
+is repeated after a request to do so. The score of a row is the largest weight that the repetition
+gives it, times the norm of what its value adds to the output of the layer. Learned filters predict
+this score.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from qfllama.convert.layout import Weights
 from qfllama.convert.learned import REQUEST, ValueNorms
 
 NEXT = "\n\nRepeat the part of the previous context exactly that begins with: "
-"""Before every part of a text but the first, and the last tokens of the part before it."""
+"""The request before every part of a text but the first; tokens of the previous part follow it."""
 OVERLAP = 8
-"""How many tokens these are."""
+"""How many of the previous part's last tokens follow NEXT."""
 PART, LEAST_PART = 2048, 128
 """Tokens of a text that are repeated behind one request, at most and at least."""
 AT_ONCE = 4096
 """Rows whose values are multiplied at once."""
 PLAIN = ("F32", "F16", "BF16")
-"""Types of V whose rows are what attention adds up; others are rotated."""
+"""Types of V whose rows attention adds up as they are; rows of other types are stored rotated."""
 
 
 def room(n: int) -> int:
-    """Cells that the replay of a text of n tokens takes besides, at best."""
+    """Free cells that let the replay of a text of n tokens use the largest parts."""
     return min(n, PART) + 2 * LEAST_PART
 
 
@@ -47,13 +48,13 @@ def scores(
 ) -> np.ndarray:
     """What each row of a sequence is worth to a repetition of its text.
 
-    The sequence is as before afterwards, but the logits are of another token.
+    The sequence is unchanged afterwards, but the logits are of another token.
 
     Args:
         tokens: all that the sequence has read.
-        tokenize: of text, without a beginning-of-sequence token.
+        tokenize: tokenizes a text, without a beginning-of-sequence token.
         model_path: the GGUF file, for the weights behind attention.
-        progress: called with numbers of tokens that were repeated.
+        progress: called with the number of tokens repeated since its last call.
 
     Returns:
         float32 [heads, cells]: the KV heads of all layers that evict, the cells in the order of
@@ -113,8 +114,8 @@ def scores(
 
 @contextmanager
 def undone(context: Context, saved: tuple[bytearray, bytearray] | None, seq: int) -> Iterator[None]:
-    """What a sequence reads within is gone afterwards; saved: its state and archive before, None
-    where it can be cut back."""
+    """Undoes what a sequence reads in the block. saved: its state and archive before the block;
+    None if it can be cut back."""
     n_past = context.n_past(seq)
     try:
         yield

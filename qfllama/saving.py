@@ -54,7 +54,7 @@ class SavedStates(llama_cpp.Llama):
         }
 
     def _uses_long_rope(self) -> bool:
-        """Some models rotate keys otherwise as soon as n_ctx is beyond what they began with."""
+        """Does n_ctx exceed the original context of a model that then rotates keys differently?"""
         _, header = gguf_header.scan_first(self._model_file)
         arch = header.get("general.architecture")
         n_orig = header.get(f"{arch}.rope.scaling.original_context_length")
@@ -64,7 +64,7 @@ class SavedStates(llama_cpp.Llama):
     @in_turn
     def set_cache(self, cache) -> None:
         """As upstream. With a bounded cache, states that this object can't load or that would save
-        nothing are passed over, and nothing is dropped from a LlamaDiskCache that is found in it.
+        no reading are skipped, and a state that is found in a LlamaDiskCache stays there.
         """
         if cache is not None and self.qfilter_config is not None:
             cache = state.OwnStates(cache, self)
@@ -72,8 +72,8 @@ class SavedStates(llama_cpp.Llama):
 
     @in_turn
     def save_state(self) -> LlamaState:
-        """As upstream, without what a restored context doesn't need: a bounded cache's state takes
-        about the bytes of its used cells. The archive is not in it.
+        """As upstream, without what a restored context doesn't need. The state of a bounded cache
+        is about as large as its used cells; it has no archive.
 
         Raises:
             RuntimeError: the engine failed.
@@ -138,7 +138,7 @@ class SavedStates(llama_cpp.Llama):
             raise RuntimeError("llama.cpp refused it (verbose=True shows why)")
 
     def _take_over(self, tokens: np.ndarray) -> None:
-        """The tokens of a state about to be loaded."""
+        """Set the tokens of a state that is about to be loaded."""
         if len(tokens) > self.n_ctx():
             raise RuntimeError(f"it has {len(tokens):,} positions, n_ctx is {self.n_ctx():,}")
         self.input_ids[: len(tokens)] = tokens
@@ -152,14 +152,14 @@ class SavedStates(llama_cpp.Llama):
         Args:
             path: appears complete or not at all; what was there is replaced.
             extra: plain JSON values to have again with `qfllama.state.read_prompt`.
-            archive: also what was evicted; the file is then as large as the full cache. Without,
-                nothing that is evicted now can be recalled after `load_prompt`.
+            archive: also write what was evicted; the file is then as large as the full cache.
+                Without it, nothing evicted so far can be recalled after `load_prompt`.
 
         Returns:
             bytes written, about those of the used cells.
 
         Raises:
-            QFilterError: no bounded cache or no archive, an empty one, or the file can't be
+            QFilterError: no bounded cache, no archive, the cache is empty, or the file can't be
                 written.
         """
         settings, n_cells = self.settings(), self._ctx.used()
@@ -183,11 +183,11 @@ class SavedStates(llama_cpp.Llama):
     def load_prompt(self, path) -> state.Prompt:
         """Go on from a file of `save_prompt` or `qfllama compress`; what was read before is gone.
 
-        What the cache holds is copied first, to be there again after a refusal: `reset` before
-        saves that.
+        What the cache holds is copied first and restored if the file is refused. Call `reset`
+        before to avoid the copy.
 
-        The sizes of this cache may be others than those of the one that was saved, if its cells
-        fit: `qfllama.state.config_for` gives a config that holds them.
+        This cache may have other sizes than the saved one, if the saved cells fit:
+        `qfllama.state.config_for` gives a config that holds them.
 
         Returns:
             the prompt, without its state.

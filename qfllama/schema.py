@@ -1,8 +1,8 @@
 """The qfilters.* keys of a GGUF file: read, check, pack. No other file knows these keys.
 
     qfilters.version        u32    3
-    qfilters.requires       str[]  what a reader has to understand: "queries", "moments"; absent: no
-                                   more than is in this table without them
+    qfilters.requires       str[]  what a reader has to understand: "queries", "moments"; absent:
+                                   neither of them
     qfilters.layout         str    how RoPE pairs the numbers of a row of K: one of LAYOUTS
     qfilters.fingerprint    str    of the tensors that the filters were made for (fingerprint.py)
     qfilters.layers         i32[]  model layers that have filters, ascending
@@ -29,8 +29,8 @@
         spearman        -1..1  rank correlation between k.filter and the mean attention logit that
                                held-out queries at least 64 positions later give each key
         spearman_knorm  -1..1  the same for minus the norm of the key
-        learned         ..1    how much of what a repetition looks at the learned filter explains
-                               (R^2 on held-out text)
+        learned         ..1    how well the learned filter predicts what a repetition looks at (R^2
+                               on held-out text)
         any other name         kept and shown; one number per KV head, per layer, or any size
 
 Versions 1 and 2, which are still read, have neither `requires`, `layout` nor `fingerprint`; their
@@ -216,7 +216,7 @@ def _typed(path, header, key, kind):
 
 def check_sound(where, filters: Filters) -> None:
     """QFilterError unless all vectors have their shape (see `Filters`), are finite and not zero,
-    and layout, provenance and figures are as the schema has them."""
+    and layout, provenance and figures are as in the schema."""
     layers = filters.layers
     _check_layers(where, layers)
     for kind, by_layer in filters.vectors.items():
@@ -250,7 +250,7 @@ def _check_layers(where, layers):
 
 
 def _check_rows(what, kind, rows, filters, layer):
-    """QFilterError unless the vectors of one kind and layer are sound; what: names them."""
+    """QFilterError unless the vectors of one kind and layer are sound; what: their name in it."""
     shape, expected = np.shape(rows), "[n_head_kv, head_dim]"
     fits = len(shape) == 2 and 0 not in shape
     if kind != "filters":
@@ -274,7 +274,7 @@ def _check_rows(what, kind, rows, filters, layer):
 
 
 def _check_figures(where, name, values, n_head_kv):
-    """QFilterError unless there is a figure in its range for every one of all KV heads."""
+    """QFilterError unless every KV head has a figure, and all are in their range."""
     if values.size != n_head_kv:
         raise QFilterError(
             f"{where}: qfilters.quality.{name} has {values.size} numbers for {n_head_kv} KV heads; "

@@ -1,7 +1,7 @@
-"""A real run of the engine whose right outcome is known: one eviction and one recall.
+"""A real run of the engine with a known result: one eviction and one recall.
 
-What has to be kept is worked out here from the stored keys; what has to come back follows from the
-weights of the model, which is made for it (`write_model`), or from what the archive has.
+The positions to keep are computed here from the stored keys. The positions to recall follow from
+the weights of a model made for this (`write_model`), or from what the archive has.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ N_READ = N_CELLS + 8 * INTERVAL - INTERVAL // 2
 NEEDLES = (100, 180)
 """Positions whose tokens are nowhere else in the text of a recall: the question is these tokens."""
 TOLERANCE = 1e-3
-"""Of lengths of keys: a device adds in another order, and of two that are about equal either may stay."""
+"""Relative, of key lengths: devices add in another order, so either of two equal keys may stay."""
 
 N_VOCAB, N_EMBD, N_LAYER, N_HEAD, N_HEAD_KV, HEAD_DIM = 256, 128, 2, 4, 2, 64
 
@@ -32,7 +32,7 @@ class Wrong(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """What was checked: `name`; is it as it must be; what was found, in words."""
+    """A check: its name, whether it passed, and what was found, in words."""
 
     name: str
     ok: bool
@@ -40,10 +40,10 @@ class Check:
 
 
 def write_model(path) -> None:
-    """A GGUF file of a small Llama with random weights whose queries look at the same token where it
-    stood before: in every head Q and K are the same projection, long enough that a softmax over a
-    thousand others leaves them next to nothing, and RoPE turns all but a few pairs next to not at
-    all. Two layers; the first changes little. No tokenizer."""
+    """A GGUF file of a small Llama with random weights. Its queries look at earlier places of the
+    same token: in every head Q and K are the same projection, so large that a thousand other tokens
+    get almost no weight in the softmax. RoPE turns all but a few pairs hardly at all. There are two
+    layers, of which the first changes little, and no tokenizer."""
     random = np.random.default_rng(1)
 
     def weights(*shape: int, scale: float) -> np.ndarray:
@@ -134,8 +134,8 @@ def check_eviction(ctx: Context) -> str:
         what was found, in words.
 
     Raises:
-        Wrong: kept were others than sinks, window and the shortest keys of a head, their rows are not
-            those that were there before, or what is gone is not in the archive.
+        Wrong: a head kept other keys than sinks, window and the shortest ones, kept rows changed,
+            or an evicted row is not in the archive.
     """
     tokens = np.random.default_rng(2).integers(0, ctx.model.n_vocab(), N_CELLS + 1).tolist()
     ctx.read(tokens[:-1])
@@ -179,7 +179,7 @@ def _key_lengths(ctx: Context, rows: np.ndarray, n_head: int) -> np.ndarray:
 
 
 def _need_same_rows(il: int, rows, before, kept: list[np.ndarray]) -> None:
-    """Rows [n, row_bytes] hold for each head what its kept positions had before."""
+    """Wrong unless rows [n, row_bytes] hold for each head what its kept positions had before."""
     width = rows.shape[1] // len(kept)
     for ih, positions in enumerate(kept):
         part = slice(ih * width, (ih + 1) * width)
@@ -197,15 +197,15 @@ def _need_archived(ctx: Context, il: int, before, positions: np.ndarray) -> None
 
 
 def check_recall(ctx: Context, *, made_here: bool) -> str:
-    """Read a text of which most is evicted from an empty context with the policy streaming, then a
-    question: the tokens at NEEDLES, which are nowhere else in the text.
+    """Read a text into an empty context with the policy streaming, which evicts most of it. Then
+    read a question: the tokens at NEEDLES, which are nowhere else in the text.
 
     Returns:
         what was found, in words.
 
     Raises:
-        Wrong: nothing came back, or what a head had anyway, or the rows are not those that were
-            there; with a model made here: not the needles.
+        Wrong: nothing came back, a row came back that was still in the cells, or a row is not what
+            it was; with a model made here: a needle did not come back.
     """
     tokens = np.random.default_rng(3).integers(len(NEEDLES), ctx.model.n_vocab(), N_READ).tolist()
     question = list(range(len(NEEDLES)))

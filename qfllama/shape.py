@@ -32,7 +32,7 @@ class ModelShape:
 
 
 def beyond_training(n_ctx: int, n_ctx_train: int) -> str | None:
-    """What to say about more positions than a model was trained for; None if there are not more."""
+    """The warning if n_ctx is larger than what a model was trained for; else None."""
     if not 0 < n_ctx_train < n_ctx:
         return None
     return (

@@ -1,13 +1,13 @@
-"""What a bounded cache holds, outside of it: prompt files and the caches of `Llama.set_cache`.
+"""Saved contents of a bounded cache: prompt files and the caches of `Llama.set_cache`.
 
 A prompt file (`book.qfstate`) is a prompt that was read once and compressed. Little endian:
 
     8 bytes   "QFSTATE\\0"
     u32       version, 1, or 2 with an archive; readers refuse newer ones
     u32       CRC-32 of everything after it
-    u64 x 3   bytes of JSON, of tokens, of the sequence state; x 4 with an archive: and of that
-    JSON      "settings" (see `mismatch`), "cells" (used), "extra" (of whoever wrote it)
-    i32[]     the tokens, of which the first are positions 0, 1, ...
+    u64 x 3   bytes of the JSON, the tokens and the sequence state; x 4: also of the archive
+    JSON      "settings" (see `mismatch`), "cells" (used), "extra" (from the writer)
+    i32[]     the tokens at positions 0, 1, ...
     bytes     the sequence as llama_state_seq_get_data() gives it
     bytes     with an archive: as llama_qfilter_archive_get_data() gives it
 """
@@ -45,9 +45,9 @@ MAX_JSON = 1 << 26
 N_SAMPLES, SAMPLE_BYTES = 64, 4096
 
 SIZE_NAMES = ("max_length", "window_length", "interval")
-"""Settings that a prompt file doesn't share with the cache it is loaded into."""
+"""Settings that may differ between a prompt file and the cache it is loaded into."""
 NO_SETTINGS = ("archive", "archive_limit", "recall", "recall_queries")
-"""Of a QFilterConfig: what a saved cache doesn't depend on."""
+"""Fields of QFilterConfig that a saved cache doesn't depend on."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Prompt:
 
 
 def model_identity(path) -> str:
-    """A fingerprint of the model in the GGUF file at `path` that doesn't take long for any size.
+    """A fingerprint of the model in the GGUF file at `path`; fast for a model of any size.
 
     SHA-256 over all keys except the filters (a converted copy is the same model), the list of
     tensors, and 64 samples of 4 KiB spread over the tensor data of each part.
@@ -160,7 +160,7 @@ def write_prompt(path, prompt: Prompt) -> int:
 
 
 def read_prompt(path, header_only: bool = False) -> Prompt:
-    """Read a prompt file; with `header_only` not the state, which may be large.
+    """Read a prompt file; with `header_only` without the state, which may be large.
 
     Raises:
         QFilterError: not a prompt file, of a newer version, truncated or damaged.
@@ -224,7 +224,7 @@ def config_for(prompt: Prompt, room: int = QFilterConfig.max_length, **sizes) ->
     """The bound of a cache that holds `prompt` and grows from there.
 
     Args:
-        room: cells besides those of the prompt, where `max_length` isn't given.
+        room: cells in addition to the prompt's, if `max_length` isn't given.
         sizes: max_length, window_length, interval as in `QFilterConfig`.
 
     Raises:
@@ -242,10 +242,10 @@ def config_for(prompt: Prompt, room: int = QFilterConfig.max_length, **sizes) ->
 
 
 def cells_wanted(before: int, ratio: float | None, max_length: int | None) -> int:
-    """Cells that shall be left of `before`, by exactly one of `ratio` and `max_length`.
+    """How many of `before` cells to keep, by exactly one of `ratio` and `max_length`.
 
     Raises:
-        QFilterError: both or none are given, or one that makes no sense.
+        QFilterError: both or none are given, or the value is not valid.
     """
     if (ratio is None) == (max_length is None):
         raise QFilterError("give either ratio or max_length")
@@ -262,13 +262,13 @@ def cells_wanted(before: int, ratio: float | None, max_length: int | None) -> in
 
 
 class OwnStates(BaseLlamaCache):
-    """What `Llama.set_cache` puts between a bounded Llama and a cache of saved states.
+    """`Llama.set_cache` puts this between a bounded Llama and a cache of saved states.
 
-    A lookup finds the state that saves most of the reading among those that this Llama can load
-    and cut back to what they share with the prompt; states of a stock Llama, or saved with other
-    settings, are passed over, and what the Llama holds already may be the best. Nothing is taken
-    out: LlamaDiskCache itself drops what it finds, and with it the document that the next question
-    is about.
+    A lookup finds the state that saves most reading. This Llama must be able to load it and to cut
+    it back to what it shares with the prompt; states of a stock Llama, or saved with other
+    settings, are skipped. If the Llama already holds the best one, nothing is found. Nothing is
+    removed: LlamaDiskCache itself drops what it finds, and with it the document that the next
+    question is about.
     """
 
     def __init__(self, inner: BaseLlamaCache, llm):
@@ -287,7 +287,7 @@ class OwnStates(BaseLlamaCache):
         self.inner[key] = state
 
     def __getitem__(self, key) -> LlamaState:
-        """The state to load for a prompt; KeyError where none is better than the live cache."""
+        """The state to load for a prompt; KeyError if none is better than the live cache."""
         state = self._find(list(key))
         if state is None:
             raise KeyError("no state that fits")
@@ -326,8 +326,8 @@ class OwnStates(BaseLlamaCache):
 def usable_prefix(tokens, prompt: list[int], rewind_limit: int) -> int:
     """How many positions of a cache that has read `tokens` need not be read again for `prompt`.
 
-    At least one token of the prompt is, for the logits; a cache that can't be cut back that far is
-    of no use.
+    At least one token of the prompt must be read, for the logits. A cache that can't be cut back
+    that far is of no use: 0.
     """
     n = min(common_prefix(tokens, prompt), len(prompt) - 1)
     return n if n >= rewind_limit else 0

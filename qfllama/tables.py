@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 def aligned(rows: list[list[str]], n_left: int = 1) -> str:
-    """Rows of cells as lines: columns two spaces apart, the first `n_left` of them to the left and
-    the others to the right."""
+    """Rows of cells as lines: columns two spaces apart, the first `n_left` aligned to the left, the
+    others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

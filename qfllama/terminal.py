@@ -12,8 +12,8 @@ JOINERS = "\u200c\u200d"
 def escaped(text, limit: int | None = 300, *, lines: bool = False) -> str:
     """`text` with escapes in place of all characters that a terminal would obey.
 
-    A model writes what it likes, and a file is called what its author likes. On a terminal that
-    must not move the cursor, set the title, turn the direction of writing or answer for the user.
+    Models and authors of files choose texts and names freely. On a terminal these must not move the
+    cursor, set the title, turn the direction of writing or answer for the user.
     Joiners stay, although they are invisible: Persian and emoji need them.
 
     Args:

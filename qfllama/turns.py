@@ -2,17 +2,16 @@
 
 A call is a turn of its thread, and calls within it are part of it. A stream (an answer that comes
 piece by piece) keeps all others out from its first piece to its last, or until it is closed;
-between two pieces nothing is computed. Whoever calls meanwhile waits, whatever thread takes the
-next piece. Except:
+between two pieces nothing is computed. Meanwhile all other calls wait, whichever thread takes the
+next piece. There are two exceptions:
 
-- Code that goes on after leaving its own stream unfinished (`break`) would wait for itself. Its
-  call ends that stream; taking another piece of it is an error then. What belongs to the same code
-  is known by its context (`contextvars`): of a thread, of an asyncio task, of each
-  `asyncio.to_thread`.
+- Code that leaves its own stream unfinished (`break`) and calls again would wait for itself. So its
+  call ends that stream; taking another piece of it is then an error. Calls of the same code share
+  a context (`contextvars`): each thread, asyncio task and `asyncio.to_thread` has its own.
 - A call in the thread of a running event loop does not wait for a stream: the loop would stand
   still, and with it perhaps the code that takes the pieces. It is an error.
 
-A copy of the process that fork() made has no engine: all that it tries is an error.
+A process made by fork() has no engine: every call in it is an error.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from contextvars import ContextVar
 from qfllama.config import QFilterError
 
 _marks: ContextVar[dict[int, object]] = ContextVar("qfllama_streams")
-"""id of a Turns -> mark of the stream that this context took the latest piece of."""
+"""id of a Turns -> mark of the stream whose latest piece this context took."""
 
 
 class _Stream:
@@ -47,7 +46,7 @@ class Turns:
     def __init__(self):
         self._pid = os.getpid()
         self._changed = threading.Condition()
-        self._thread: int | None = None  # it computes now
+        self._thread: int | None = None  # the one that computes now
         self._depth = 0  # calls within calls of that thread
         self._stream: _Stream | None = None
 
@@ -61,7 +60,7 @@ class Turns:
         """The block is a turn of this thread.
 
         Raises:
-            QFilterError: the object is of another process, or to wait would be for ever.
+            QFilterError: the object belongs to another process, or waiting would never end.
         """
         self._begin(None)
         try:
@@ -70,7 +69,7 @@ class Turns:
             self._end()
 
     def stream(self, pieces: Generator) -> Generator:
-        """`pieces`, and nobody else's turn between the first and the last of them."""
+        """Yields `pieces`; nobody else gets a turn between the first and the last."""
         stream = _Stream(pieces)
         sent = None
         try:
@@ -114,8 +113,8 @@ class Turns:
             self._thread, self._depth = me, 1
 
     def _free_left_streams(self) -> None:
-        """Free what nobody can use any more: a stream in a cycle of references, as web servers leave
-        it when a client goes away, ends only then. Without the lock: anything may be freed."""
+        """Collect garbage, without the lock, as it can run any code. Web servers leave a stream in
+        a cycle of references when a client goes away: only this ends such a stream."""
         self._changed.release()
         try:
             gc.collect()
@@ -148,7 +147,7 @@ class Turns:
             return True
         if _in_event_loop():
             raise QFilterError(
-                "a stream is open on this Llama, and to wait for it here would stop the event "
+                "a stream is open on this Llama, and waiting for it here would stop the event "
                 "loop: close the stream, or call from another thread (asyncio.to_thread)"
             )
         return False
@@ -171,7 +170,7 @@ def _in_event_loop() -> bool:
 
 
 def in_turn(method: Callable) -> Callable:
-    """A method of an object with `_turns`, as a turn of its caller."""
+    """Makes each call of a method a turn; its object needs `_turns`."""
 
     @functools.wraps(method)
     def waiting(self, *args, **kwargs):

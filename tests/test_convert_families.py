@@ -233,7 +233,8 @@ def test_filters_are_the_same_by_both_routes(family, tmp_path, monkeypatch):
     if name == NORM_AFTER_ROPE:
         assert by_torch.requires == by_llama.requires == ["moments"]
         assert all(
-            "does not show that RoPE comes last" in " ".join(lines) for lines in notes.values()
+            "does not show that RoPE is the last step" in " ".join(lines)
+            for lines in notes.values()
         )
         return
     ours, theirs = (stacked(filters, "queries") for filters in (by_torch, by_llama))

@@ -266,7 +266,7 @@ def test_a_model_without_a_chat_template_is_asked_plainly_or_not_at_all(base, tm
         ('{"document": "a.txt", "question": "x?", "answers": ["%"]}', "one answer at least"),
         (
             '{"document": "b.txt", "question": "x?", "answers": ["y"]}',
-            "from the folder of questions",
+            "relative to the folder of questions",
         ),
         ('{"document": "a.txt", "question": "x?", "answers": ["y"], "depth": 2}', "depth is 2"),
         ('{"document": "e.txt", "question": "x?", "answers": ["y"]}', "is empty"),

@@ -151,7 +151,7 @@ def test_always_recalls_while_an_answer_is_generated(make, text):
 def test_a_recall_that_fails_is_said_and_the_answer_comes(make, text, monkeypatch):
     llm = make()
     monkeypatch.setattr("qfllama.archive.native.recall", lambda *_: -1)
-    with pytest.warns(QFilterWarning, match="the answer goes by what is in the cache"):
+    with pytest.warns(QFilterWarning, match="the answer uses what is in the cache"):
         assert answer(llm, text + QUESTION)
 
 

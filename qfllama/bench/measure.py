@@ -1,12 +1,12 @@
 """Measuring what a bounded cache gains: speed, time to the first token and memory beside stock
 caches.
 
-All caches are open at once in one process, on weights loaded once, and take turns of half a second
-or so: whatever else the machine does meets all of them. A decoded token is one more token of the
-text: the speed does not depend on which one.
+All caches are open at once in one process, on weights loaded once, and take turns of about half a
+second. So other load on the machine affects all of them alike. A decoded token is the next token of
+the text: the speed does not depend on which token it is.
 
-Memory: nobody but the engine whose turn it is allocates anything, so what the process grows by in
-an engine's turns, from the opening of its cache on, is the memory of that engine.
+Memory: only the engine whose turn it is allocates anything. So the memory of an engine is what the
+process grows by in its turns, from the opening of its cache on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qfllama.schema import read
 SLICES = 8
 """Turns in which the tokens before a position are decoded; the median is taken over them."""
 READ_AT_ONCE = 512
-"""Tokens read in one turn, or a few less: whole batches."""
+"""Most tokens read in one turn; it reads whole batches."""
 
 Progress = Callable[[int], object]
 
@@ -61,7 +61,7 @@ def evicting_seconds(context: Context) -> float:
 
 @dataclass
 class Engine:
-    """One cache and what was seen of it."""
+    """One cache and what was measured of it."""
 
     kind: Kind
     context: Context
@@ -73,7 +73,7 @@ class Engine:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Whatever `context` does goes into the block: memory and evictions are counted there."""
+        """Everything that `context` does must be in such a block: memory and evictions count."""
         memory, seconds = resident_bytes(), evicting_seconds(self.context)
         before = self.context.stats().n_evictions
         yield
@@ -84,12 +84,12 @@ class Engine:
             self.grown_bytes += resident_bytes() - memory
 
     def restart(self) -> None:
-        """An empty cache."""
+        """Empty the cache."""
         self.context.kv_cache_clear()
         self.evictions = 0
 
     def read(self, tokens: list[int], stop: int) -> float:
-        """One turn of reading towards `stop`; seconds."""
+        """One turn of reading towards `stop`; returns its seconds."""
         n_batch = self.context.params.n_batch
         at_once = max(1, READ_AT_ONCE // n_batch) * n_batch
         with self.turn():
@@ -105,14 +105,14 @@ class Engine:
             return time.perf_counter() - start
 
     def decode(self, tokens: list[int], n: int) -> float:
-        """One turn of decoding n tokens; seconds per token, without evictions."""
+        """One turn of decoding n tokens; returns seconds per token, without evictions."""
         before = evicting_seconds(self.context)
         with self.turn():
             seconds = decode(self.context, tokens, n)
         return (seconds - evicting_seconds(self.context) + before) / n
 
     def ask(self, question: list[int]) -> float:
-        """Seconds to read a question, with its recall if there is any; then it is taken back."""
+        """Seconds to read a question, with its recall if there is any; then it is removed again."""
         with self.turn():
             start, n_past = time.perf_counter(), self.context.n_past()
             self.context.read_question(question)
@@ -122,7 +122,7 @@ class Engine:
         return seconds
 
     def eviction_seconds_per_token(self) -> float:
-        """An eviction comes once in `interval` tokens; 0 as long as there was none."""
+        """Seconds of evictions per token (one comes in `interval` tokens); 0 without evictions."""
         if not self.evictions:
             return 0.0
         return statistics.median(self.per_eviction) / self.context.config.interval
@@ -156,7 +156,7 @@ class Engines:
             progress(0)
 
     def _warm_up(self) -> None:
-        """Threads are started and weights are in memory, which belongs to no engine."""
+        """Start threads and bring weights into memory: these belong to no engine."""
         with self._context(BASELINE, n_ctx=256) as context:
             context.read(self.tokens[:64], logits=True)
         give_back_freed()
@@ -191,7 +191,7 @@ class Engines:
             ) from error
 
     def _full_bytes(self, type_kv: str) -> int:
-        """What the engine allocates for K and V of all positions. Only a bounded context tells."""
+        """Bytes for K and V of all positions, as allocated. Only a bounded context tells."""
         bounded = [kind.max_length for kind in self.plan.kinds if kind.max_length is not None]
         with self._context(Kind(type_kv, min(bounded))) as probe:
             return probe.stats().n_bytes_kv_full
@@ -235,7 +235,7 @@ class Engines:
     def first_tokens(self, progress: Progress) -> list[dict]:
         """Seconds from a prompt to the first token, per prompt length and engine.
 
-        One reading passes all lengths: a longer prompt begins as a shorter one does.
+        One reading serves all lengths: a shorter prompt is the start of a longer one.
         """
         plan = self.plan
         seconds = {(engine.kind, n): [] for n in plan.prompts for engine in self.each}
@@ -360,7 +360,7 @@ class Engines:
 
 
 def add_ratios(rows: list[dict], figure: str, ratio: str, by: str | None = None) -> None:
-    """In each row the quotient of `figure` and that of BASELINE, in the row with the same `by`."""
+    """Set in each row the ratio of `figure` to that of BASELINE in the row with the same `by`."""
     base = {row.get(by): row[figure] for row in rows if row["engine"] == BASELINE.name}
     for row in rows:
         row[ratio] = row[figure] and base[row.get(by)] and row[figure] / base[row.get(by)]

@@ -10,7 +10,7 @@ MIB = 1 << 20
 
 
 def resident_bytes(field: str = "RssAnon") -> int | None:
-    """Memory of this process that is no file's; `VmRSS`: with the mapped weights. None where the
+    """Memory of this process without mapped files; `VmRSS`: with the mapped weights. None where the
     system doesn't tell (only Linux does)."""
     try:
         status = Path("/proc/self/status").read_text()
@@ -20,6 +20,6 @@ def resident_bytes(field: str = "RssAnon") -> int | None:
 
 
 def give_back_freed() -> None:
-    """Freed memory back to the system: what is allocated next counts as growth again. glibc only."""
+    """Give freed memory back to the system, so that new allocations count as growth. glibc only."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

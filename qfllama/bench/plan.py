@@ -25,9 +25,9 @@ QUICK = {
     "stock_types": ("f16",),
     "repeat": 1,
 }
-"""What is measured unless something else is asked for, as far as n_ctx reaches."""
+"""What is measured by default, up to n_ctx."""
 DECODED = 10
-"""Of the progress bar: a token decoded takes about as long as so many tokens read."""
+"""For the progress bar: decoding a token takes about as long as reading this many."""
 QUESTION = 64
 """Tokens of the question whose recall is timed."""
 
@@ -45,7 +45,7 @@ class Kind:
 
 
 BASELINE = Kind("f16")
-"""What every ratio is against."""
+"""The cache that every ratio is relative to."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def make_plan(
     recall: bool = False,
     **given,
 ) -> tuple[Plan, list[str]]:
-    """A plan, and notes on what of the defaults is left out.
+    """A plan, and notes on which defaults are left out.
 
     Args:
         quick: defaults are those of QUICK, not DEFAULTS.
@@ -104,7 +104,7 @@ def make_plan(
         n_threads: None for all.
         n_gpu_layers: as in `engine.Model`.
         recall: our caches have an archive, and a question is asked at each position.
-        given: what DEFAULTS names, where it shall be something else; None is the default.
+        given: values in place of those in DEFAULTS; None is the default.
 
     Raises:
         QFilterError: nothing to measure, no such type, sizes that don't fit.
@@ -119,7 +119,7 @@ def make_plan(
         fitting = [n for n in lengths if n <= limit]
         if name in given and fitting != lengths:
             raise QFilterError(
-                f"{lengths[-1]:,} in --{name} is beyond {why}: --n-ctx {lengths[-1]} goes there"
+                f"{lengths[-1]:,} in --{name} is beyond {why}: use --n-ctx {lengths[-1]}"
             )
         if fitting != lengths and name == "positions":
             notes.append(f"positions end at {limit:,}: {why}; a larger --n-ctx goes beyond")
@@ -138,12 +138,12 @@ def make_plan(
 
 
 def _kinds(wanted: dict, last: int, lengths_given: bool) -> tuple[Kind, ...]:
-    """The caches, stock first; of default lengths only those that a text of `last` tokens fills."""
+    """The caches, stock first; default lengths only if a text of `last` tokens fills them."""
     lengths = [n for n in sorted(set(wanted["max_lengths"])) if lengths_given or n < last]
     if not lengths or not wanted["types"]:
         raise QFilterError(
             f"no cache of ours is left to measure up to {last:,} tokens: give a smaller "
-            "--max-length and --types, or go further"
+            "--max-length and --types, or larger --positions or --prompts"
         )
     for length in lengths:
         QFilterConfig(max_length=length)

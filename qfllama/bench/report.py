@@ -10,7 +10,7 @@ UNKNOWN = "-"
 
 
 def tables(result: dict) -> str:
-    """All figures, one line per cache, each beside its quotient to that of stock f16."""
+    """All figures, one line per cache, each with its ratio to that of stock f16."""
     about = result["about"]
     parts = []
     if result["decode"]:
@@ -41,7 +41,7 @@ def _by_length(title: str, rows: list[dict], by: str, figure: str, digits: int) 
 
 
 def _evicting(rows: list[dict]) -> str:
-    """The share of the time that evictions take, of caches that evict."""
+    """The share of decoding time that evictions take, for caches that evict."""
     evicting = {row["engine"] for row in rows if row["evictions"]}
     rows = [row for row in rows if row["engine"] in evicting]
     cells = {(row["engine"], row["position"]): f"{row['eviction_percent']:.2f} %" for row in rows}
@@ -115,7 +115,7 @@ def draw(Figure, result: dict):
 
 
 def _styles(memory: list[dict]) -> dict[str, dict]:
-    """Engine -> keywords of a line. viridis is told apart with every common colour blindness."""
+    """Engine -> keywords of a line. viridis is readable with every common colour blindness."""
     from matplotlib import colormaps
 
     lengths = sorted({row["max_length"] for row in memory if row["max_length"]})

@@ -14,7 +14,7 @@ from qfllama.config import MAX_LENGTH, QFilterConfig
 
 
 def check_outputs(model: Path, json_file: Path | None, image: Path | None) -> None:
-    """What shall be written can be; said before anything is measured."""
+    """Check that the output files can be written, before anything is measured."""
     from qfllama.figures import figure_class
     from qfllama.files import check_target
 
@@ -27,7 +27,9 @@ def check_outputs(model: Path, json_file: Path | None, image: Path | None) -> No
 
 @click.command("bench")
 @model_argument
-@click.option("--quick", is_flag=True, help="Little of everything: stock f16 and 512 f16 to 2,048.")
+@click.option(
+    "--quick", is_flag=True, help="A short run: stock f16 and 512 f16, up to position 2,048."
+)
 @click.option(
     "--positions",
     type=CommaList(int, least=1, none=True),
@@ -57,8 +59,8 @@ def check_outputs(model: Path, json_file: Path | None, image: Path | None) -> No
     "n-ctx",
     type=click.IntRange(1, MAX_LENGTH),
     default=None,
-    help="Positions of each cache.  [default: the last one measured, as far as the model was "
-    "trained]",
+    help="Positions of each cache.  [default: the last one measured, at most what the model was "
+    "trained for]",
 )
 @option("threads")
 @option("n-gpu-layers")
@@ -73,7 +75,7 @@ def check_outputs(model: Path, json_file: Path | None, image: Path | None) -> No
 @click.option(
     "--recall",
     is_flag=True,
-    help="Our caches have an archive, and a question of 64 tokens is asked at each position.",
+    help="Give our caches an archive, and ask a question of 64 tokens at each position.",
 )
 @option("json", help="Write all figures to this file; -: to stdout.")
 @option("plot")
@@ -82,7 +84,7 @@ def command(model, json_file, image, **options):
 
     Decoding speed by position, time to the first token by prompt length, share of evictions and
     memory. All caches are open at once and take turns, so the figures of one run can be compared;
-    x is the quotient to llama.cpp's f16 cache. Figures are medians.
+    x is the ratio to llama.cpp's f16 cache. Figures are medians.
     """
     with dies_of_ctrl_c():
         from qfllama import engine_log

@@ -1,4 +1,4 @@
-"""`qfllama chat`: talk to a model in a bounded cache, and see after each answer that it is one."""
+"""`qfllama chat`: talk to a model in a bounded cache, with cache usage after each answer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ENDED = {  # Turn.ended -> a note behind the answer
 
 
 def cache_stats(llm: Llama) -> dict[str, int]:
-    """`Llama.qfilter_stats`; for the full cache what it would say, from the model's shape."""
+    """`Llama.qfilter_stats`; for the full cache the same figures, from the model's shape."""
     if llm.qfilter_config is not None:
         return llm.qfilter_stats()
     from qfllama.llama import cache_figures
@@ -156,7 +156,7 @@ def chat(start: Callable[[], Conversation], options: dict) -> int:
     """Turns and commands, line by line, until the input ends.
 
     `start` makes a new conversation. Returns the exit code: 1 if there were messages, all of them
-    failed and nobody was there to see it.
+    failed and stdin or stdout is no terminal; else 0.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
@@ -220,7 +220,7 @@ def chat(start: Callable[[], Conversation], options: dict) -> int:
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True)
 @click.option("--temperature", type=Finite(0), default=0.2, show_default=True, help="0: greedy.")
 @click.option("--top-p", type=Finite(0, 1), default=0.95, show_default=True)
-@option("seed", help="Of the choice of tokens: the same seed gives the same answers.")
+@option("seed", help="Seed of sampling: the same seed gives the same answers.")
 @option("verbose")
 def command(
     model, max_length, window_length, sinks, interval, policy, archive, archive_limit, recall,
@@ -229,9 +229,8 @@ def command(
 ):  # fmt: skip
     """Chat with MODEL, a GGUF file made by `qfllama convert`.
 
-    After each answer a line on stderr tells how many cells are used and allocated, what the cache
-    takes and what the full one would, and how fast it went. Without a terminal each line of stdin
-    is a message.
+    After each answer a line on stderr shows the cells used and allocated, the size of the cache and
+    of the full cache, and the speed. Without a terminal each line of stdin is a message.
     """
     for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):  # None: closed
         stream.reconfigure(encoding="utf-8", errors="replace")

@@ -45,11 +45,11 @@ def cache_config(
     policy: str | None,
     n_more: int = 0,
 ) -> tuple[QFilterConfig, int]:
-    """A cache that holds `n_tokens` at full size and n_more besides, and the cells that shall be
-    left of them.
+    """The config of a cache that holds n_tokens + n_more at full size, and the number of cells to
+    keep of them.
 
     Raises:
-        QFilterError: sinks and window don't fit into what shall be left.
+        QFilterError: sinks and window don't fit into the cells to keep.
     """
     from qfllama.state import cells_wanted
 
@@ -77,13 +77,13 @@ def check_room(document: Path | str, n_tokens: int, n_ctx: int) -> None:
     if n_tokens >= n_ctx:
         raise QFilterError(
             f"{document} takes {n_tokens:,} of {n_ctx:,} positions: shorten it, or use a "
-            "larger --n-ctx if the model can do with it"
+            "larger --n-ctx if the model supports it"
         )
 
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """A failure of the engine within is an error in one line."""
+    """Turns a failure of the engine in the block into a one-line error."""
     try:
         yield
     except RuntimeError as error:
@@ -91,7 +91,7 @@ def reading() -> Iterator[None]:
 
 
 def read(llm: Llama, tokens: list[int]) -> float:
-    """Read the document; the seconds that it took."""
+    """Read the document; returns the seconds that it took."""
     start = time.perf_counter()
     with reading(), progress("reading", len(tokens)) as bar:
         for done in range(0, len(tokens), llm.n_batch):
@@ -102,7 +102,7 @@ def read(llm: Llama, tokens: list[int]) -> float:
 
 
 def compress(llm: Llama, n_cells: int, score: str) -> tuple[int, int]:
-    """Compress what was read; cells before and after."""
+    """Compress what was read; returns the cells before and after."""
     if score == "policy":
         return llm.compress(max_length=n_cells)
     with reading(), progress("reading again", llm.n_tokens) as bar:
@@ -122,8 +122,10 @@ def compress(llm: Llama, n_cells: int, score: str) -> tuple[int, int]:
     metavar="OUT.qfstate",
     help="The file to write.",
 )
-@click.option("--ratio", type=click.FloatRange(1), help="Keep 1 of so many cells.  [default: 8]")
-@option("max-length", help="Keep so many cells, in place of --ratio.")
+@click.option(
+    "--ratio", type=click.FloatRange(1), help="Keep one cell out of this many.  [default: 8]"
+)
+@option("max-length", help="Keep this many cells, in place of --ratio.")
 @option(  # small: the document is read at full size and compressed once
     "window-length",
     default=64,
@@ -133,8 +135,8 @@ def compress(llm: Llama, n_cells: int, score: str) -> tuple[int, int]:
 @option("sinks", default=QFilterConfig.sinks)
 @option("policy")
 @click.option("--score", type=click.Choice(["policy", "replay"]), default="policy", show_default=True,
-              help="What decides which rows stay: the policy, or a second reading, which takes two to "
-              "three times as long and sees what the text is read back by.")  # fmt: skip
+              help="What decides which rows stay: the policy; or replay: the text is read again, "
+              "and the rows that this looks at stay, which takes two to three times as long.")  # fmt: skip
 @option("system")
 @option("n-ctx")
 @option("n-gpu-layers")
@@ -142,14 +144,14 @@ def compress(llm: Llama, n_cells: int, score: str) -> tuple[int, int]:
 @option("type-k")
 @option("type-v")
 @click.option("--archive", is_flag=True,
-              help="Write what is dropped, too, for a chat to recall: as large as the full cache.")  # fmt: skip
+              help="Also write the evicted rows, for recall in a chat: as large as a full cache.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace OUT.qfstate if it exists.")
 @option("verbose")
 def command(
     model, document, output, ratio, max_length, window_length, sinks, policy, score, system,
     n_ctx, n_gpu_layers, n_threads, type_k, type_v, archive, force, verbose,
 ):  # fmt: skip
-    """Read a document with MODEL and write what is left of the cache to OUT.qfstate.
+    """Read a document with MODEL and write the compressed cache to OUT.qfstate.
 
     The document is read at full size, then compressed once. `qfllama chat MODEL --state
     OUT.qfstate` goes on from there without reading it again.
@@ -186,7 +188,7 @@ def command(
                 raise QFilterError(
                     f"{document} leaves {n_more:,} of {n_ctx:,} positions for a second reading: "
                     f"shorten it, or use --n-ctx {len(tokens) + room(len(tokens))} if the model "
-                    "can do with it"
+                    "supports it"
                 )
         config, wanted = cache_config(
             len(tokens), ratio, max_length, window_length, sinks, policy, n_more

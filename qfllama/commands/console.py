@@ -1,4 +1,4 @@
-"""What commands show beside their results, and what Ctrl-C does meanwhile."""
+"""Notes and progress that commands show on stderr, and what Ctrl-C does."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def note(text: str) -> None:
 
 
 def need_command(context: click.Context) -> None:
-    """Called without a command a group shows its help, and ends as after a wrong command line."""
+    """A group called without a command shows its help and exits with code 2."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help(), err=True)
         context.exit(2)
 
 
 def note_offload(choice: Offload | None) -> None:
-    """How many layers went to the GPU, where there is one and nobody gave the number."""
+    """Show how many layers went to the GPU, if there is one and nobody gave the number."""
     if choice is not None and choice.auto and choice.total is not None:
         note(str(choice))
 
@@ -86,7 +86,7 @@ def stopped_once() -> Iterator[None]:
     names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
-    ignored = (signal.SIG_IGN, None)  # nohup; somebody else's, not of Python
+    ignored = (signal.SIG_IGN, None)  # set by nohup; not set from Python
     before = {number: at for number, at in before.items() if at not in ignored}
 
     def stop(number, _):

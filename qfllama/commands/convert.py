@@ -27,9 +27,9 @@ from .options import option
 @click.option(
     "--filters",
     metavar="learned|REPO_OR_PATH",
-    help="learned: calibrate learned filters, too, and make them the file's policy if they are "
-    "better in a test; takes about as long again. Else published filters (folder, .safetensors "
-    "file or hub id, such as nthngdy/Llama-3.1-8B_qfilt) instead of calibrating.",
+    help="learned: also calibrate learned filters, and make them the file's policy if they are "
+    "better in a test; this takes about twice as long. A folder, .safetensors file or hub id (such "
+    "as nthngdy/Llama-3.1-8B_qfilt): use these published filters instead of calibrating.",
 )
 @click.option(
     "--backend",

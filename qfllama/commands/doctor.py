@@ -25,9 +25,9 @@ GIB = 1 << 30
 def command(model, type_k, type_v, n_gpu_layers, n_threads, as_json):
     """Check the engine and its devices, and, if it is given, the GGUF file MODEL.
 
-    A small model, made on the spot, runs one eviction and one recall, whose right outcome is known;
-    so does MODEL, which is loaded for it. The output can be pasted into an issue. Exit code 1: a
-    check failed."""
+    A small model, made on the spot, runs one eviction and one recall with known results. MODEL is
+    loaded and does the same. The output can be pasted into an issue. Exit code 1: a check
+    failed."""
     found = examine(
         model, type_k=type_k, type_v=type_v, n_threads=n_threads, n_gpu_layers=n_gpu_layers
     )

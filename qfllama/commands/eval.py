@@ -43,13 +43,13 @@ def type_list(name: str, other: str):
     """--type-k or --type-v of several caches."""
     return option(
         f"type-{name}", type=CommaList(),
-        help=f"Types of the cached {name.upper()}; as many as of --type-{other}, or one for all.  "
+        help=f"Types of the cached {name.upper()}; as many as --type-{other} has, or one for all.  "
              "[default: f16]")  # fmt: skip
 
 
 def type_pairs(type_k: tuple[str, ...] | None, type_v: tuple[str, ...] | None) -> list[tuple]:
-    """(K, V) of every cache. UsageError if the numbers of types differ, QFilterError if there is no
-    such type."""
+    """(K, V) of every cache. UsageError if the numbers of types differ, QFilterError for an unknown
+    type."""
     from qfllama.context import cache_type
 
     both = [tuple(word.lower() for word in words or ("f16",)) for words in (type_k, type_v)]
@@ -111,7 +111,7 @@ def kld_command(texts, length, first, **chosen):
 @options(
     policy=option("policy"),
     ratio=click.option("--ratio", type=CommaList(float, least=1), default="2,4,8,16,32",
-                       show_default=True, help="Our caches keep 1 of so many tokens."),
+                       show_default=True, help="Our caches keep one token out of this many."),
     max_length=None,
     type_k=None,
     type_v=None,
@@ -183,9 +183,9 @@ def ladder_command(types, stock_types, texts, length, count, needles, speed, **c
 def needle_command(setting, lengths, count, needles, **chosen):
     """Needle in a haystack: secret numbers hidden in a long text, at all depths.
 
-    Each document is read without knowing what will be asked. `right`: needles of which every digit
-    is the model's first choice; `digits`: the share of digits of which that is so; `nll`: the mean
-    loss per digit."""
+    Each document is read without knowing what will be asked. `right`: needles whose digits are all
+    the model's first choice; `digits`: the share of digits that are its first choice; `nll`: the
+    mean loss per digit."""
     with dies_of_ctrl_c():
         from qfllama.evaluation import needle, plots, run
         from qfllama.evaluation.tasks import Haystack
@@ -235,10 +235,10 @@ def ppl_command(texts, length, **chosen):
 def questions_command(questions_file, names, setting, max_tokens, plain, **chosen):
     """Questions with short answers about long documents, asked as in `qfllama chat --file`.
 
-    Each document is read without knowing what will be asked; --ratio is of its own length. The model
-    answers greedily. `right`: answers that contain what was to be found, whatever the case,
-    punctuation and separators of thousands; `nll`: the mean loss per token of the first of the right
-    answers, read in place of the model's own."""
+    Each document is read without knowing what will be asked; --ratio applies to its own length. The
+    model answers greedily. `right`: answers that contain a right answer; case, punctuation and
+    thousands separators don't count. `nll`: the mean loss per token of the first right answer, read
+    in place of the model's own."""
     with dies_of_ctrl_c():
         from qfllama.engine import Model
         from qfllama.evaluation import plots, questions, run
@@ -271,8 +271,8 @@ def ruler_command(setting, tasks, lengths, count, **chosen):
     """Tasks after RULER: needles of four kinds, variable tracking, common and frequent words,
     questions about passages.
 
-    Each document is read without knowing what will be asked. `score`: the share of the strings asked
-    for that are in what the model writes; `nll`: the mean loss per token of the right answer."""
+    Each document is read without knowing what will be asked. `score`: the share of the expected
+    strings that the model writes; `nll`: the mean loss per token of the right answer."""
     with dies_of_ctrl_c():
         from qfllama.evaluation import plots, ruler, run
         from qfllama.evaluation.tasks import Haystack

@@ -25,9 +25,9 @@ OPTIONS = {
         help=f"Any of {', '.join((FULL, *POLICIES, REPLAY))}.  [default: all that the file "
              "has filters for, without replay]"),
     "ratio": click.option("--ratio", type=CommaList(float, least=1),
-                          help="Keep 1 of so many tokens.  [default: 2,4,8]"),
+                          help="Keep one token out of this many.  [default: 2,4,8]"),
     "max_length": option("max-length", type=CommaList(int, least=1),
-                         help="Keep so many tokens, in place of --ratio."),
+                         help="Keep this many tokens, in place of --ratio."),
     "window_length": option(
         "window-length",
         help="Newest tokens that are always kept.  [default: 64 where the whole prompt is "
@@ -39,23 +39,23 @@ OPTIONS = {
              "cache, 64 to 512]"),
     "text": click.option("--text", type=IN_FILE,
                          help="A text file in UTF-8.  [default: docstrings of Python's library]"),
-    "seed": option("seed", default=0, show_default=True, help="Of what is drawn by chance."),
+    "seed": option("seed", default=0, show_default=True, help="Seed of all random choices."),
     "type_k": option("type-k"),
     "type_v": option("type-v"),
     "n_gpu_layers": option("n-gpu-layers"),
     "threads": option("threads"),
     "results": click.option(
         "--results", type=OUT_FILE, metavar="FILE.jsonl",
-        help="Keep every result here as it comes; the same command goes on from it."),
+        help="Write each result here as it comes; the same command continues from it."),
     "json": option("json", help="Write the report, with machine and versions."),
     "plot": option("plot"),
     "verbose": option("verbose"),
 }  # fmt: skip
-"""What evaluations can be told, in the order of --help."""
+"""Options of all evaluations, in the order of --help."""
 
 
 def options(**others):
-    """OPTIONS for a command; `others`: in place of those of the same name, or none of them."""
+    """OPTIONS for a command. `others` replace options of the same name; None leaves one out."""
 
     def decorate(command):
         for add in reversed((OPTIONS | others).values()):
@@ -78,7 +78,7 @@ recall = click.option(
     type=CommaList(choices=("off", "on")),
     default="off,on",
     show_default=True,
-    help="Bring evicted rows back from the archive that the question looks at: without, with.",
+    help="Measure without and with recall: evicted rows that the question looks at come back.",
 )
 
 
@@ -89,9 +89,9 @@ class Session:
         setting: how the caches are used.
         key: what tells results apart.
         length: tokens of the longest text.
-        text: what is read, where that isn't --text.
-        types: of K and V, where results of several types are told apart by their key; None: one
-            pair, as chosen.
+        text: what is read; None: --text.
+        types: pairs of types of K and V, if the key tells their results apart; None: the one pair
+            that was chosen.
         n_open: caches that are open at once.
         more: settings of the task that results depend on.
     """
@@ -183,7 +183,7 @@ class Session:
         )
 
     def _sample_settings(self) -> dict:
-        """Whatever a result depends on and isn't in its key."""
+        """All that a result depends on and that is not in its key."""
         from qfllama.evaluation.tasks import VERSION
         from qfllama.state import filters_identity, model_identity
 
@@ -235,13 +235,13 @@ class Session:
 
 
 def check_folder(path: Path | None) -> None:
-    """Raises QFilterError if a file can't be written for want of its folder."""
+    """Raises QFilterError if a file can't be written because its folder is missing."""
     if path is not None and not path.parent.is_dir():
         raise QFilterError(f"{path}: there is no folder {path.parent}: make it first")
 
 
 def usable(model: Model) -> list[str]:
-    """The full cache and every policy that the model's file has what it takes for."""
+    """The full cache and every policy whose vectors the model's file has."""
     from qfllama import needs
 
     names = [FULL]
@@ -255,7 +255,7 @@ def usable(model: Model) -> list[str]:
 
 
 def run_documents(session: Session, documents: list, asking: Asking) -> dict:
-    """Records by variant, of all documents."""
+    """Records of all documents, by variant."""
     from qfllama.evaluation import run
 
     with session.results() as results:

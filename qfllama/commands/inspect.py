@@ -96,7 +96,7 @@ def _lines(files, shape, filters, heads):
 
 
 def _without_filters(file):
-    """What to do about a model that has none."""
+    """The line for a model without filters: what to do, or why there can be none."""
     from ..engine import Model
 
     try:
@@ -118,7 +118,7 @@ def _of_these_tensors(files, filters):
 
 
 def _quality(filters, name):
-    """A quality figure by layer, where there is one number per KV head, else as it is."""
+    """A quality figure, split by layer if it has one number per KV head."""
     by_layer = filters.figures(name)
     if by_layer is None or [len(values) for values in by_layer] != filters.n_head_kv:
         return filters.quality[name]
@@ -160,7 +160,7 @@ def _facts(files, shape, filters):
 
 
 def _print(text):
-    """To stdout, whoever reads it may stop before the end (`| head`)."""
+    """Print to stdout, where a reader may stop before the end (`| head`)."""
     try:
         click.echo(text)
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""Opening what chat and compress start from: a model in its cache, a document."""
+"""Opens what chat and compress start from: a model in its cache, a document."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def read_document(path: Path | None) -> str | None:
-    """The text of --file. QFilterError if there is none in it."""
+    """The text of --file. QFilterError if the file is empty or no text."""
     if path is None:
         return None
     try:
@@ -33,7 +33,7 @@ def open_model(
     """The model, in the stock cache if `config` is None; options that are None are left out.
 
     Args:
-        may_be_whole: a bound as large as n_ctx is meant, and no word is lost about it.
+        may_be_whole: no warning about a bound as large as n_ctx: it is intended.
 
     Raises:
         QFilterError: whatever is wrong with the file, the options or the memory of this machine.
@@ -44,7 +44,7 @@ def open_model(
     from qfllama.shape import model_shape
 
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
-    model_shape(model)  # has a clear word about a file that is no model
+    model_shape(model)  # raises a clear error for a file that is no model
     try:
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always", QFilterWarning)
@@ -77,8 +77,8 @@ def types_of(saved: Prompt | None, type_k: str | None, type_v: str | None) -> tu
 def cache_of(
     cache: dict, full: bool, saved: Prompt | None, *, n_gpu_layers, **options
 ) -> tuple[QFilterConfig | None, int | str]:
-    """The config from the options in `cache` (names of QFilterConfig), None for the full cache; and
-    the layers on the GPU that go with it. options: of `plan.make_plan`, for a max_length of auto."""
+    """(config, layers on the GPU). The config is made of the options in `cache` (names of
+    QFilterConfig), None for the full cache. options: of `plan.make_plan`, if max_length is auto."""
     if cache["max_length"] == "auto" and not full:
         n_gpu_layers = fill_memory(cache, n_gpu_layers=n_gpu_layers, **options)
     return bound(cache, full, saved), n_gpu_layers

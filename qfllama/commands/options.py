@@ -16,7 +16,7 @@ OUT_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 class ModelFile(click.Path):
-    """The file of a model, with the same words in every command if it isn't there."""
+    """The file of a model; if it isn't there, every command shows the same message."""
 
     def __init__(self):
         super().__init__(path_type=Path)
@@ -61,7 +61,7 @@ class CommaList(click.ParamType):
 
 
 class GpuLayers(click.ParamType):
-    """auto, all or a number of layers; all and -1 are -1."""
+    """auto, all or a number of layers; all becomes -1."""
 
     name = "auto|all|number"
 
@@ -115,7 +115,7 @@ def archive_of(archive: str | None, limit: int | None, recall: str | None) -> di
 
 
 class Finite(click.FloatRange):
-    """A number in a range; `nan` and `inf` are none."""
+    """A number in a range; `nan` and `inf` are refused."""
 
     def convert(self, value, param, ctx):
         number = super().convert(value, param, ctx)
@@ -164,7 +164,8 @@ SHARED = {
         {
             "type": click.IntRange(0, MAX_LENGTH),
             "default": 0,
-            "help": "Positions of a conversation.  [default: those the model was trained for]",
+            "help": "Most positions of a conversation.  [default: as many as the model was trained "
+            "for]",
         },
     ),
     "n-gpu-layers": (
@@ -190,23 +191,23 @@ SHARED = {
         ("--archive",),
         {
             "metavar": "ram|off|DIR",
-            "help": "Where evicted rows are kept, to come back: memory, nowhere, or a file in a "
-            "folder.  [default: ram]",
+            "help": "Where evicted rows are kept for recall: in memory, nowhere, or in a file in "
+            "this folder.  [default: ram]",
         },
     ),
     "archive-limit": (
         ("--archive-limit",),
         {
             "type": Size(),
-            "help": "Most of the archive, say 8GiB.  [default: half of what is free]",
+            "help": "Largest size of the archive, say 8GiB.  [default: half of what is free]",
         },
     ),
     "recall": (
         ("--recall",),
         {
             "type": click.Choice(("prompt", "always", "off")),
-            "help": "When rows come back that a question looks at: after a prompt was read, at "
-            f"evictions, too, or never.  [default: {QFilterConfig.recall}]",
+            "help": "When evicted rows that a question looks at come back: after a prompt, also at "
+            f"every eviction, or never.  [default: {QFilterConfig.recall}]",
         },
     ),
     "seed": (("--seed",), {"type": click.IntRange(0, 2**32 - 2)}),
@@ -224,8 +225,8 @@ SHARED = {
 
 
 def option(name: str, **changes):
-    """The option `--name` of a command; `changes`: what is another in this command, for a reason
-    that its help tells."""
+    """The option `--name` of a command. `changes` replace its attributes in this command, for a
+    reason that the help tells."""
     names, attributes = SHARED[name]
     return click.option(*names, **(attributes | changes))
 

@@ -22,16 +22,18 @@ if TYPE_CHECKING:
     "--memory",
     type=Size(),
     help="What weights, cache and buffers may take together, say 8GiB.  [default: what is free on "
-    "the GPU, else half of what is free on this machine]",
+    "the GPU, else half of this machine's free memory]",
 )
 @option("n-ctx")
-@option("max-length", help="Count the conversations that fit with so many cells.  [default: 4096]")
+@option(
+    "max-length", help="Count the conversations that fit with this many cells.  [default: 4096]"
+)
 @click.option(
     "--slots",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Count the cells for so many conversations at the same time.",
+    help="Count the cells for this many conversations at the same time.",
 )
 @option("type-k")
 @option("type-v")
@@ -65,7 +67,7 @@ def command(model, memory, n_ctx, max_length, slots, type_k, type_v, n_gpu_layer
 
 
 def figures(plan: Plan) -> dict:
-    """The plan as JSON has it; sizes in bytes, None for what is not known."""
+    """The plan for JSON; sizes in bytes, None for what is not known."""
     from qfllama.context import CACHE_TYPES
     from qfllama.layers import EVICTS, PAD
 

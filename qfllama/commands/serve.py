@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from qfllama.shape import ModelShape
 
 LARGEST_PROMPT_CACHE = 8192
-"""MiB of conversations that wait in host memory for a slot, at most: llama-server's own default."""
+"""Most MiB for conversations that wait in host memory for a slot: llama-server's own default."""
 CHECKPOINTS = 2
-"""Of each conversation, where there is no archive: each takes as much as the conversation's cells."""
+"""Checkpoints of a conversation without an archive; each takes as much as its cells."""
 MOST_POSITIONS = (1 << 31) - 1
-"""Of all conversations: llama-server's -c is an int32."""
+"""Most positions of all conversations together: llama-server's -c is an int32."""
 PAGE = Path(__file__).parents[1] / "serving" / "page"
 """Our own page, for a server that was built without upstream's."""
 
@@ -66,7 +66,7 @@ def check_state(path: Path, model: Path, settings: dict) -> None:
 
 
 def cache_arguments(config: QFilterConfig) -> list[str]:
-    """What llama-server is told about the bounded cache."""
+    """llama-server's arguments for the bounded cache."""
     from qfllama.archive import limit_bytes
 
     arguments = [
@@ -103,8 +103,8 @@ def summary(sizes: Sizes, n_slots: int, n_cells: int) -> str:
 
 
 def prompt_cache_mib() -> int:
-    """For conversations that wait for a slot: a quarter of what is free, and not more than
-    llama-server takes by itself."""
+    """MiB for conversations that wait for a slot: a quarter of free memory, at most llama-server's
+    own default."""
     from qfllama.machine import available_bytes
 
     free = available_bytes()
@@ -130,7 +130,7 @@ def check_address(host: str, port: int) -> None:
 
 
 def has_key(server_args: tuple[str, ...]) -> bool:
-    """Is llama-server told a key besides --api-key?"""
+    """Does llama-server get a key other than by our --api-key?"""
     return any(argument.startswith("--api-key") for argument in server_args) or any(
         os.environ.get(name) for name in ("LLAMA_API_KEY", "LLAMA_ARG_API_KEY_FILE")
     )
@@ -142,13 +142,13 @@ def check_trained(shape: ModelShape, n_ctx: int, server_args: tuple[str, ...]) -
     if 0 < shape.n_ctx_train < n_ctx and not any(key in argument for argument in server_args):
         raise QFilterError(
             f"--n-ctx {n_ctx}: llama-server goes up to the {shape.n_ctx_train:,} tokens that the model was "
-            "trained for; use that, or say that the model can do more: "
+            "trained for; use that, or declare that the model supports more: "
             f"`-- --override-kv {key}=int:{n_ctx}`"
         )
 
 
 def check_sizes(parallel: int, n_ctx: int, config: QFilterConfig | None, rpc: str | None) -> None:
-    """QFilterError for what the server would refuse in more words."""
+    """QFilterError for what the server would refuse with a longer message."""
     from llama_cpp._ggml import libggml_base_path
 
     if n_ctx * parallel > MOST_POSITIONS:
@@ -169,7 +169,7 @@ def check_sizes(parallel: int, n_ctx: int, config: QFilterConfig | None, rpc: st
 
 
 def run(command: list[str]) -> int:
-    """Become this program; where that can't be done, run it to its end."""
+    """Become this program; on Windows, run it to its end."""
     sys.stdout.flush()
     sys.stderr.flush()
     if os.name == "posix":

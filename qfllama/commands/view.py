@@ -24,14 +24,14 @@ def is_state(path: Path) -> bool:
 
 
 def sort_inputs(source: Path, model: Path | None, document: Path | None) -> tuple[Path, Path]:
-    """(the model, the state or the text that it shall show).
+    """(the model, the state or the text to show).
 
     Raises:
         QFilterError: one of them is missing, or there is one too many.
     """
     if model is None and is_state(source):
         raise QFilterError(
-            f"{source} has no words in it, only their numbers: give the model that read it, too, "
+            f"{source} has no words in it, only token numbers: also give the model that read it, "
             f"as in `qfllama view {source} MODEL.gguf`"
         )
     if model is None and document is None:
@@ -42,7 +42,7 @@ def sort_inputs(source: Path, model: Path | None, document: Path | None) -> tupl
 
 
 def check_outputs(model: Path, shown: Path, *outputs: Path | None, force: bool) -> None:
-    """QFilterError unless all files can be written, and none is read."""
+    """QFilterError unless all output files can be written and none of them is an input."""
     from qfllama.files import check_target
 
     for path in filter(None, outputs):
@@ -52,13 +52,13 @@ def check_outputs(model: Path, shown: Path, *outputs: Path | None, force: bool) 
 
 
 def fill(llm, *, state: Path | None, text: str | None, system: str | None, question: str | None):
-    """Put into the cache what a chat would have there before it answers; returns what each head had
-    before the question, None without one."""
+    """Fill the cache as a chat would before it answers; returns what each head had before the
+    question, or None without a question."""
     from qfllama.conversation import Conversation
     from qfllama.viewing.holding import kept
 
     if state is not None and question is None:
-        llm.load_prompt(state)  # also one that is no chat's
+        llm.load_prompt(state)  # also a state without a chat
         return None
     chat = Conversation(llm, system, text, state)
     if text is not None:
@@ -80,7 +80,7 @@ def fill(llm, *, state: Path | None, text: str | None, system: str | None, quest
 @click.argument("source", metavar="SOURCE", type=click.Path(path_type=Path))
 @click.argument("model", required=False, type=ModelFile())
 @click.option("--file", "document", type=IN_FILE, help="The text that SOURCE reads, UTF-8.")
-@click.option("--question", help="Ask this about it, and show what the cache holds then.")
+@click.option("--question", help="Ask this, and show what the cache holds after it.")
 @click.option("-o", "--output", required=True, type=OUT_FILE, metavar="OUT.html",
               help="The file to write.")  # fmt: skip
 @option("json", help="Write the same facts to this file, too.")
@@ -100,15 +100,15 @@ def command(
     source, model, document, question, output, json_file, max_length, window_length, sinks, policy,
     system, n_ctx, n_gpu_layers, n_threads, type_k, type_v, force, verbose,
 ):  # fmt: skip
-    """Draw which tokens a cache holds in which layers and heads, what is archived, what a question
-    brings back.
+    """Draw which tokens a cache holds in which layers and heads, what is archived, and what a
+    question brings back.
 
     \b
     qfllama view STATE MODEL -o view.html             a file of `qfllama compress`
     qfllama view MODEL --file TEXT -o view.html       a text that is read now
 
-    SOURCE is either a state or a model. A state needs the model that read it, for the words and
-    because the engine says what the state holds. OUT.html needs nothing but a browser.
+    SOURCE is either a state or a model. A state needs the model that read it: the model has the
+    words, and the engine reads what the state holds. OUT.html needs nothing but a browser.
     """
     text = read_document(document)
     with dies_of_ctrl_c():

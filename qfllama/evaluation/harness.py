@@ -7,8 +7,8 @@
     lm = BoundedLM("model-qf.gguf", QFilterConfig(max_length=1024))
     results = lm_eval.simple_evaluate(model=lm, tasks=["lambada_openai"])
 
-Every request starts with an empty cache. A prompt is read as `Llama` reads it: into cells that evict
-on the way; then its last tokens are the question of a recall, if the config recalls. To measure the
+Every request starts with an empty cache. A prompt is read as `Llama` reads it, with evictions on
+the way. Then its last tokens are the question of a recall, if the config recalls. To measure the
 whole cache, use a `max_length` that is as large as n_ctx.
 
 It needs the package `lm_eval`.
@@ -79,7 +79,7 @@ class BoundedLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without a context begins after."""
+        """The token before a text that has no context."""
         bos = self.model.token_bos()
         return self.eot_token_id if bos == -1 else bos
 

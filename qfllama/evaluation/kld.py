@@ -6,7 +6,7 @@ tokens over 150,000 words are 1.2 GB, in a file or in memory. The price is that 
 again for every TOGETHER caches.
 
 Rounding alone changes distributions, too: kernels add numbers in another order, and quantized weights
-make much of that. So the reference is also compared with itself, read a few tokens at a time
+amplify that. So the reference is also compared with itself, read a few tokens at a time
 (ROUNDING). A divergence of that size says nothing about a cache.
 """
 
@@ -107,8 +107,8 @@ class Beside:
         yield from context.outputs(tokens[context.n_past() : stop])
 
     def record(self) -> dict:
-        """Divergences of the distributions after all tokens but the last, and where the first
-        choice is another one."""
+        """Divergences of the distributions after all tokens but the last, and the positions where
+        the first choices differ."""
         same = np.concatenate(self._same)[:-1]
         return {
             "kld": [float(f"{value:.5g}") for value in np.concatenate(self._klds)[:-1]],
@@ -157,9 +157,9 @@ def records(pieces: list[list[int]], plan: Plan, results: Results) -> dict[Varia
 
 
 def rows(records: dict[Variant, list[dict]], model: Model, first: int) -> list[dict]:
-    """What the results say about every variant, in plain JSON values. The distributions after the
-    tokens at position `first` and later count; intervals are of texts drawn again, so a single text
-    has none, and the maximum has none at all."""
+    """What the results say about every variant, in plain JSON values. Only the distributions after
+    tokens at position `first` and later count. Intervals come from resampling whole texts: a single
+    text has none, and the maximum never has one."""
     return [_row(variant, mine, model, first) for variant, mine in records.items()]
 
 

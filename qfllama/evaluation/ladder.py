@@ -29,7 +29,7 @@ MIB = 1 << 20
 def caches(
     policy: str, ratios: list[float], types: list[str], stock_types: list[str]
 ) -> tuple[Variant, ...]:
-    """llama.cpp's own of every type, then ours, K and V of one type; first what rounding alone does."""
+    """Rounding alone, then llama.cpp's own caches, then ours; K and V are of the same type."""
     stock = [kld.FLOOR] + [Variant(FULL, types=(name, name)) for name in stock_types]
     ours = [Variant(policy, ratio, types=(name, name)) for name in types for ratio in ratios]
     return tuple(stock + ours)
@@ -47,7 +47,7 @@ def run(
 
     Args:
         pieces: texts for the divergence; documents: with needles.
-        recalls: are needles asked for without, with recall?
+        recalls: False: ask for needles without recall; True: with recall.
 
     Raises:
         QFilterError: a variant has too few cells.
@@ -92,7 +92,7 @@ def row(model: Model, variant: Variant, divergence: dict, needles: dict[str, dic
 
 
 def kind(variant: Variant, position: int) -> Kind:
-    """The cache of `qfllama bench` that a variant is at a position.
+    """The cache of `qfllama bench` that is the same as a variant at a position.
 
     Raises:
         QFilterError: it is too small for the default window and interval.

@@ -21,7 +21,7 @@ KEY = ("text", "length", "policy", "ratio", "max_length")
 
 
 def texts(model: Model, text: Text, count: int, length: int) -> list[list[int]]:
-    """`count` pieces of `length` tokens each, from the start of the text, none of them twice.
+    """`count` pieces of `length` tokens each, from the start of the text, without overlap.
 
     Raises:
         QFilterError: the text is too short.
@@ -29,7 +29,7 @@ def texts(model: Model, text: Text, count: int, length: int) -> list[list[int]]:
     start, size = model.tokens("", start=True), length - len(model.tokens("", start=True))
     tokens: list[int] = []
     lines = text.text.splitlines(keepends=True)
-    # not all of a long text; several lines at once, words across lines are rare
+    # stop early in a long text; 100 lines at once: tokens across lines are rare
     for i in range(0, len(lines), 100):
         tokens += model.tokens("".join(lines[i : i + 100]))
         if len(tokens) >= count * size:
@@ -50,7 +50,7 @@ class Losses:
         self.nll = np.zeros(len(tokens))
 
     def read(self, context: Context, part: list[int]) -> None:
-        """Read tokens; the last of a text has no next one to tell."""
+        """Read tokens; the last token of a text has no next one to predict."""
         end = context.n_past()
         for logits in context.outputs(part):
             n = len(logits)
@@ -125,9 +125,9 @@ def records(pieces: list[list[int]], plan: Plan, results: Results) -> dict[Varia
 
 
 def rows(records: dict[Variant, list[dict]]) -> list[dict]:
-    """What the results say about every variant, in plain JSON values. Where the full cache was
-    measured too, `above_full` is the mean loss above that on the same texts, with an interval that
-    is much smaller than those of the losses: some texts are harder than others, for all."""
+    """What the results say about every variant, in plain JSON values. If the full cache was
+    measured too, `above_full` is the mean loss above it on the same texts. Its interval is much
+    smaller than those of the losses: a hard text is hard for all variants."""
     full = next((mine for variant, mine in records.items() if variant.policy == "full"), None)
     return [_row(variant, mine, full) for variant, mine in records.items()]
 
@@ -161,7 +161,7 @@ def _by_position(records: list[dict]) -> list[float]:
     sums = np.sum([record["buckets"] for record in records], axis=0)
     length = records[0]["length"]
     counts = np.array([min(BUCKET, length - i) for i in range(0, length, BUCKET)])
-    counts[0] -= 1  # nothing tells the first token
+    counts[0] -= 1  # nothing predicts the first token
     means = sums / np.maximum(counts, 1) / len(records)
     return [round(float(value), 4) for value in np.exp(means)]
 

@@ -32,7 +32,7 @@ MARK = "-the question-"
 PLAIN = "\n\nQuestion: {}\nAnswer:"
 """What follows the document where no chat template is used."""
 SHAPE = '{"document": FILE, "question": TEXT, "answers": [TEXT, ...]}'
-"""Of a line of a file with questions."""
+"""What a line in a file with questions looks like."""
 
 # -- files
 
@@ -54,7 +54,7 @@ def read(path: Path) -> list[Source]:
     """The documents that a JSONL file has questions about, in the order of their first one.
 
     Raises:
-        QFilterError: which line is wrong and why, or that a document is none.
+        QFilterError: a line is wrong (the message says which and why), or a document is missing.
     """
     by_name: dict[str, list[dict]] = {}
     texts: dict[str, str] = {}
@@ -68,8 +68,8 @@ def read(path: Path) -> list[Source]:
             file = path.parent / name
             if not file.is_file():
                 raise QFilterError(
-                    f"{where}: there is no document {file}: give its path from the folder of "
-                    f"{path.name} on"
+                    f"{where}: there is no document {file}: give its path relative to the folder "
+                    f"of {path.name}"
                 )
             texts[name] = read_text(file).text
         by_name.setdefault(name, []).append(value)
@@ -115,7 +115,7 @@ class Asked(Question):
     """A question as tokens.
 
     ids: from the end of the document to where the answer begins
-    before, right: the same and the first of the answers, as they are in one text
+    before, right: the question and its first answer, as tokens of one text
     """
 
     ids: list[int]
@@ -149,8 +149,8 @@ def documents(
         names: of the documents that are wanted; None for all.
 
     Raises:
-        QFilterError: there is no document of a name, no chat template, one that can't be used, or a
-            document is longer than what the model was trained for.
+        QFilterError: there is no document of a name, the chat template is missing or can't be used,
+            or a document is longer than what the model was trained for.
     """
     known = [source.name for source in sources]
     if unknown := [name for name in names or () if name not in known]:
@@ -173,7 +173,7 @@ def documents(
 
 
 Ends = Callable[[str], tuple[str, str]]
-"""Makes of a document the text up to its end, and what follows, with MARK for the question."""
+"""From a document: the text up to its end, and what follows, with MARK for the question."""
 
 
 def _plain_ends(document: str) -> tuple[str, str]:
@@ -210,7 +210,7 @@ def _document(model: Model, source: Source, number: int, ends: Ends, plain: bool
     before, after = ends(source.text)
     wholes = [before + after.replace(MARK, line["question"].strip()) for line in source.lines]
     asked = [tokens(whole) for whole in wholes]
-    # where the last token of the document goes on into the question, that is where it is read
+    # a token that reaches from the document into the question is read with the question
     ids = os.path.commonprefix([tokens(before), *asked])
     questions = []
     for line, whole, all_ids in zip(source.lines, wholes, asked, strict=True):
@@ -231,7 +231,7 @@ def _document(model: Model, source: Source, number: int, ends: Ends, plain: bool
 
 
 def asking(plain: bool, max_tokens: int) -> Asking:
-    """Answers of at most max_tokens; without a chat template their first line."""
+    """Asks for answers of at most max_tokens; with `plain` only their first line counts."""
 
     def line_ends(text: str) -> bool:
         return "\n" in text.lstrip()

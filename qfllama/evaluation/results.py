@@ -12,7 +12,7 @@ import numpy as np
 from qfllama.config import QFilterError
 
 Z = 1.959963984540054
-"""Of a normal distribution, for 95 %."""
+"""Standard deviations around the mean that hold 95 % of a normal distribution."""
 RESAMPLES = 2000
 
 
@@ -38,7 +38,7 @@ class Results:
 
     def _read(self, path: Path, settings: dict) -> None:
         data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1  # a line that was being written when the run ended is no line
+        whole = data.rfind(b"\n") + 1  # without a last line that was not finished
         try:
             first, *rest = [json.loads(line) for line in data[:whole].splitlines()]
             theirs = first["qfllama_eval"]
@@ -89,7 +89,7 @@ class Results:
 
 
 def _values(theirs, ours) -> str:
-    """The two values where they are short enough to read."""
+    """The two values, if they are short enough to read."""
     both = f" ({theirs}, here {ours})"
     return both if len(both) <= 60 else ""
 
@@ -107,7 +107,7 @@ def grouped(records: list[dict], by: Callable[[dict], Hashable]) -> dict[Hashabl
 
 def right_and_loss(records: list[dict], document: Callable[[dict], Hashable]) -> dict:
     """Count, share of `right` and means of `nll` and `cells` of answers, with confidence intervals of
-    95 %; that of the loss is of documents drawn again."""
+    95 %; the interval of the loss comes from resampling whole documents."""
     n, n_right = len(records), sum(record["right"] for record in records)
     losses = [[record["nll"] for record in mine] for mine in grouped(records, document).values()]
     return {
@@ -131,8 +131,8 @@ def wilson(n_right: float, n: int) -> tuple[float, float]:
 
 
 def bootstrap(groups: list[list[float]]) -> tuple[float, float]:
-    """95 % confidence interval of the mean of all values, whole groups drawn again: questions about
-    one document, or tokens of one text, are not independent."""
+    """95 % confidence interval of the mean of all values. Whole groups are resampled, because
+    questions about one document, or tokens of one text, are not independent."""
     sums = np.array([np.sum(group) for group in groups])
     sizes = np.array([len(group) for group in groups])
     drawn = _draws(len(groups))
@@ -142,7 +142,7 @@ def bootstrap(groups: list[list[float]]) -> tuple[float, float]:
 
 
 def bootstrap_percentiles(groups: np.ndarray, percents: list[float]) -> np.ndarray:
-    """The same of percentiles of all values: groups [n, values of each] -> float64 [percents, 2]."""
+    """The same for percentiles: groups [n, values of each] -> float64 [percents, 2]."""
     found = [
         np.percentile(groups[drawn].reshape(len(drawn), -1), percents, axis=1)
         for drawn in np.array_split(_draws(len(groups)), 20)  # not all copies at once

@@ -97,7 +97,7 @@ def single(material, rng, length, which) -> Made:
 
 
 def multikey(material, rng, length, which) -> Made:
-    """Needles for several keys, one of them asked for; every one in its turn."""
+    """Needles for several keys, each asked for on its own."""
     pairs = _pairs(rng, KEYS)
     text = _hidden(material, rng, length, which, pairs)
     return text, [_ask_one(*pair) for pair in pairs]
@@ -247,7 +247,7 @@ def qa(material, rng, length, which) -> Made:
         rng = random.Random(seed)
         names = [(first, last) for first in FIRST for last in LAST]
         rng.shuffle(names)
-        # more of them than there are names: of a long text the last ones have a middle initial
+        # a long text has more people than there are names: the last ones get a middle initial
         people = [_person(rng, *names[i % len(names)], i // len(names)) for i in range(n_passages)]
         passages = [
             f"Passage {i}: {PASSAGE.format(**person)}" for i, person in enumerate(people, 1)
@@ -306,8 +306,8 @@ TASKS = {
 
 
 def string_match(mark: Mark, question: Question) -> dict:
-    """The share of the answers that are found in what the model writes, case ignored. A model that
-    would write the answer as it is given needn't write it."""
+    """The share of the answers that are found in what the model writes, case ignored. If every
+    token of the answer is the model's first choice, nothing is generated."""
     result = answer_likelihood(mark, question)
     text = question.answer
     if not result["right"]:
@@ -326,7 +326,7 @@ def found(text: str, question: Question) -> float:
 
 
 def writing(model: Model, question: Question) -> int:
-    """Tokens that a model may write: twice those of the right answer, and some."""
+    """Tokens that a model may write: twice those of the right answer, and 8."""
     return 2 * len(model.tokens(question.answer)) + 8
 
 

@@ -3,8 +3,8 @@
     prefill   the whole document is read into a full cache, then compressed once
     stream    the document is read into a small cache that evicts on the way
 
-What is the same for all policies is done once: up to the position where the first one is dropped,
-a document is read in one context, whose state then goes to all others.
+What is the same for all policies is done once: one context reads a document up to the first
+eviction, and its state then goes to all others.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from qfllama.progress import progress
 from qfllama.state import cells_wanted
 
 BATCH = 512
-"""Tokens of a batch where nothing is evicted meanwhile."""
+"""Tokens of a batch while nothing is evicted."""
 FULL = "full"
-"""Beside the policies: nothing is dropped."""
+"""In place of a policy: nothing is evicted."""
 REPLAY = "replay"
-"""The same: the document is read a second time, which says what is kept."""
+"""In place of a policy: a second reading of the document decides what is kept."""
 SETTINGS = ("prefill", "stream")
 KEY = ("task", "length", "document", "question", "policy", "ratio", "max_length", "recall")
 """What tells results of questions apart."""
@@ -39,8 +39,12 @@ WINDOW = 64
 
 @dataclass(frozen=True)
 class Variant:
-    """A policy and how much it keeps: one of `ratio` and `max_length`, neither for FULL; whether what
-    a question looks at comes back from the archive; and the types of K and V, None: the plan's."""
+    """A policy and how much it keeps.
+
+    ratio, max_length: one of them; neither for FULL
+    recall: do rows that a question looks at come back from the archive?
+    types: of K and V; None: those of the plan
+    """
 
     policy: str
     ratio: float | None = None
@@ -164,7 +168,7 @@ class Plan:
             ) from None
 
     def shared(self, variant: Variant, n_tokens: int) -> int:
-        """Tokens of a document up to which nothing is dropped."""
+        """Tokens of a document that are read before anything is evicted."""
         return variant.cells(n_tokens) if self.setting == "stream" else n_tokens
 
 
@@ -176,11 +180,11 @@ def forks(
     extra: int,
     read: Callable[[Context, list[int]], None],
 ) -> Iterator[tuple[Variant, Context]]:
-    """A context of every variant, with the tokens read that all of them share.
+    """Yields a context for every variant, in which the tokens before its first eviction are read.
 
     Args:
-        extra: tokens that will be read after these.
-        read: reads tokens in a context; called for what is shared.
+        extra: tokens that will be read after `tokens`.
+        read: reads tokens in a context; called for the tokens that variants share.
     """
     stops: dict[int, list[Variant]] = {}
     for variant in todo:
@@ -201,8 +205,8 @@ def forks(
 # -- questions
 
 Ask = Callable[[Mark, Question], dict]
-"""Asks a question after a mark and says how the answer was, in values for the result; leaves the
-context where it ended."""
+"""Asks a question after a mark; returns values about the answer, for the result. It does not go
+back to the mark."""
 
 
 @dataclass(frozen=True)
@@ -214,14 +218,14 @@ class Asking:
 
 
 def split(model: Model, question: Question) -> tuple[list[int], list[int]]:
-    """Tokens of question and answer, as they are when both are one text: some tokenizers begin
-    every text with a space. Those that are only white space and begin the answer (of models that
-    write digits one by one) count as the question's."""
+    """Tokens of question and answer, made from both as one text: some tokenizers begin every text
+    with a space. Tokens of white space at the start of the answer (in models that write digits one
+    by one) count as part of the question."""
     return cut(model, model.tokens(question.text), model.tokens(question.text + question.answer))
 
 
 def cut(model: Model, asked: list[int], both: list[int]) -> tuple[list[int], list[int]]:
-    """The same of the tokens of a question and of question and answer."""
+    """The same, from the tokens of the question and those of question and answer."""
     n = len(os.path.commonprefix([asked, both]))
     asked, answer = both[:n], both[n:]
     while len(answer) > 1 and not model.text(answer[:1]).strip():

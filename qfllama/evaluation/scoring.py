@@ -1,4 +1,4 @@
-"""What a context makes of the right answer, and what it answers itself."""
+"""How likely the right answer is in a context, and what the model answers itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROWS = 64
 
 
 class Mark:
-    """A place in what a context has read, to come `back` to from at most n_tokens later."""
+    """A position in a context, to go `back` to after reading at most n_tokens more."""
 
     def __init__(self, context: Context, n_tokens: int):
         self.context = context
@@ -42,9 +42,9 @@ class Mark:
 
 @dataclass(frozen=True)
 class Score:
-    """The answer read token by token, whatever the model would have said instead.
+    """How likely an answer was, read token by token whatever the model would have written.
 
-    nll: negative log likelihood of its tokens in nats, the mean
+    nll: mean negative log likelihood of its tokens in nats
     n_right: tokens that are the model's first choice
     """
 
@@ -107,7 +107,7 @@ def _softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score(context: Context, question: list[int], answer: list[int]) -> Score:
-    """Read question and answer; how likely each token of the answer was."""
+    """Read question and answer; returns how likely the answer was."""
     losses, n_right, done = [], 0, 0
     for logits in answers(context, question, answer[:-1]):
         targets = answer[done : done + len(logits)]
@@ -118,12 +118,12 @@ def score(context: Context, question: list[int], answer: list[int]) -> Score:
 
 
 def answers(context: Context, question: list[int], more: list[int]) -> Iterator[np.ndarray]:
-    """The logits after the question, and after each of `more`: float32 [n, n_vocab], several times.
-    The rows that the question looks at are there, if the context's config recalls."""
+    """Yields the logits after the question and after each of `more`, as float32 [n, n_vocab]. Rows
+    that the question looks at come back first, if the context's config recalls."""
     if not context.may_recall(len(question)):
         yield from context.outputs(question + more, len(question) - 1)
         return
-    # what was compressed stays as small as it is
+    # a compressed cache stays as small as it is
     n_rows = context.used() if context.used() < context.config.n_keep else 0
     context.read_question(question, n_rows=n_rows)
     yield context.logits()[None]

@@ -1,4 +1,4 @@
-"""What a cache takes, by calculation: nothing is allocated for it."""
+"""The size of a cache, by calculation: nothing is allocated."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qfllama.engine import Model
 
 VERSION = 1
-"""Goes up when documents or questions change: results of others don't count any more."""
+"""Goes up when documents or questions change: results of other versions don't count any more."""
 
 Count = Callable[[str], int]
 """Tokens of a text."""
@@ -32,7 +32,7 @@ class Question:
 
     text: ends where the model goes on
     answers: all of them make the answer, in this order
-    labels: plain JSON values that go into the result, say at which depth the answer is
+    labels: plain JSON values that go into the result, such as the depth of the answer
     """
 
     text: str
@@ -48,7 +48,7 @@ class Question:
 class Document:
     """A text to read once, and questions that are asked one by one, each right after it.
 
-    length: tokens that it shall have; it has at most a few more or less
+    length: wanted number of tokens; it has at most a few more or less
     number: which one of this task and length
     """
 
@@ -108,8 +108,8 @@ def read_text(path: Path | None) -> Text:
 
 @functools.cache
 def builtin() -> Text:
-    """English prose that every Python carries: what its library says about itself. Another one than
-    that which `qfllama convert` calibrates on, so that filters aren't measured on their own text.
+    """English prose that every Python carries: the docstrings of its library. `qfllama convert`
+    calibrates on another text, so that filters aren't measured on their own.
     """
     library = Path(sysconfig.get_path("stdlib"))
     paragraphs = prose(sorted(library.glob("*.py")))
@@ -137,7 +137,7 @@ def _docstrings(path: Path) -> list[str]:
 
 
 def _is_prose(paragraph: str) -> bool:
-    """False for what is short, or full of signs: code, tables, lists of arguments."""
+    """False for a short paragraph, or one full of signs: code, tables, lists of arguments."""
     letters = sum(c.isalpha() or c.isspace() for c in paragraph)
     return len(paragraph.split()) >= 15 and letters >= 0.9 * len(paragraph)
 
@@ -145,7 +145,7 @@ def _is_prose(paragraph: str) -> bool:
 # -- haystacks
 
 MISSES = 20
-"""So many sentences that are longer than what is left: it is full."""
+"""A text is full after this many sentences that no longer fit."""
 
 
 class Haystack:
@@ -162,8 +162,8 @@ class Haystack:
         return self._n_tokens[i]
 
     def cut(self, rng: random.Random, n_tokens: int) -> tuple[list[str], list[int]]:
-        """Sentences of n_tokens together, or just below, and how many tokens each of them has. Some
-        that don't fit at the end are passed over; after the end of the text comes its start."""
+        """Sentences of n_tokens together, or slightly fewer, and how many tokens each has. A
+        sentence that no longer fits is skipped; after the end of the text comes its start."""
         sentences, sizes, left, misses = [], [], n_tokens, 0
         i = rng.randrange(len(self._sentences))
         while misses < MISSES:
@@ -208,8 +208,8 @@ def generator(seed: int, *what) -> random.Random:
 
 
 def depths(number: int, count: int) -> list[float]:
-    """Where the needles of document `number` are: one in each of `count` equal parts, at another
-    place in each document, evenly spread over many (by the golden ratio)."""
+    """The depths of the needles of document `number`: one in each of `count` equal parts. The place
+    in the part differs between documents, and is spread evenly over many (by the golden ratio)."""
     offset = number * 0.6180339887498949 % 1
     return [(i + offset) / count for i in range(count)]
 

@@ -19,7 +19,7 @@ class Holding:
 
     Attributes:
         config: of the cache.
-        texts: the text of each token. A character in several tokens counts for the last of them.
+        texts: the text of each token. A character made of several tokens is in the last of them.
         heads: (layer, KV head) of each row of `kept`, for all layers that evict.
         kept: bool [heads, n]: does the head hold this position in a cell?
         archived: bool [n]: does the archive have a copy of this position, for all heads?
