@@ -383,8 +383,8 @@ def ask_for_words(llm, token: int, seq: int = 0) -> set:
 @pytest.mark.parametrize("how", ["read", "restored", "copied", "rewound"])
 def test_what_is_around_a_word_of_the_question_comes_back(open_cache, how):
     """Random weights look anywhere, so this is up to the tokens that the archive knows."""
-    tokens = np.random.default_rng(0).integers(260, 380, 700).tolist()
-    for at, word in PLACES.items():
+    places, tokens = dict(PLACES), np.random.default_rng(0).integers(260, 380, 700).tolist()
+    for at, word in places.items():
         tokens[at] = word
     sizes = {"max_length": 192, "interval": 32}  # room for more than what is looked at most
     llm = open_cache(n_seq=2, sizes=sizes)
@@ -395,13 +395,25 @@ def test_what_is_around_a_word_of_the_question_comes_back(open_cache, how):
         seq = 1
         llm.kv_cache_seq_cp(0, 1, -1, -1)
     elif how == "rewound":
-        assert llm.kv_cache_seq_rm(0, 520, -1)
-        llm.read(tokens[520:])
+        assert llm.kv_cache_seq_rm(0, 420, -1)
+        places[450] = 203
+        llm.read([*tokens[420:450], places[450], *tokens[451:]])
     elif how == "restored":
         llm = open_cache(sizes=sizes)
         assert llm.restore(state) and llm.restore_archive(archive)
-    for at, word in PLACES.items():
+    for at, word in places.items():
         assert {*range(at - 8, at + 8)} <= ask_for_words(llm, word, seq)
+
+
+def test_tokens_that_were_removed_are_not_saved(open_cache):
+    """An archive goes where its sequence fits, however far it went before."""
+    llm = open_cache()
+    llm.read(some(700))
+    assert llm.kv_cache_seq_rm(0, 300, -1)
+    state, archive = llm.state(), llm.archive_state()
+    other = open_cache(n_ctx=400)
+    assert other.restore(state) and other.restore_archive(archive)
+    assert other.archive_state() == archive
 
 
 def test_a_recall_needs_an_archive(open_cache):

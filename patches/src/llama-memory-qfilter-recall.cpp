@@ -441,7 +441,7 @@ int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
     const uint32_t n_newest = std::min({ n_window, LLAMA_QFILTER_RECALL_NEWEST, (n_rows - n_sink)/4 });
 
     // if some evicted rows are not in the archive, half of the rows are left for those that the cells still have
-    const bool     is_whole = !st.incomplete && st.archive.pos_min == 0;
+    const bool     is_whole = archives() && !st.incomplete && st.archive.pos_min == 0;
     const uint32_t n_choose = is_whole ? n_rows : std::max(n_sink + n_newest, n_rows/2);
     const uint32_t n_least  = std::min(n_choose, n_sink + n_newest + std::max(n_rows/4, LLAMA_QFILTER_RECALL_LEAST));
 
@@ -479,7 +479,8 @@ int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
                filled == LLAMA_QFILTER_ABORTED ? refuse("aborted") : filled;
     }
 
-    streams[seq_id].recalled = std::move(recalled);
+    st.incomplete = st.incomplete || !archives();
+    st.recalled   = std::move(recalled);
 
     stats.n_recalls   += 1;
     stats.t_recall_us += ggml_time_us() - t_start;

@@ -9,6 +9,7 @@
 #include "llama-memory-recurrent.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -237,12 +238,13 @@ size_t llama_memory_qfilter::archive_write(llama_seq_id seq_id, uint8_t * dst, s
     const auto pos = st.archive.positions(0, std::numeric_limits<llama_pos>::max());
 
     const size_t n_bytes_row = archive_row_size();
+    const size_t n_tokens    = std::min<size_t>(st.archive.tokens.size(), kv.seq_pos_max(seq_id) + 1); // others were removed
 
     const llama_qfilter_archive_head head = {
-        LLAMA_QFILTER_ARCHIVE_MAGIC, LLAMA_QFILTER_ARCHIVE_VERSION, n_bytes_row, (uint64_t) pos.size(), (uint64_t) st.archive.tokens.size(),
+        LLAMA_QFILTER_ARCHIVE_MAGIC, LLAMA_QFILTER_ARCHIVE_VERSION, n_bytes_row, (uint64_t) pos.size(), (uint64_t) n_tokens,
         st.archive.pos_min, st.incomplete };
 
-    const size_t n_bytes = sizeof(head) + pos.size()*(sizeof(llama_pos) + n_bytes_row) + st.archive.tokens.size()*sizeof(llama_token);
+    const size_t n_bytes = sizeof(head) + pos.size()*(sizeof(llama_pos) + n_bytes_row) + n_tokens*sizeof(llama_token);
 
     if (!dst || size < n_bytes) {
         return n_bytes;
@@ -257,8 +259,8 @@ size_t llama_memory_qfilter::archive_write(llama_seq_id seq_id, uint8_t * dst, s
     if (!pos.empty()) {
         put(pos.data(), pos.size()*sizeof(llama_pos));
     }
-    if (!st.archive.tokens.empty()) {
-        put(st.archive.tokens.data(), st.archive.tokens.size()*sizeof(llama_token));
+    if (n_tokens > 0) {
+        put(st.archive.tokens.data(), n_tokens*sizeof(llama_token));
     }
 
     llama_qfilter_archive_each(pos, store_layers, [&](llama_pos p, size_t n, size_t offset, size_t n_bytes_row) {
@@ -280,18 +282,26 @@ void llama_memory_qfilter::archive_read(llama_seq_id seq_id, const uint8_t * src
 
     llama_qfilter_archive_head head;
 
+    const size_t n_bytes_version = offsetof(llama_qfilter_archive_head, n_bytes_row);
+
+    if (size >= n_bytes_version) {
+        memcpy(&head, src, n_bytes_version);
+
+        if (head.magic != LLAMA_QFILTER_ARCHIVE_MAGIC || head.version != LLAMA_QFILTER_ARCHIVE_VERSION) {
+            throw std::runtime_error("this is no archive, or one of another version");
+        }
+    }
     if (size < sizeof(head)) {
         throw std::runtime_error("the archive is damaged: it ends too early");
     }
     memcpy(&head, src, sizeof(head));
 
-    if (head.magic != LLAMA_QFILTER_ARCHIVE_MAGIC || head.version != LLAMA_QFILTER_ARCHIVE_VERSION) {
-        throw std::runtime_error("this is no archive, or one of another version");
-    }
     if (head.n_bytes_row != n_bytes_row) {
         throw std::runtime_error("the archive was saved by another model, or with another cache type");
     }
-    if (head.n > size/n_bytes_row || head.n_tokens > n_ctx_seq ||
+    const llama_pos pos_max = kv.seq_pos_max(seq_id);
+
+    if (head.n > size/n_bytes_row || head.n_tokens > (uint64_t) pos_max + 1 ||
             size != sizeof(head) + head.n*(sizeof(llama_pos) + n_bytes_row) + head.n_tokens*sizeof(llama_token)) {
         throw std::runtime_error("the archive is damaged: it has another size");
     }
@@ -300,8 +310,6 @@ void llama_memory_qfilter::archive_read(llama_seq_id seq_id, const uint8_t * src
     if (!pos.empty()) {
         memcpy(pos.data(), src + sizeof(head), pos.size()*sizeof(llama_pos));
     }
-
-    const llama_pos pos_max = kv.seq_pos_max(seq_id);
 
     for (size_t i = 0; i < pos.size(); ++i) {
         if (pos[i] <= (i == 0 ? -1 : pos[i - 1]) || pos[i] > pos_max) {

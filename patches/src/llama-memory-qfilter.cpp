@@ -290,7 +290,7 @@ llama_memory_context_ptr llama_memory_qfilter::init_batch(llama_batch_allocr & b
             note_tokens(balloc.get_batch());
         }
     } catch (const std::exception & err) {
-        llama_qfilter_note_error(err.what()); // before any row has moved
+        llama_qfilter_note_error(err.what());
         error = LLAMA_QFILTER_NO_MEM;
     }
 

@@ -5,7 +5,6 @@
 #include "llama-vocab.h"
 
 #include <algorithm>
-#include <cctype>
 #include <cmath>
 #include <string>
 #include <unordered_map>
@@ -14,17 +13,22 @@
 static std::string llama_qfilter_word(const llama_vocab & vocab, llama_token id) {
     std::string res;
 
-    if (vocab.get_type() == LLAMA_VOCAB_TYPE_NONE || id < 0 || id >= (llama_token) vocab.n_tokens() || vocab.is_control(id)) {
+    if (vocab.get_type() == LLAMA_VOCAB_TYPE_NONE || id < 0 || id >= (llama_token) vocab.n_tokens() ||
+            vocab.is_control(id) || vocab.is_unknown(id)) {
         return res;
     }
 
     bool has_letters = false;
 
+    // of ASCII only, whatever the locale is: other letters have more than one byte
     for (const unsigned char c : vocab.token_to_piece(id)) {
-        if (!std::isspace(c)) {
-            res += std::tolower(c);
+        const bool is_space = c == ' ' || (c >= '\t' && c <= '\r');
+        const bool is_upper = c >= 'A' && c <= 'Z';
+
+        if (!is_space) {
+            res += is_upper ? c - 'A' + 'a' : c;
         }
-        has_letters = has_letters || c >= 0x80 || std::isalnum(c);
+        has_letters = has_letters || is_upper || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c >= 0x80;
     }
 
     return has_letters ? res : "";
