@@ -2,6 +2,15 @@
 
     python docs/record.py docs/chat.gif --say "How large is ...?" --say "..." -- qfllama chat ...
 
+docs/chat.gif was made where qwen-qf.gguf and benchmarks/questions/inquiry.txt lie, on one CPU, by
+
+    taskset -c 1 python record.py chat.gif --longest 8 \\
+        --say "What was the name of the farm that was pulled down because it lay in the area flooded by
+               the reservoir?" \\
+        --say "What fee did Mr. Lascelby accept for designing the dam and supervising its construction?" \\
+        --say "At which hotel was Mr. Loxley having dinner on the evening before the dam failed?" \\
+        -- qfllama chat qwen-qf.gguf --file inquiry.txt --max-length 4096 --temperature 0
+
 The command runs in a pseudo terminal. Each --say is typed when the command waits behind its prompt;
 after the last answer the input ends. What takes longer than --longest seconds is played faster, and
 the title bar says how much. Needs `pip install pyte pillow matplotlib` (for matplotlib's font).
