@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 
 // a row that is looked at brings neighbours along: an eighth of the rows that fit, between these limits, after it, and a third
@@ -331,17 +332,14 @@ llama_qfilter_result llama_memory_qfilter::choose(
         }
     }
 
-    std::vector<uint32_t> order(n);
-    for (size_t i = 0; i < n; ++i) {
-        order[i] = i;
-    }
-
-    const auto looked_at_more = [&](uint32_t a, uint32_t b) { return score[a] > score[b] || (score[a] == score[b] && a > b); };
+    std::vector<uint32_t> by_looks(n);
+    std::iota(by_looks.begin(), by_looks.end(), 0);
+    std::sort(by_looks.begin(), by_looks.end(), [&](uint32_t a, uint32_t b) { return score[a] > score[b] || (score[a] == score[b] && a > b); });
 
     std::vector<bool> chosen(n);
 
-    // takes wanted rows in the current order, until rows has n_max entries
-    const auto take = [&](size_t n_max, const std::function<bool(uint32_t)> & is_wanted) {
+    // takes wanted rows in an order, until rows has n_max entries
+    const auto take = [&](const std::vector<uint32_t> & order, size_t n_max, const std::function<bool(uint32_t)> & is_wanted) {
         for (size_t j = 0; j < n && rows.size() < n_max; ++j) {
             const uint32_t i = order[j];
 
@@ -352,8 +350,7 @@ llama_qfilter_result llama_memory_qfilter::choose(
         }
     };
 
-    std::sort(order.begin(), order.end(), looked_at_more);
-    take(n_least, [](uint32_t) { return true; });
+    take(by_looks, n_least, [](uint32_t) { return true; });
 
     // around the question's words
     std::vector<llama_token> tokens(n);
@@ -374,11 +371,11 @@ llama_qfilter_result llama_memory_qfilter::choose(
         worth_max = std::max(worth_max, worth[i]);
     }
 
-    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return worth[a] > worth[b] || (worth[a] == worth[b] && looked_at_more(a, b)); });
-    take(std::min<size_t>(n_rows, rows.size() + n_rows/2), [&](uint32_t i) { return worth[i] > 0.0f && worth[i] >= LLAMA_QFILTER_RECALL_NEAR*worth_max; });
+    auto by_words = by_looks; // equal ones stay in this order
+    std::stable_sort(by_words.begin(), by_words.end(), [&](uint32_t a, uint32_t b) { return worth[a] > worth[b]; });
+    take(by_words, std::min<size_t>(n_rows, rows.size() + n_rows/2), [&](uint32_t i) { return worth[i] > 0.0f && worth[i] >= LLAMA_QFILTER_RECALL_NEAR*worth_max; });
 
-    std::sort(order.begin(), order.end(), looked_at_more);
-    take(n_rows, [&](uint32_t i) { return share[i] >= LLAMA_QFILTER_RECALL_SHARE; });
+    take(by_looks, n_rows, [&](uint32_t i) { return share[i] >= LLAMA_QFILTER_RECALL_SHARE; });
 
     std::sort(rows.begin(), rows.end());
 
