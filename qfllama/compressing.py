@@ -43,7 +43,7 @@ class Compressing(llama_cpp.Llama):
 
         This is the paper's setting: the whole prompt is read at full size, then compressed once.
         The cache must hold the whole prompt, and the window should be small (without a
-        `window_length` in the config it is a quarter of the cells that are left)::
+        `window_length` in the config it is an eighth of the cells that are left)::
 
             config = QFilterConfig(max_length=32768, window_length=64)
             llm = Llama("model-qf.gguf", n_ctx=32768, qfilters=config)
@@ -68,7 +68,7 @@ class Compressing(llama_cpp.Llama):
 
         Raises:
             QFilterError: no bounded cache, not exactly one of ratio and max_length, fewer cells
-                than sinks and window take, or no room for a replay.
+                than sinks (or `keep_first`) and window take, or no room for a replay.
             RuntimeError: the engine failed; what it lost doesn't count as read any more.
         """
         self._need_bound()
@@ -83,7 +83,7 @@ class Compressing(llama_cpp.Llama):
         least = next(n for n in itertools.count(1) if n >= self._always_kept(n))
         if wanted < least:
             raise QFilterError(
-                f"{wanted} cells can't hold {config.sinks} sinks and a window of "
+                f"{wanted} cells can't hold the first {self._first()} positions and a window of "
                 f"{config.window_of(wanted)}: use a max_length >= {least} (of {before} cells a ratio "
                 f"<= {math.floor(10 * before / least) / 10:g}), or a smaller window_length"
             )
@@ -115,5 +115,9 @@ class Compressing(llama_cpp.Llama):
         return found
 
     def _always_kept(self, n_cells: int) -> int:
-        """Cells of sinks and window when the cache is compressed to n_cells."""
-        return self.qfilter_config.sinks + max(1, self.qfilter_config.window_of(n_cells))
+        """Cells of what always stays when the cache is compressed to n_cells."""
+        return self._first() + max(1, self.qfilter_config.window_of(n_cells))
+
+    def _first(self) -> int:
+        """How many of the first positions always stay."""
+        return self._ctx.seq_stats().n_first

@@ -8,6 +8,7 @@ from qfllama.policies import CALIBRATED  # noqa: F401
 from qfllama.policies import NAMES as POLICIES
 
 MIN_INTERVAL, MAX_INTERVAL = 64, 512
+MAX_WINDOW = 512
 MAX_LENGTH = 1 << 30  # cells and positions are 32-bit numbers
 MAX_SEED = (1 << 32) - 1
 OPTIONAL = ("window_length", "interval", "archive_limit")
@@ -36,6 +37,11 @@ class BoundsNothing(QFilterWarning):
     """A bound as large as the context, so that nothing is evicted."""
 
 
+def _window(n_cells: int) -> int:
+    """The default window of a cache."""
+    return min(MAX_WINDOW, max(0, n_cells) // 8)
+
+
 class _Default(int):
     """A size that nobody gave: `dataclasses.replace` works it out again."""
 
@@ -52,7 +58,7 @@ class QFilterConfig:
 
     Attributes:
         max_length: most cells a sequence may use.
-        window_length: last positions, always kept; default `max_length // 4`.
+        window_length: last positions, always kept; default `max_length // 8`, at most 512.
         sinks: first positions, always kept.
         interval: cells freed by one eviction, and with it the largest batch;
             default `max_length // 4`, at least 64 and at most 512.
@@ -122,10 +128,9 @@ class QFilterConfig:
 
     def _sizes(self, max_length: int) -> tuple[int, int]:
         """(window_length, interval), with the defaults for `max_length` if not given."""
-        quarter = max(0, max_length // 4)
-        interval = min(MAX_INTERVAL, max(MIN_INTERVAL, quarter))
+        interval = min(MAX_INTERVAL, max(MIN_INTERVAL, max_length // 4))
         return (
-            _Default(quarter) if self.window_length is None else self.window_length,
+            _Default(_window(max_length)) if self.window_length is None else self.window_length,
             _Default(interval) if self.interval is None else self.interval,
         )
 
@@ -163,6 +168,6 @@ class QFilterConfig:
 
     def window_of(self, n_cells: int) -> int:
         """Tokens of the window when a sequence is compressed to n_cells: `window_length` if it was
-        given, else a quarter of n_cells."""
+        given, else what is the default for as many cells."""
         given = type(self.window_length) is not _Default
-        return self.window_length if given else n_cells // 4
+        return self.window_length if given else _window(n_cells)

@@ -234,6 +234,10 @@ class Context(Archived):
             stats.n_cells_used, stats.pos_max = self.n_past(seq), self.n_past(seq) - 1
         return stats
 
+    def keep_first(self, n: int, seq: int = 0) -> int:
+        """Always keep the first n positions of a sequence; returns how many (qfilter.h)."""
+        return native.keep_first(self.ctx, seq, n)
+
     def room(self, seq: int = 0) -> int:
         """Tokens that a sequence can read before the next eviction; if one is due now, before the
         one after it. For the whole cache: until it is full."""

@@ -22,6 +22,7 @@ import jinja2
 import llama_cpp
 from llama_cpp.llama_chat_format import CHATML_CHAT_TEMPLATE, Jinja2ChatFormatter
 
+from qfllama.beginning import before_user
 from qfllama.config import QFilterError
 from qfllama.recalling import Recalled
 from qfllama.turns import stream_in_turn
@@ -325,6 +326,7 @@ class Conversation:
         """Read what is new, generate, append each token to `tokens`; fills in `turn`."""
         start = time.perf_counter()
         n_before = self._rewind()
+        self._keep_beginning()
         turn.reread_tokens = max(0, self._read - n_before)
         rest = self._read_batches(stopped, progress)
         if not rest:
@@ -362,6 +364,11 @@ class Conversation:
         """The text of the positions from `start` to before `end`, special tokens in their own
         spelling."""
         return self.llm.detokenize(self.tokens[start:end], special=True).decode(errors="replace")
+
+    def _keep_beginning(self) -> None:
+        """Before anything is evicted. A saved prompt has its own number."""
+        if self._prompt is None and self.llm.qfilter_config is not None:
+            self.llm.keep_first(before_user(self.llm, self.tokens, self.messages))
 
     def _rewind(self) -> int:
         """Cut the engine's cache back to its common prefix with `tokens`; returns its length.

@@ -10,6 +10,7 @@ import llama_cpp
 import numpy as np
 
 from qfllama import engine_log, native, needs, offload
+from qfllama.beginning import Beginning
 from qfllama.compressing import Compressing
 from qfllama.config import (
     MAX_LENGTH,
@@ -22,7 +23,7 @@ from qfllama.context import Context, NoMemory, cache_type, refused
 from qfllama.recalling import Recalling
 from qfllama.saving import SavedStates
 from qfllama.shape import beyond_training, model_shape
-from qfllama.turns import Turns, in_turn, stream_in_turn
+from qfllama.turns import Turns, in_turn
 
 
 def cache_figures(stats: native.Stats) -> dict[str, int]:
@@ -58,7 +59,7 @@ def scales_rope(params: dict) -> bool:
     return scaling or any(params.get(f"rope_freq_{name}") for name in ("base", "scale"))
 
 
-class Llama(Compressing, Recalling, SavedStates):
+class Llama(Beginning, Compressing, Recalling, SavedStates):
     """A drop-in `llama_cpp.Llama` whose KV cache can be bounded.
 
     Takes every parameter of `llama_cpp.Llama` and has all its methods. Eviction follows Q-Filters
@@ -271,6 +272,7 @@ class Llama(Compressing, Recalling, SavedStates):
             return super().eval(tokens)
         self._need_bound()
         self._need_cut()
+        self._keep_beginning()
         self._eval_recalling(tokens)
         self._check_archive()
 
@@ -347,8 +349,6 @@ class Llama(Compressing, Recalling, SavedStates):
     sample = in_turn(llama_cpp.Llama.sample)
     embed = in_turn(llama_cpp.Llama.embed)
     create_completion = in_turn(llama_cpp.Llama.create_completion)
-    create_chat_completion = in_turn(llama_cpp.Llama.create_chat_completion)
-    _create_completion = stream_in_turn(llama_cpp.Llama._create_completion)
 
     def __getstate__(self):
         return super().__getstate__() | {"qfilters": self.qfilter_config}

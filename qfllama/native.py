@@ -160,6 +160,7 @@ class SeqStats(ctypes.Structure):
         ("n_archived", c_uint64),
         ("pos_archived", c_int32),
         ("n_recalled", c_uint32),
+        ("n_first", c_uint32),
     ]
 
 
@@ -220,6 +221,7 @@ compress_scored = declare(
     FLOATS,
     c_size_t,
 )
+keep_first = declare("llama_qfilter_keep_first", c_int32, _context_p, c_int32, c_uint32)
 room = declare("llama_qfilter_room", c_int32, _context_p, c_int32)
 rewind_limit = declare("llama_qfilter_rewind_limit", c_int32, _context_p, c_int32)
 kept = declare(

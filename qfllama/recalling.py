@@ -47,6 +47,7 @@ class Recalling(llama_cpp.Llama):
     @functools.wraps(llama_cpp.Llama.generate)
     def _generate(self, tokens, *args, **kwargs):
         self._is_prompt, self.recalled = True, None
+        self._begin(tokens)
         try:
             yield from super().generate(tokens, *args, **kwargs)
         finally:

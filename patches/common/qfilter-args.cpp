@@ -33,7 +33,7 @@ std::vector<common_arg> common_qfilter_args() {
             [](common_params & params, int value) { params.qfilter.max_length = common_qfilter_number(value); }
         }, "LLAMA_ARG_QF_MAX_LENGTH"),
         common_qfilter_arg({ { "--window-length" }, "N",
-            "newest tokens that are always kept (default: a quarter of --max-length)",
+            "newest tokens that are always kept (default: an eighth of --max-length, at most 512)",
             [](common_params & params, int value) { params.qfilter.window_length = common_qfilter_number(value); }
         }, "LLAMA_ARG_QF_WINDOW_LENGTH"),
         common_qfilter_arg({ { "--sinks" }, "N",
@@ -92,13 +92,12 @@ std::vector<common_arg> common_qfilter_args() {
 
 // fills in the sizes that were left at their defaults
 static void common_qfilter_complete(common_qfilter_params & qf) {
-    const int32_t quarter = qf.max_length/4;
 
     if (qf.window_length < 0) {
-        qf.window_length = quarter;
+        qf.window_length = std::min(qf.max_length/8, 512);
     }
     if (qf.interval < 0) {
-        qf.interval = std::clamp(quarter, 64, 512);
+        qf.interval = std::clamp(qf.max_length/4, 64, 512);
     }
 
     const int64_t least = (int64_t) qf.sinks + std::max(1, qf.window_length) + qf.interval;

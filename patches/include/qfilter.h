@@ -147,6 +147,13 @@ LLAMA_API int32_t llama_qfilter_compress_scored(
                  const float * scores,
                       size_t   n_scores);
 
+// from now on the first n positions of a sequence always stay, as sinks do: in evictions, when cells are filled again, and in
+// the archive. n: a system prompt, for example. call it before the sequence loses rows to an eviction, afterwards nothing
+// changes. a state includes the number; it ends when the sequence is emptied
+// returns how many always stay: at least n_sink, at most half of n_keep without the window. < 0: no such sequence or no bounded
+// cache
+LLAMA_API int32_t llama_qfilter_keep_first(struct llama_context * ctx, llama_seq_id seq_id, uint32_t n);
+
 // tokens that still fit into the cells of a sequence, 0: they are full; < 0: no such sequence or no bounded cache
 LLAMA_API int32_t llama_qfilter_room(const struct llama_context * ctx, llama_seq_id seq_id);
 
@@ -294,6 +301,7 @@ struct llama_qfilter_seq_stats {
     uint64_t n_archived;     // positions in the archive
     int32_t  pos_archived;   // all positions from here up to the last eviction are archived; 0: nothing was ever lost
     uint32_t n_recalled;     // positions that the last recall brought back
+    uint32_t n_first;        // first positions that always stay
 };
 
 // returns false if there is no such sequence or the context has no bounded cache

@@ -18,9 +18,12 @@ struct server_qfilter {
     // message. throws std::invalid_argument if the prompt can't follow the document. may be called by any thread
     server_tokens begin(const llama_vocab * vocab, const json & prompt, bool is_chat, server_tokens && plain) const;
 
+    // the tokens before the text of the first user message: system prompt, tools. 0: the template does not show where it begins
+    static int32_t before_user(const server_tokens & input, const common_chat_msg_spans & spans, const common_chat_msg_delimiters & delims);
+
     // prepare a slot for a new prompt; it already has the first n_same tokens of it. cut the slot back, or restore the nearest
-    // checkpoint or --state. returns the number of tokens that need not be read again
-    int32_t reuse(int32_t id, server_prompt & prompt, const server_tokens & input, int32_t n_same, server_qfilter_stats & stats);
+    // checkpoint or --state. the first n_first tokens will always stay. returns the number of tokens that need not be read again
+    int32_t reuse(int32_t id, server_prompt & prompt, const server_tokens & input, int32_t n_same, int32_t n_first, server_qfilter_stats & stats);
 
     // how many tokens of a prompt may be read in the next batch; the prompt has n, and n_done have been read. evictions come at
     // the same positions as when reading token by token, and a question gets its own batches

@@ -62,10 +62,23 @@ void llama_memory_qfilter::init_scorers() {
     }
 }
 
+void llama_memory_qfilter::forget_empty(stream & st) const {
+    const uint32_t n_first = st.begun ? 0 : st.n_first;
+
+    st = stream();
+    st.n_first = n_first;
+}
+
+void llama_memory_qfilter::note_begun() {
+    for (size_t is = 0; is < streams.size(); ++is) {
+        streams[is].begun = streams[is].begun || kv.v_cells[is].get_used() > 0;
+    }
+}
+
 void llama_memory_qfilter::forget_empty() {
     for (size_t is = 0; is < streams.size(); ++is) {
         if (kv.v_cells[is].get_used() == 0) {
-            streams[is] = stream();
+            forget_empty(streams[is]);
         }
     }
 }
@@ -87,7 +100,7 @@ uint8_t * llama_memory_qfilter::archive_block(llama_seq_id seq_id, llama_pos pos
 
         archive_sync();
 
-        if (!store->full() || std::none_of(order.begin(), order.end(), [&](size_t is) { return streams[is].archive.drop_oldest(n_sink); })) {
+        if (!store->full() || std::none_of(order.begin(), order.end(), [&](size_t is) { return streams[is].archive.drop_oldest(n_first(is)); })) {
             LLAMA_LOG_WARN("qfilter: no memory for the archive, it ends at position %d of sequence %d\n", pos, seq_id);
             return nullptr;
         }
@@ -123,7 +136,7 @@ void llama_memory_qfilter::archive_rows(llama_seq_id seq_id) {
     for (uint32_t r = 0; r < order.n(); ++r) {
         const llama_pos pos = order.pos[r];
 
-        if (st.table.covers(pos) || !st.archive.takes(pos, n_sink)) {
+        if (st.table.covers(pos) || !st.archive.takes(pos, n_first(seq_id))) {
             continue;
         }
         if (!runs.empty() && runs.back().pos + (llama_pos) runs.back().n == pos && runs.back().cell + runs.back().n == order.cells[r] &&
@@ -294,9 +307,9 @@ llama_memory_qfilter::filling llama_memory_qfilter::plan(
 
     n = std::min<size_t>(n, n_min);
 
-    const uint32_t n_first = std::min(std::min(n_sink, n), (uint32_t) (std::lower_bound(order.pos.begin(), order.pos.end(), p0) - order.pos.begin()));
+    const uint32_t n_first = std::min(std::min(this->n_first(seq_id), n), (uint32_t) (std::lower_bound(order.pos.begin(), order.pos.end(), p0) - order.pos.begin()));
 
-    // kept in any case: sinks, window, the given rows
+    // kept in any case: the first positions, window, the given rows
     std::vector<llama_pos> always(order.pos.begin(), order.pos.begin() + n_first);
 
     n_window = std::min<size_t>({ n_window, n - n_first, shared.size() });

@@ -36,13 +36,15 @@ int32_t llama_memory_qfilter::make_room(const llama_batch & batch) {
         n_new[seq_id]++;
     }
 
+    note_begun();
+
     for (size_t is = 0; is < streams.size(); ++is) {
         const uint32_t n_used = kv.v_cells[is].get_used();
 
         auto & st = streams[is];
 
         if (n_used == 0) {
-            st = stream();
+            forget_empty(st);
         }
         if (st.swa[0] > 0 && kv_swa->v_cells[is].get_used() == st.swa[0]) {
             kv_swa->v_heads[is] = st.swa[1] % kv_swa->get_size();
@@ -52,7 +54,7 @@ int32_t llama_memory_qfilter::make_room(const llama_batch & batch) {
         if (n_new[is] == 0 || n_used + n_new[is] <= n_cells) {
             continue;
         }
-        if ((uint64_t) n_keep + n_new[is] > n_cells || n_keep < n_keep_min(n_window)) {
+        if ((uint64_t) n_keep + n_new[is] > n_cells || n_keep < n_keep_min(n_first(is), n_window)) {
             llama_qfilter_note_error(format("sequence %d: no room for %u tokens", (int) is, n_new[is]));
             return LLAMA_QFILTER_NO_ROOM;
         }
@@ -74,8 +76,8 @@ int32_t llama_memory_qfilter::compress(llama_seq_id seq_id, uint32_t n_keep, uin
     if (!has(seq_id)) {
         return -1;
     }
-    if (n_keep < n_keep_min(n_window)) {
-        llama_qfilter_note_error(format("n_keep (%u) must be at least n_sink (%u) + n_window (%u, at least 1)", n_keep, n_sink, n_window));
+    if (n_keep < n_keep_min(n_first(seq_id), n_window)) {
+        llama_qfilter_note_error(format("n_keep (%u) must be at least n_sink (%u) + n_window (%u, at least 1)", n_keep, n_first(seq_id), n_window));
         return -1;
     }
 
@@ -99,9 +101,9 @@ llama_qfilter_result llama_memory_qfilter::evict(llama_seq_id seq_id, uint32_t n
     llama_qfilter_selection sel;
 
     sel.order    = order_of(seq_id);
-    sel.n_sink   = n_sink;
+    sel.n_sink   = n_first(seq_id);
     sel.n_window = n_window;
-    sel.n_best   = n_keep - n_sink - n_window;
+    sel.n_best   = n_keep - sel.n_sink - n_window;
 
     if (sel.order.n() <= n_keep) {
         return LLAMA_QFILTER_REFUSED;
@@ -374,6 +376,27 @@ llama_kv_cells llama_memory_qfilter::cells_after(llama_seq_id seq_id, const llam
 // what callers can see
 //
 
+int32_t llama_memory_qfilter::keep_first(llama_seq_id seq_id, uint32_t n) {
+    if (!has(seq_id)) {
+        return -1;
+    }
+
+    // the true positions of compacted rows start behind those that always stay
+    if (get_stream(seq_id).table.p1 == 0) {
+        uint64_t n_most = n_keep > n_window ? (n_keep - n_window)/2 : 0;
+
+        if (store) {
+            // an archive at its limit needs blocks for what comes next
+            const uint64_t n_blocks = store->n_bytes_limit/store->n_bytes_block/streams.size();
+
+            n_most = std::min<uint64_t>(n_most, (std::max<uint64_t>(n_blocks, 2) - 2)*llama_qfilter_archive::n_block);
+        }
+        streams[seq_id].n_first = std::min<uint64_t>(n, n_most);
+    }
+
+    return n_first(seq_id);
+}
+
 int32_t llama_memory_qfilter::room(llama_seq_id seq_id) const {
     return has(seq_id) ? n_cells - std::min(n_cells, kv.v_cells[seq_id].get_used()) : -1;
 }
@@ -490,6 +513,7 @@ bool llama_memory_qfilter::get_stats(llama_seq_id seq_id, llama_qfilter_seq_stat
     res.n_archived   = st.archive.n;
     res.pos_archived = archive_begin(seq_id);
     res.n_recalled   = st.recalled.size();
+    res.n_first      = n_first(seq_id);
 
     return true;
 }

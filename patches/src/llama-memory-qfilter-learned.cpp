@@ -123,7 +123,7 @@ llama_qfilter_result llama_memory_qfilter::learn(llama_seq_id seq_id, const llam
     std::vector<uint32_t>  cells;
     std::vector<llama_pos> pos;
 
-    for (uint32_t r = n_sink; r < n - n_window; ++r) {
+    for (uint32_t r = n_first(seq_id); r < n - n_window; ++r) {
         if (!table.covers(order.pos[r])) {
             ranks.push_back(r);
             cells.push_back(order.cells[r]);

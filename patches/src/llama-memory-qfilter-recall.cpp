@@ -275,6 +275,8 @@ llama_qfilter_result llama_memory_qfilter::choose(
 
     const size_t n = pos.size();
 
+    const uint32_t n_first = this->n_first(question.seq_id);
+
     archive_sync();
 
     std::vector<llama_qfilter_looks> looks; // by KV head, the maximum over all layers
@@ -296,7 +298,7 @@ llama_qfilter_result llama_memory_qfilter::choose(
 
         looks.resize(std::max<size_t>(looks.size(), layers[i].n_head), llama_qfilter_looks(n));
 
-        const auto res = scorers[worker_of(layers[i])]->score(layers[i], question.layers[i], runs, n_sink, {}, looks);
+        const auto res = scorers[worker_of(layers[i])]->score(layers[i], question.layers[i], runs, n_first, {}, looks);
         if (res != LLAMA_QFILTER_DONE) {
             return res;
         }
@@ -326,8 +328,8 @@ llama_qfilter_result llama_memory_qfilter::choose(
         score[i] = *std::max_element(weights.begin() + i0, weights.begin() + i1);
         share[i] = *std::max_element(shares .begin() + i0, shares .begin() + i1);
 
-        // sinks and the newest rows
-        if (i < n_sink || i + n_window >= n) {
+        // the first and the newest rows
+        if (i < n_first || i + n_window >= n) {
             score[i] = INFINITY;
         }
     }
@@ -367,7 +369,7 @@ llama_qfilter_result llama_memory_qfilter::choose(
     const auto worth = llama_qfilter_words(lctx->get_model().vocab, tokens, words, n_near);
 
     float worth_max = 0.0f;
-    for (size_t i = n_sink; i + n_window < n; ++i) {
+    for (size_t i = n_first; i + n_window < n; ++i) {
         worth_max = std::max(worth_max, worth[i]);
     }
 
@@ -408,7 +410,9 @@ int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
         return 0; // nothing was evicted
     }
 
-    const uint32_t n_min = n_sink + 1;
+    const uint32_t n_first = this->n_first(seq_id);
+
+    const uint32_t n_min = n_first + 1;
     const uint32_t n_max = n_cells - std::min(n_cells, question->n);
 
     if (n_rows == 0) {
@@ -435,12 +439,12 @@ int32_t llama_memory_qfilter::recall(llama_seq_id seq_id, uint32_t n_rows) {
         return refuse(format("the sequence can't go on at position %d", question->p0));
     }
 
-    const uint32_t n_newest = std::min({ n_window, LLAMA_QFILTER_RECALL_NEWEST, (n_rows - n_sink)/4 });
+    const uint32_t n_newest = std::min({ n_window, LLAMA_QFILTER_RECALL_NEWEST, (n_rows - n_first)/4 });
 
     // if some evicted rows are not in the archive, half of the rows are left for those that the cells still have
     const bool     is_whole = archives() && !st.incomplete && st.archive.pos_min == 0;
-    const uint32_t n_choose = is_whole ? n_rows : std::max(n_sink + n_newest, n_rows/2);
-    const uint32_t n_least  = std::min(n_choose, n_sink + n_newest + std::max(n_rows/4, LLAMA_QFILTER_RECALL_LEAST));
+    const uint32_t n_choose = is_whole ? n_rows : std::max(n_first + n_newest, n_rows/2);
+    const uint32_t n_least  = std::min(n_choose, n_first + n_newest + std::max(n_rows/4, LLAMA_QFILTER_RECALL_LEAST));
 
     std::vector<llama_pos> rows;
 

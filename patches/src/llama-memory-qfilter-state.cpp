@@ -15,7 +15,7 @@
 #include <stdexcept>
 
 static const uint32_t LLAMA_QFILTER_STATE_MAGIC   = 0x746c6671; // "qflt"
-static const uint32_t LLAMA_QFILTER_STATE_VERSION = 2;
+static const uint32_t LLAMA_QFILTER_STATE_VERSION = 3;
 
 void llama_memory_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     if (seq_id != -1 && !has(seq_id)) {
@@ -39,15 +39,15 @@ void llama_memory_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_i
 
     for (uint32_t is = is0; is < is1; ++is) {
         // attention sums in the order of cells: for bit-identical results, new tokens have to go to the same cells
-        uint32_t swa[2] = { kv_swa ? kv_swa->v_cells[is].get_used() : 0, kv_swa ? kv_swa->v_heads[is] : 0 };
+        uint32_t extra[3] = { kv_swa ? kv_swa->v_cells[is].get_used() : 0, kv_swa ? kv_swa->v_heads[is] : 0, streams[is].n_first };
 
         const auto & st = get_stream(is);
 
-        if (swa[0] > 0 && swa[0] == st.swa[0]) {
-            swa[1] = st.swa[1]; // restored, no batch since then
+        if (extra[0] > 0 && extra[0] == st.swa[0]) {
+            extra[1] = st.swa[1]; // restored, no batch since then
         }
 
-        st.table.write(io, swa);
+        st.table.write(io, extra);
     }
 
     mem->state_write(io, seq_id, flags & ~LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
@@ -98,7 +98,12 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
     std::vector<stream> read(ns);
 
     for (auto & st : read) {
-        st.table.read(io, st.swa, n_head_all, n_cells, policy.learned);
+        uint32_t extra[3];
+        st.table.read(io, extra, n_head_all, n_cells, policy.learned);
+
+        st.swa[0]  = extra[0];
+        st.swa[1]  = extra[1];
+        st.n_first = extra[2];
 
         if (st.swa[0] > 0 && !kv_swa) {
             throw std::runtime_error("the state was saved by a model with windowed layers");
@@ -113,6 +118,10 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
         }
         if (head[6] != (uint32_t) policy.policy || hash != (vectors.hash ^ learned.hash)) {
             throw std::runtime_error("the state was saved with another policy or other filters");
+        }
+        if (st.table.p1 > 0 && n_keep_min(st.n_first, n_window) > n_keep) {
+            throw std::runtime_error(format("the first %u positions of the state always stay, with the window more than the %u cells "
+                        "that an eviction leaves", st.n_first, n_keep));
         }
     }
 
@@ -149,7 +158,12 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
         }
     }
 
-    std::move(read.begin(), read.end(), streams.begin() + std::max(seq_id, 0));
+    for (size_t i = 0; i < read.size(); ++i) {
+        const llama_seq_id is = std::max(seq_id, 0) + i;
+
+        streams[is] = std::move(read[i]);
+        keep_first(is, streams[is].n_first); // as many as this context can
+    }
 }
 
 // throws std::runtime_error unless a context could have these cells, and the tables fit them
@@ -167,7 +181,7 @@ void llama_memory_qfilter::check_state(llama_seq_id seq_id, const std::vector<st
             throw std::runtime_error(format("the state is damaged: %u cells, of which %u have positions, up to %d of %u",
                         n_used, order.n(), order.n() == 0 ? -1 : order.pos.back(), n_ctx_seq));
         }
-        read[i].table.check(order, n_sink);
+        read[i].table.check(order, std::max(n_sink, read[i].n_first));
 
         // all parts have read the same tokens
         const llama_pos pos_max = kv.seq_pos_max(is);

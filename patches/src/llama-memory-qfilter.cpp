@@ -139,7 +139,7 @@ llama_memory_qfilter::llama_memory_qfilter(
     flags(params.flags), seed(params.seed), policy(llama_qfilter_policy_get(params.policy)) {
 
     if (n_cells < n_ctx_seq) {
-        if (n_keep >= n_cells || n_keep < n_keep_min(n_window)) {
+        if (n_keep >= n_cells || n_keep < n_keep_min(n_sink, n_window)) {
             throw std::runtime_error(format("n_keep (%u) must be at least n_sink (%u) + n_window (%u, at least 1) and less than n_cells (%u)",
                         n_keep, n_sink, n_window, n_cells));
         }
@@ -310,6 +310,8 @@ bool llama_memory_qfilter::get_can_shift() const {
 }
 
 void llama_memory_qfilter::clear(bool data) {
+    note_begun();
+
     mem->clear(data);
 
     forget_empty();
@@ -317,6 +319,8 @@ void llama_memory_qfilter::clear(bool data) {
 
 bool llama_memory_qfilter::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     if (can_rm(seq_id, p0, p1)) {
+        note_begun();
+
         if (!mem->seq_rm(seq_id, p0, p1)) {
             return false;
         }
@@ -365,6 +369,8 @@ void llama_memory_qfilter::seq_keep(llama_seq_id seq_id) {
         return;
     }
 
+    note_begun();
+
     mem->seq_keep(seq_id);
 
     forget_empty();
@@ -394,8 +400,12 @@ std::map<ggml_backend_buffer_type_t, size_t> llama_memory_qfilter::memory_breakd
 // what may be changed
 //
 
-uint64_t llama_memory_qfilter::n_keep_min(uint32_t n_window) const {
-    return (uint64_t) n_sink + std::max(1u, n_window); // the newest position has to stay: the next batch follows it
+uint32_t llama_memory_qfilter::n_first(llama_seq_id seq_id) const {
+    return std::max(n_sink, streams[seq_id].n_first);
+}
+
+uint64_t llama_memory_qfilter::n_keep_min(uint32_t n_first, uint32_t n_window) {
+    return (uint64_t) n_first + std::max(1u, n_window); // the newest position has to stay: the next batch follows it
 }
 
 bool llama_memory_qfilter::has(llama_seq_id seq_id) const {

@@ -110,6 +110,9 @@ public:
     // given: scores of all rows that replace the policy's, see llama_qfilter_compress_scored(), or nullptr
     int32_t compress(llama_seq_id seq_id, uint32_t n_keep, uint32_t n_window, const float * given, size_t n_given);
 
+    // from now on the first n positions of a sequence always stay; returns how many do, see llama_qfilter_keep_first()
+    int32_t keep_first(llama_seq_id seq_id, uint32_t n);
+
     int32_t   room        (llama_seq_id seq_id) const;
     llama_pos rewind_limit(llama_seq_id seq_id) const;
 
@@ -161,6 +164,9 @@ private:
     // what we know of a sequence besides its cells
     struct stream {
         llama_qfilter_table table;
+
+        uint32_t n_first = 0;     // first positions that always stay, if more than n_sink
+        bool     begun   = false; // had it used cells?
 
         uint64_t n_evictions = 0;
         uint64_t n_dropped   = 0;
@@ -245,8 +251,11 @@ private:
     // is there such a sequence? false, with a note: no
     bool has(llama_seq_id seq_id) const;
 
+    // first positions of a sequence that always stay
+    uint32_t n_first(llama_seq_id seq_id) const;
+
     // rows that always stay, at least one of them the newest
-    uint64_t n_keep_min(uint32_t n_window) const;
+    static uint64_t n_keep_min(uint32_t n_first, uint32_t n_window);
 
     llama_qfilter_order order_of(llama_seq_id seq_id) const;
 
@@ -303,8 +312,12 @@ private:
     void init_archive(const llama_qfilter_params & params);
     void init_scorers();
 
-    // sequences without used cells lose their history
+    // sequences without used cells lose their history, but not what was set for their first batch
     void forget_empty();
+    void forget_empty(stream & st) const;
+
+    // sequences with used cells have begun
+    void note_begun();
 
     // the index of the worker that has a layer
     size_t worker_of(const llama_qfilter_layer & layer) const;

@@ -335,6 +335,12 @@ int32_t llama_qfilter_compress_scored(
     }
 }
 
+int32_t llama_qfilter_keep_first(llama_context * ctx, llama_seq_id seq_id, uint32_t n) {
+    auto * qf = llama_qfilter_memory(ctx);
+
+    return qf ? qf->keep_first(seq_id, n) : -1;
+}
+
 int32_t llama_qfilter_room(const llama_context * ctx, llama_seq_id seq_id) {
     const auto * qf = llama_qfilter_memory(ctx);
 

@@ -53,12 +53,12 @@ void llama_qfilter_table::update(const llama_qfilter_selection & sel, uint32_t i
     }
 }
 
-void llama_qfilter_table::write(llama_io_write_i & io, const uint32_t extra[2]) const {
+void llama_qfilter_table::write(llama_io_write_i & io, const uint32_t extra[3]) const {
     io.write(&p0, sizeof(p0));
     io.write(&p1, sizeof(p1));
     io.write(&n,  sizeof(n));
 
-    io.write(extra, 2*sizeof(extra[0]));
+    io.write(extra, 3*sizeof(extra[0]));
 
     if (!pos.empty()) {
         io.write(pos.data(), pos.size()*sizeof(llama_pos));
@@ -68,12 +68,12 @@ void llama_qfilter_table::write(llama_io_write_i & io, const uint32_t extra[2]) 
     }
 }
 
-void llama_qfilter_table::read(llama_io_read_i & io, uint32_t extra[2], uint32_t n_head_all, uint32_t n_cells, bool has_learned) {
+void llama_qfilter_table::read(llama_io_read_i & io, uint32_t extra[3], uint32_t n_head_all, uint32_t n_cells, bool has_learned) {
     io.read(&p0, sizeof(p0));
     io.read(&p1, sizeof(p1));
     io.read(&n,  sizeof(n));
 
-    io.read(extra, 2*sizeof(extra[0]));
+    io.read(extra, 3*sizeof(extra[0]));
 
     if (n > n_cells) {
         throw std::runtime_error(format("the state does not fit into %u cells", n_cells));

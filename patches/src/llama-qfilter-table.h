@@ -77,11 +77,11 @@ struct llama_qfilter_table {
     // learned: [n_head_all, n] learned scores by rank, only needed for rows that go into the table; or empty
     void update(const llama_qfilter_selection & sel, uint32_t ih, const std::vector<float> & learned, llama_qfilter_table & res) const;
 
-    // extra: two numbers of the caller, written between the header and the rows
-    void write(llama_io_write_i & io, const uint32_t extra[2]) const;
+    // extra: three numbers of the caller, written between the header and the rows
+    void write(llama_io_write_i & io, const uint32_t extra[3]) const;
 
     // throws std::runtime_error if the data is impossible for n_head_all heads and at most n_cells cells
-    void read(llama_io_read_i & io, uint32_t extra[2], uint32_t n_head_all, uint32_t n_cells, bool has_learned);
+    void read(llama_io_read_i & io, uint32_t extra[3], uint32_t n_head_all, uint32_t n_cells, bool has_learned);
 
     // throws std::runtime_error if the table does not fit these cells
     void check(const llama_qfilter_order & order, uint32_t n_sink) const;

@@ -90,6 +90,15 @@ def reading() -> Iterator[None]:
         raise QFilterError(f"the engine failed ({error}); --verbose shows its log") from error
 
 
+def keep_beginning(llm: Llama, tokens: list[int], system: str | None, text: str, n_cells: int):
+    """Keep all that comes before the document, in at most half of the cells without the window."""
+    from qfllama.beginning import before_user
+
+    messages = [{"role": "system", "content": system or ""}, {"role": "user", "content": text}]
+    most = (n_cells - llm.qfilter_config.window_of(n_cells)) // 2
+    llm.keep_first(min(before_user(llm, tokens, messages), most))
+
+
 def read(llm: Llama, tokens: list[int]) -> float:
     """Read the document; returns the seconds that it took."""
     start = time.perf_counter()
@@ -198,6 +207,7 @@ def command(
             model, config, may_be_whole=True, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, n_threads=n_threads,
             n_threads_batch=n_threads, type_k=type_k, type_v=type_v, verbose=verbose,
         )  # fmt: skip
+    keep_beginning(llm, tokens, system, text, wanted)
     seconds = read(llm, tokens)
     before, after = compress(llm, wanted, score)
     n_bytes = llm.save_prompt(

@@ -54,6 +54,7 @@ def check_outputs(model: Path, shown: Path, *outputs: Path | None, force: bool) 
 def fill(llm, *, state: Path | None, text: str | None, system: str | None, question: str | None):
     """Fill the cache as a chat would before it answers; returns what each head had before the
     question, or None without a question."""
+    from qfllama.beginning import before_user
     from qfllama.conversation import Conversation
     from qfllama.viewing.holding import kept
 
@@ -64,6 +65,9 @@ def fill(llm, *, state: Path | None, text: str | None, system: str | None, quest
     if text is not None:
         tokens = chat.document_tokens()
         check_room("the text", len(tokens), llm.n_ctx())
+        llm.keep_first(
+            before_user(llm, tokens, [*chat.messages, {"role": "user", "content": text}])
+        )
         read(llm, tokens)
     elif llm.qfilter_stats()["archived_from"] > 0:
         note(f"{state} has no archive, so nothing can be recalled: `qfllama compress --archive`")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jinja2
 
+from qfllama.beginning import before_user
 from qfllama.config import QFilterError
 from qfllama.conversation import TEMPLATE, formatter, tokenize_all
 from qfllama.engine import Model
@@ -224,7 +225,9 @@ def _document(model: Model, source: Source, number: int, ends: Ends, plain: bool
                 ids=all_ids[len(ids) :], before=head[len(ids) :], right=right,
             )
         )  # fmt: skip
-    return Read("questions", len(ids), number, source.text, tuple(questions), ids=ids)
+    message = {"role": "user", "content": source.text}
+    n_first = 0 if plain else before_user(model, ids, [message])
+    return Read("questions", len(ids), number, source.text, tuple(questions), n_first, ids=ids)
 
 
 # -- asking

@@ -320,6 +320,7 @@ def _run_document(model, document, plan, missing, results, asking, bar) -> None:
             bar.update(min(BATCH, len(part) - i))
 
     for variant, context in forks(model, plan, tokens, list(missing), extra, read):
+        context.keep_first(document.n_first)
         read(context, tokens[context.n_past() :])
         if plan.setting == "prefill":
             scores = None

@@ -50,6 +50,7 @@ class Document:
 
     length: wanted number of tokens; it has at most a few more or less
     number: which one of this task and length
+    n_first: first tokens that always stay in a bounded cache, as far as it allows
     """
 
     task: str
@@ -57,6 +58,7 @@ class Document:
     number: int
     text: str
     questions: tuple[Question, ...]
+    n_first: int = 0
 
     def tokens(self, model: Model) -> list[int]:
         """What is read before the questions."""

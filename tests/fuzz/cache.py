@@ -65,15 +65,22 @@ class Row(NamedTuple):
 class Sequence:
     """cells: the positions that llama.cpp goes by, ascending. heads: (layer, KV head) -> rows,
     as many as cells, ascending by position. Positions below `compacted` can't be cut without the
-    archive: position -> (layer, KV head) -> row. lossy: rows are gone that it does not have."""
+    archive: position -> (layer, KV head) -> row. lossy: rows are gone that it does not have. behind:
+    rows of the archive that a state came from, which only the scores of learned filters still know."""
 
     cells: list[int] = field(default_factory=list)
     heads: dict[tuple[int, int], list[Row]] = field(default_factory=dict)
     compacted: int = 0
     archive: dict[int, dict[tuple[int, int], Row]] = field(default_factory=dict)
+    behind: dict[int, dict[tuple[int, int], Row]] = field(default_factory=dict)
     lossy: bool = False
-    n_sink: int = 0
+    n_first: int = 0  # first positions that always stay, as sinks do
+    least_sinks: int = 0
     archives: bool = False
+
+    @property
+    def n_sink(self) -> int:
+        return max(self.least_sinks, self.n_first)
 
     @property
     def first(self) -> int:
@@ -174,6 +181,8 @@ class Sequence:
             self.heads[head] = [r for r in rows if not p0 <= r.position < p1]
 
     def clear(self) -> None:
+        if self.cells:  # before the first batch it is for what comes
+            self.n_first = 0
         self.cells, self.heads, self.compacted = [], {head: [] for head in self.heads}, 0
         self.archive, self.lossy = {}, False
 
@@ -196,7 +205,7 @@ class Cache:
     def empty(self) -> Sequence:
         return Sequence(
             heads={head: [] for head in self.head_ids},
-            n_sink=self.settings.n_sink,
+            least_sinks=self.settings.n_sink,
             archives=self.settings.archive,
         )
 
@@ -240,6 +249,13 @@ class Cache:
             return  # parts of a sequence are not copied
         self.sequences[target] = deepcopy(sequence)
 
+    def keep_first(self, seq: int, n: int) -> int:
+        """Returns how many positions always stay."""
+        sequence, settings = self.sequences[seq], self.settings
+        if not sequence.compacted:
+            sequence.n_first = min(n, max(0, settings.n_keep - settings.n_window) // 2)
+        return sequence.n_sink
+
     def clear(self) -> None:
         for sequence in self.sequences:
             sequence.clear()
@@ -254,10 +270,10 @@ class Cache:
         cells, n = sequence.cells, len(sequence.cells)
         scores = Scores(self, settings, sequence)
         for (layer, head), rows in sequence.heads.items():
-            inner = range(settings.n_sink, n - settings.n_window)
+            inner = range(sequence.n_sink, n - settings.n_window)
             score, error = scores(layer, head, rows)
             best = sorted(inner, key=lambda i: (score[i], i), reverse=True)
-            chosen = set(best[: n_keep - settings.n_sink - settings.n_window])
+            chosen = set(best[: n_keep - sequence.n_sink - settings.n_window])
             theirs = [i for i, row in enumerate(rows) if row.position in claimed[layer, head]]
             theirs = set(theirs) & set(inner)
             need(len(theirs) == len(chosen), f"layer {layer} head {head} kept other rows")
@@ -275,7 +291,7 @@ class Cache:
                 row for i, row in enumerate(rows) if i not in inner or i in theirs
             ]
         sequence.compacted = max(sequence.compacted, cells[n - settings.n_window - 1] + 1)
-        sequence.cells = cells[: settings.n_sink] + cells[n - n_keep + settings.n_sink :]
+        sequence.cells = cells[: sequence.n_sink] + cells[n - n_keep + sequence.n_sink :]
         self.n_evictions += 1
         self.n_dropped += n - n_keep
 
@@ -287,8 +303,8 @@ class Scores:
     """
 
     def __init__(self, cache: Cache, settings: Settings, sequence: Sequence):
-        self.cache, self.settings = cache, settings
-        self.archive, self.whole = sequence.archive, sequence.whole()
+        self.cache, self.settings, self.n_sink = cache, settings, sequence.n_sink
+        self.archive, self.whole = sequence.behind | sequence.archive, sequence.whole()
         self.heads = dict(sequence.heads)  # as they are now
         self.next_position = sequence.last + 1
         self.method = getattr(self, settings.policy)
@@ -386,7 +402,7 @@ class Scores:
     def learned(self, layer, head, positions, keys):
         """With what the learned filters said of a row while all heads had those of its position."""
         score, error = self.qblend(layer, head, positions, keys)
-        inner = slice(self.settings.n_sink, len(score) - self.settings.n_window)
+        inner = slice(self.n_sink, len(score) - self.settings.n_window)
         found = [self._learned_of(layer, head, row) for row in self.rows[inner]]
         total = wrong = 0
         for x, e in ((score[inner], error[inner]), np.array(found).T):

@@ -178,6 +178,12 @@ class Engine:
             llama_cpp.llama_memory_seq_pos_max(self.memory, seq),
         )
 
+    def n_first(self, seq: int) -> int:
+        """First positions of a sequence that always stay."""
+        stats = native.SeqStats(struct_size=ctypes.sizeof(native.SeqStats))
+        assert native.get_seq_stats(self.ctx, seq, ctypes.byref(stats))
+        return stats.n_first
+
     def kept(self, seq: int, layer: int, head: int) -> list[int]:
         n = native.kept(self.ctx, seq, layer, head, None, 0)
         assert n >= 0

@@ -174,6 +174,8 @@ class World:
                 claimed = {head: [r.position for r in own[:n_old]] for head, own in rows.items()}
                 cache.evict(seq, settings.n_keep, claimed)
             need(n_old == len(sequence.cells), f"sequence {seq} had {n_old} cells before the batch")
+            if not exact and not sequence.cells:  # were cells used for a moment?
+                sequence.n_first = engine.n_first(seq)
             if n:
                 cache.append(seq, first[seq], {head: own[n_old:] for head, own in rows.items()})
 
@@ -226,7 +228,8 @@ class World:
     def compress(self, seq: int, n_keep: int, abort: int | None) -> None:
         cache, settings = self.cache, self.cache.settings
         result = self.engine.compress(seq, n_keep, abort)
-        if seq >= settings.n_seq or n_keep < settings.n_sink + max(1, settings.n_window):
+        n_first = cache.sequences[seq].n_sink if seq < settings.n_seq else 0
+        if seq >= settings.n_seq or n_keep < n_first + max(1, settings.n_window):
             need(result < 0, f"compress returned {result}, not an error")
             return
         sequence = cache.sequences[seq]
@@ -241,6 +244,14 @@ class World:
         rows = self.engine.rows(seq)
         claimed = {head: [row.position for row in own] for head, own in rows.items()}
         cache.evict(seq, n_keep, claimed)
+
+    def keep_first(self, seq: int, n: int) -> None:
+        found = native.keep_first(self.engine.ctx, seq, n)
+        if seq >= self.cache.settings.n_seq:
+            need(found < 0, f"keep_first returned {found} for a sequence that does not exist")
+            return
+        expected = self.cache.keep_first(seq, n)
+        need(found == expected, f"the first {found} positions of {seq} stay, not {expected}")
 
     def recall(self, seq: int, n: int, order: int, n_rows: int, abort: int | None) -> None:
         """Read a question of n tokens, recall what it looks at, read it again."""
@@ -260,7 +271,7 @@ class World:
         if not sequence.compacted:
             need(result == 0, f"nothing was evicted, but recall returned {result}")
             return
-        least, most = settings.n_sink + 1, settings.bound - n
+        least, most = sequence.n_sink + 1, settings.bound - n
         if n_rows == 0:
             n_free = min(max(0, settings.bound - settings.n_keep) // 2, settings.bound // 8)
             n_rows = max(least, most - min(most, n_free))
@@ -276,10 +287,10 @@ class World:
         sequence.to_archive()
         claimed = [{r.position for r in rows} for rows in engine.rows(seq).values()]
         chosen = sorted(set.intersection(*claimed))
-        newest = min(settings.n_window, 64, (n_rows - settings.n_sink) // 4)
+        newest = min(settings.n_window, 64, (n_rows - sequence.n_sink) // 4)
         if not sequence.lossy:
             most = min(n_rows, sum(p < start for p in sequence.archive))
-            least = min(most, settings.n_sink + newest + max(64, n_rows // 4))
+            least = min(most, sequence.n_sink + newest + max(64, n_rows // 4))
             need(len(chosen) >= least, f"{len(chosen)} rows are in all heads, not {least}")
         sequence.fill(start, n_rows, newest, chosen)
         self.compare()
@@ -317,7 +328,8 @@ class World:
             for i, sequence in zip(touched, saved.sequences, strict=True):
                 self.cache.sequences[i] = deepcopy(sequence)
                 self.cache.sequences[i].archives = self.cache.settings.archive
-                self.cache.sequences[i].n_sink = self.cache.settings.n_sink
+                self.cache.sequences[i].least_sinks = self.cache.settings.n_sink
+                self.cache.keep_first(i, sequence.n_first)
             if archive is not None and saved.archive:
                 data = cut(saved.archive, archive)
                 fits = self.cache.settings.archive and data is saved.archive
@@ -329,6 +341,7 @@ class World:
         elif all(self.engine.ends(i) == (-1, -1) for i in touched):
             for i in touched:  # refused: emptied or as it was, never a part of each
                 self.cache.sequences[i].clear()
+                self.cache.sequences[i].n_first = self.engine.n_first(i)
 
     def same_rows(self, theirs: Settings) -> bool:
         return all(
@@ -349,6 +362,8 @@ class World:
         if not any(sequence.cells for sequence in saved.sequences):  # then no rows have a type
             names = [name for name in names if not name.startswith("type")]
             same = all(getattr(theirs, name) == getattr(ours, name) for name in names)
+        always = [s.n_first + max(1, ours.n_window) for s in saved.sequences if s.compacted]
+        same = same and all(n <= ours.n_keep for n in always)
         return same and all(len(sequence.cells) <= ours.bound for sequence in saved.sequences)
 
     def look(self, seq: int, layer: int, head: int) -> None:
@@ -363,6 +378,7 @@ class World:
 
 def without_archive(sequence: Sequence) -> Sequence:
     copy = deepcopy(sequence)
+    copy.behind |= copy.archive
     copy.archive, copy.lossy = {}, copy.compacted > 0
     return copy
 
@@ -455,6 +471,7 @@ def draw(rng: random.Random, world: World, head_dim: int) -> list:
         "recall": 12,
         "rewind": 8,
         "compress": 6,
+        "keep_first": 5,
         "seq_cp": 5,
         "save": 5,
         "restore": 6,
@@ -501,10 +518,13 @@ def draw(rng: random.Random, world: World, head_dim: int) -> list:
         part = [draw_position(rng, sequence), draw_position(rng, sequence)]
         return [kind, seq, target, *rng.choice([*whole, part])]
     if kind == "compress":
-        least = settings.n_sink + max(1, settings.n_window)
+        least = sequence.n_sink + max(1, settings.n_window)
         n_keep = rng.randint(max(0, least - 1), max(least, len(sequence.cells)))
         abort = rng.randint(0, 20) if rng.random() < 0.1 else None
         return [kind, seq if rng.random() < 0.95 else settings.n_seq, n_keep, abort]
+    if kind == "keep_first":
+        most = max(1, settings.n_keep - settings.n_window)
+        return [kind, seq if rng.random() < 0.95 else settings.n_seq, rng.randint(0, most)]
     if kind == "save":
         return [kind, rng.randrange(N_SLOTS), rng.choice([None, seq]), rng.random() < 0.3]
     if kind == "restore":

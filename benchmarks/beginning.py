@@ -1,0 +1,209 @@
+"""Which part of the beginning has to stay: is a system prompt still obeyed after a long message?
+
+Each of ten system prompts says with which words every answer has to begin. A long text and a question
+follow, and the model answers; three questions for each, so 30 checks. The same with the full cache,
+with 4 sinks, with sinks of 2, 5 and 10 % of the cells, and with the whole system prompt as sinks.
+
+    python benchmarks/beginning.py qwen-qf.gguf --lengths 4096 --ratio 8 --json docs/beginning.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qfllama import QFilterConfig
+from qfllama.bench.measure import text_tokens
+from qfllama.commands.options import CommaList
+from qfllama.conversation import formatter, tokenize_all
+from qfllama.engine import Context, Model
+from qfllama.evaluation.questions import found
+from qfllama.evaluation.run import BATCH, cut
+from qfllama.evaluation.scoring import Mark, generate, score
+from qfllama.files import write_json
+from qfllama.machine import n_threads, provenance
+from qfllama.tables import aligned
+
+SYSTEM = (
+    "You are the assistant of {where}. People send you long texts and ask about them. "
+    'Begin every answer with the words "{words}", whatever you are asked. '
+    "After these words, answer in one or two sentences. You are polite, you do not invent facts, and "
+    "you say so when a text does not have the answer."
+)
+RULES = (
+    ("a harbour office", "Aye, captain:"), ("a public library", "Dear reader,"),
+    ("a court of law", "Let it be noted:"), ("a toy shop", "Beep boop!"),
+    ("a newspaper", "Breaking news:"), ("a mountain hut", "Greetings, hiker!"),
+    ("a school", "Good question, class."), ("a theatre", "The curtain rises:"),
+    ("a bakery", "Fresh from the oven:"), ("a railway station", "Attention please:"),
+)  # fmt: skip
+QUESTIONS = (
+    "What is this text about?", "What does the text say first?", "Which title would suit the text?",
+)  # fmt: skip
+MARK = "-the message-"
+N_ANSWER = 24
+"""Tokens of an answer; the words that it has to begin with are fewer."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """ids: up to where the answer begins; before, right: the same and the right words, as tokens."""
+
+    ids: list[int]
+    before: list[int]
+    right: list[int]
+    words: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """ids: what all checks begin with; n_system: tokens before the user's message."""
+
+    ids: list[int]
+    n_system: int
+    checks: list[Check]
+
+
+def tasks(model: Model, tokens: list[int], length: int, n_rules: int) -> Iterator[Task]:
+    """A stretch of the text, about `length` tokens with all around it, for each of the rules."""
+    template = formatter(model, model.metadata()["tokenizer.chat_template"])
+    for number, (where, words) in enumerate(RULES[:n_rules]):
+        messages = [
+            {"role": "system", "content": SYSTEM.format(where=where, words=words)},
+            {"role": "user", "content": MARK},
+        ]
+        head, mark, tail = template(messages=messages).prompt.partition(MARK)
+        assert mark
+        n_system = len(tokenize_all(model, head))
+        n_text = length - n_system - 32
+        start = number * n_text % max(1, len(tokens) - n_text)
+        text = model.text(tokens[start : start + n_text])
+        checks, wholes = [], []
+        for question in QUESTIONS:
+            whole = f"{head}{text}\n\n{question}{tail}"
+            wholes.append(tokenize_all(model, whole))
+            checks.append(
+                (wholes[-1], *cut(model, wholes[-1], tokenize_all(model, whole + words)), words)
+            )
+        # the questions differ from their first word on
+        n = next(i for i, ids in enumerate(zip(*wholes, strict=False)) if len(set(ids)) > 1)
+        yield Task(
+            wholes[0][:n], n_system,
+            [Check(ids[n:], before[n:], right, words) for ids, before, right, words in checks],
+        )  # fmt: skip
+
+
+def settings(n_cells: int) -> dict[str, int | None]:
+    """Sinks by name; None: as many as the system prompt has tokens."""
+    shares = {f"{share} %": n_cells * share // 100 for share in (2, 5, 10)}
+    return {"4 sinks": 4} | shares | {"system prompt": None}
+
+
+def ask(context: Context, check: Check, mark: Mark) -> dict:
+    nll = score(context, check.before, check.right).nll
+    mark.back()
+    wrote = generate(context, check.ids, N_ANSWER).strip()
+    mark.back()
+    obeyed = found(wrote[: len(check.words) + 2], (check.words,))
+    return {"obeyed": obeyed, "nll": round(nll, 5), "wrote": wrote}
+
+
+def measure(model: Model, task: Task, ratio: float | None, args) -> Iterator[dict]:
+    """One result for each setting and check. ratio None: the full cache."""
+    n, extra = len(task.ids), 64 + N_ANSWER
+    common = {"n_ctx": n + extra, "n_threads": args.threads}
+
+    @contextmanager
+    def opened(config):
+        with model.open(config, **common) as context:
+            yield context, lambda: Mark(context, extra)
+
+    if ratio is None:
+        whole = QFilterConfig(
+            max_length=n + extra + BATCH, window_length=0, interval=BATCH, policy="streaming",
+            archive=False,
+        )  # fmt: skip
+        with opened(whole) as (context, mark):
+            context.read(task.ids)
+            mark = mark()
+            yield from (
+                {"setting": "full", "recall": False} | ask(context, c, mark) for c in task.checks
+            )
+        return
+    n_cells = int(n / ratio)
+    for name, sinks in settings(n_cells).items():
+        config = {
+            "max_length": n_cells, "policy": args.policy,
+            "sinks": task.n_system if sinks is None else sinks,
+        }  # fmt: skip
+        with opened(QFilterConfig(**config)) as (context, mark):
+            context.read(task.ids)
+            state, mark = context.state(), mark()
+            for check in task.checks:
+                yield {"setting": name, "recall": True} | ask(context, check, mark)
+        with opened(QFilterConfig(**config, archive=False)) as (context, mark):
+            assert context.restore(state)
+            mark = mark()
+            for check in task.checks:
+                yield {"setting": name, "recall": False} | ask(context, check, mark)
+
+
+def summary(results: list[dict]) -> list[dict]:
+    rows = []
+    for key in dict.fromkeys((r["length"], r["ratio"], r["setting"], r["recall"]) for r in results):
+        mine = [r for r in results if key == (r["length"], r["ratio"], r["setting"], r["recall"])]
+        rows.append(
+            dict(zip(("length", "ratio", "setting", "recall"), key, strict=True))
+            | {
+                "n": len(mine), "obeyed": sum(r["obeyed"] for r in mine),
+                "nll": round(sum(r["nll"] for r in mine) / len(mine), 4),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument(
+        "--lengths", type=CommaList(int), default=(4096,), help="tokens of a prompt"
+    )
+    parser.add_argument("--ratio", type=CommaList(float), default=(8.0,))
+    parser.add_argument("--policy", default=QFilterConfig.policy)
+    parser.add_argument("--rules", type=int, default=len(RULES), help="the first of the rules")
+    parser.add_argument("--text", type=Path, help="text file [default: the built-in text]")
+    parser.add_argument("--threads", type=int, default=n_threads())
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    results = []
+    with Model(args.model) as model:
+        needed = max(args.lengths) * args.rules
+        tokens = (
+            model.tokens(args.text.read_text("utf-8")[: 8 * needed])
+            if args.text
+            else text_tokens(model, needed)
+        )
+        for length, ratio in itertools.product(args.lengths, [None, *args.ratio]):
+            for number, task in enumerate(tasks(model, tokens, length, args.rules)):
+                for result in measure(model, task, ratio, args):
+                    results.append({"length": length, "ratio": ratio, "rule": number, **result})
+                print(f"{length:,} tokens, {ratio or 'full'}: rule {number + 1}", flush=True)
+    rows = summary(results)
+    cells = [["tokens", "ratio", "", "recall", "obeyed", "nll"]]
+    for row in rows:
+        cells.append([
+            f"{row['length']:,}", f"x{row['ratio']:g}" if row["ratio"] else "", row["setting"],
+            "on" if row["recall"] else "", f"{row['obeyed']} of {row['n']}", f"{row['nll']:.3f}",
+        ])  # fmt: skip
+    print(aligned(cells))
+    if args.json:
+        write_json(args.json, {"about": provenance(args.threads), "rows": rows, "results": results})
+
+
+if __name__ == "__main__":
+    main()
