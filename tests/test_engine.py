@@ -445,7 +445,7 @@ def test_contexts_that_can_not_be_bounded_are_refused_with_the_reason(make):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"max_length": 70}, "use max_length >= 90,"),
+        ({"max_length": 70}, "use max_length >= 77,"),
         ({"max_length": 100, "window_length": 60}, "max_length 100 is too small"),
         ({"max_length": "512"}, "max_length is '512': it must be a whole number"),
         ({"window_length": 32.5}, "window_length is 32.5"),
@@ -462,6 +462,6 @@ def test_sizes_that_do_not_fit_are_refused(kwargs, message):
 
 def test_defaults_of_the_sizes():
     config = QFilterConfig(max_length=1024)
-    assert (config.window_length, config.sinks, config.interval) == (256, 4, 256)
+    assert (config.window_length, config.sinks, config.interval) == (128, 4, 256)
     assert (QFilterConfig().max_length, QFilterConfig().interval) == (4096, 512)
     assert config.n_keep == 768

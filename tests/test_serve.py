@@ -342,7 +342,7 @@ def test_figures(bounded, tokens):
     assert figures["kv_recalls_total"] > 0 and figures["kv_recalled_tokens_total"] > 0
     assert bounded.get("/slots")[1]["kv_cells"] == answer["timings"]["kv_cells"]
     assert bounded.get("/props")["qfilter"] == {
-        "max_length": 256, "window_length": 64, "sinks": 4, "interval": 64, "policy": "qblend",
+        "max_length": 256, "window_length": 32, "sinks": 4, "interval": 64, "policy": "qblend",
         "archive": True, "recall": True,
     }  # fmt: skip
 
@@ -353,7 +353,7 @@ def test_figures(bounded, tokens):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--max-length", 80], ["--max-length 80", "--interval 64", "at least"]),
+        (["--max-length", 70], ["--max-length 70", "--interval 64", "at least"]),
         (["--max-length", 256, "--policy", "nothing"], ["nothing", "qblend", "keydiff"]),
         (["--max-length", 256, "--mmproj", "x.gguf"], ["--mmproj", "--max-length"]),
         (["--max-length", 256, "--embedding"], ["--embedding", "--max-length"]),

@@ -173,12 +173,12 @@ def test_what_can_not_be_compressed_is_said_in_a_line(make, wide, prompt):
 
 
 @pytest.mark.parametrize(("ratio", "n_cells"), [(2, 120), (4, 60), (30, 8)])
-def test_a_window_that_nobody_gave_is_a_quarter_of_what_is_kept(make, prompt, ratio, n_cells):
-    """1,024 of the 4,096 cells of the default would be more than the whole prompt."""
+def test_a_window_that_nobody_gave_is_an_eighth_of_what_is_kept(make, prompt, ratio, n_cells):
+    """512 of the 4,096 cells of the default would be more than the whole prompt."""
     llm = read(make(QFilterConfig(policy="knorm", archive=False), n_ctx=8192), prompt)
     keys = llm.cached_rows(9)[0].view(np.float16).reshape(240, N_HEAD_KV, HEAD_DIM)
     assert llm.compress(ratio=ratio) == (240, n_cells)
-    window = n_cells // 4
+    window = n_cells // 8
     assert llm.rewind_limit() == 240 - window
     for head in range(N_HEAD_KV):
         norms = np.linalg.norm(keys[4 : 240 - window, head].astype(np.float64), axis=1)
@@ -634,6 +634,8 @@ def test_a_chat_over_a_state_file_answers_as_if_it_had_never_been_written(
     conversation = Conversation(llm, "You know Aldermoor.", book.read_text())
     tokens = conversation.document_tokens()
     assert llm.detokenize(tokens[-8:]).decode().endswith("ever seen the second one. ")
+    header = llm.tokenize(conversation.document_header().encode(), add_bos=False, special=True)
+    assert tokens[: len(header)] == header and llm.keep_first(len(header)) == len(header)
     llm.eval(tokens)
     llm.compress(ratio=2)
     answers, between = [], "\n\n"

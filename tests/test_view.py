@@ -11,6 +11,7 @@ import tiny_models
 from click.testing import CliRunner, Result
 
 from qfllama import Conversation, Llama, QFilterConfig
+from qfllama.beginning import before_user
 from qfllama.cli import main
 from qfllama.viewing import holding
 from qfllama.viewing.page import page as page_of
@@ -83,7 +84,9 @@ def asked(model, text, tmp_path_factory) -> tuple[Path, dict]:
 def chat(opened):
     """The same conversation; what every head kept before the question is `chat.before`."""
     chat = Conversation(opened(), document=TEXT)
-    chat.llm.eval(chat.document_tokens())
+    tokens = chat.document_tokens()
+    chat.llm.keep_first(before_user(chat.llm, tokens, [{"role": "user", "content": TEXT}]))
+    chat.llm.eval(tokens)
     chat.n_before = chat.llm.n_tokens
     chat.before = [chat.llm.kept_positions(*head).tolist() for head in HEADS]
     list(chat.ask(QUESTION, max_tokens=1, temp=0))
@@ -283,7 +286,7 @@ def what(facts: dict, position: int, row: int, kept: list, recalled: list) -> tu
     elif position in recalled:
         name = "recalled"
     else:
-        name = "sink" if position < 4 else "newest" if position >= newest else "chosen"
+        name = "sink" if position < facts["sinks"] else "newest" if position >= newest else "chosen"
     return position, *HEADS[row], name, sum(position in head for head in kept)
 
 
@@ -317,8 +320,11 @@ def test_the_page_shows_what_was_there_before_the_question(page, asked):
 def test_colours_of_the_picture_are_those_of_the_legend(page, asked):
     facts = in_page(asked[0])
     n = len(facts["texts"])
-    names = {1: "sink", facts["recalled"][5]: "recalled", n - 3: "newest"}
-    names[next(p for p in range(4, n) if not any(p in kept for kept in facts["kept"]))] = "archived"
+    back, held = set(facts["recalled"]), set().union(*facts["kept"])
+    # a pixel may be of the position beside it
+    inside = next(p for p in facts["recalled"] if {p - 1, p + 1} <= back)
+    gone = next(p for p in range(facts["sinks"] + 1, n) if not {p - 1, p, p + 1} & held)
+    names = {1: "sink", inside: "recalled", n - 3: "newest", gone: "archived"}
     for position, name in names.items():
         pixel, colour = page.evaluate(
             """([x, name]) => [
@@ -361,6 +367,7 @@ def test_a_long_text_of_many_heads_is_shown_whole(browser, tmp_path):
         kept=random.random((256, n)) < 0.1,
         archived=np.ones(n, bool),
         recalled=np.zeros(n, bool),
+        n_first=4,
     )
     path = tmp_path / "long.html"
     path.write_text(page_of(held, model="m", source="s", question=None), "utf-8")

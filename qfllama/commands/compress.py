@@ -67,7 +67,7 @@ def cache_config(
             "--max-length, or use a smaller --window-length"
         )
     interval = 512  # nothing is evicted while the document is read: the size of a batch
-    length = max(n_tokens + n_more, sinks + max(1, window) + interval)
+    length = n_tokens + n_more + interval
     chosen = {"policy": policy} if policy else {}
     return QFilterConfig(length, window, sinks, interval, **chosen), wanted
 

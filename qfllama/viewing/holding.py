@@ -24,6 +24,7 @@ class Holding:
         kept: bool [heads, n]: does the head hold this position in a cell?
         archived: bool [n]: does the archive have a copy of this position, for all heads?
         recalled: bool [n]: did the question bring this position back?
+        n_first: first positions that always stay: sinks, or all before the first user message.
         before: bool [heads, n before]: `kept` before the question; None: there was none.
     """
 
@@ -33,6 +34,7 @@ class Holding:
     kept: np.ndarray
     archived: np.ndarray
     recalled: np.ndarray
+    n_first: int
     before: np.ndarray | None = None
 
 
@@ -50,6 +52,7 @@ def holding(llm: Llama, before: np.ndarray | None = None) -> Holding:
         kept=kept(llm),
         archived=_marks(n, llm._ctx.archived_positions(n)),
         recalled=_marks(n, recalled.positions if recalled else []),
+        n_first=llm._ctx.seq_stats().n_first,
         before=before,
     )
 

@@ -60,7 +60,7 @@ def _figures(held: Holding, about: dict) -> dict:
         "policy": config.policy,
         "max_length": config.max_length,
         "window_length": config.window_length,
-        "sinks": config.sinks,
+        "sinks": held.n_first,
         "texts": held.texts,
     }
 
