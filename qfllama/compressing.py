@@ -80,10 +80,11 @@ class Compressing(llama_cpp.Llama):
         if wanted >= before:
             return Compressed(before, before)
         config = self.qfilter_config
-        least = next(n for n in itertools.count(1) if n >= self._always_kept(n))
+        first = self._ctx.seq_stats().n_first
+        least = next(n for n in itertools.count(1) if n >= first + max(1, config.window_of(n)))
         if wanted < least:
             raise QFilterError(
-                f"{wanted} cells can't hold the first {self._first()} positions and a window of "
+                f"{wanted} cells can't hold the first {first} positions and a window of "
                 f"{config.window_of(wanted)}: use a max_length >= {least} (of {before} cells a ratio "
                 f"<= {math.floor(10 * before / least) / 10:g}), or a smaller window_length"
             )
@@ -113,11 +114,3 @@ class Compressing(llama_cpp.Llama):
         else:
             self._requires_eval = True
         return found
-
-    def _always_kept(self, n_cells: int) -> int:
-        """Cells of what always stays when the cache is compressed to n_cells."""
-        return self._first() + max(1, self.qfilter_config.window_of(n_cells))
-
-    def _first(self) -> int:
-        """How many of the first positions always stay."""
-        return self._ctx.seq_stats().n_first

@@ -68,7 +68,8 @@ class QFilterConfig:
         archive: where evicted rows are kept: in host memory (True), in a file in the folder of
             this name, or nowhere (False).
         archive_limit: most bytes of the archive; default: half of what is free when the cache is
-            made. At the limit the oldest positions after the sinks leave the archive.
+            made. At the limit the oldest positions leave the archive, except the first ones that
+            always stay.
         recall: "prompt": after a prompt was read, bring back the rows that its last tokens look at
             and the rows around the same words. "always": also at every eviction. False: never.
         recall_queries: the question is at most this many tokens at the end of a prompt.

@@ -368,7 +368,7 @@ class Conversation:
     def _keep_beginning(self) -> None:
         """Before anything is evicted. A saved prompt has its own number."""
         if self._prompt is None and self.llm.qfilter_config is not None:
-            self.llm.keep_first(before_user(self.llm, self.tokens, self.messages))
+            self.llm.keep_first(before_user(self.llm._model, self.tokens, self.messages))
 
     def _rewind(self) -> int:
         """Cut the engine's cache back to its common prefix with `tokens`; returns its length.

@@ -24,7 +24,7 @@ from qfllama.policies import TABLE, Policy
 
 _lib = llama_cpp.llama_cpp._lib
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """LLAMA_QFILTER_ABI_VERSION of the qfilter.h that this module declares."""
 KINDS = ("filters", "queries", "moments", "learned")
 """What a policy can need, in the order of `enum llama_qfilter_kind`."""

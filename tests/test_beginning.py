@@ -198,12 +198,19 @@ def prompt_tokens(llm: Llama, messages: list[dict]) -> list[int]:
         ([{"role": "system", "content": SYSTEM}], SYSTEM),
         ([], ""),
         ([{"role": "user", "content": ""}], ""),
+        # a token of 64 bytes
+        (chat(f"Rules:\n{'-' * 64}\nEnd with ahoy.", "Hello"), "ahoy.<|im_end|>\n<|im_start|>user\n"),
+        # what the user says is in the default system prompt, too, and in what follows
+        ([{"role": "user", "content": "AI"}], "<|im_end|>\n<|im_start|>user\n"),
+        (chat(SYSTEM, "ship") + [{"role": "assistant", "content": "Aye. A ship."},
+                                 {"role": "user", "content": "ship"}],
+         f"{SYSTEM}<|im_end|>\n<|im_start|>user\n"),
     ],
 )  # fmt: skip
 def test_where_the_user_begins(make, messages, end):
     llm = make()
     tokens = prompt_tokens(llm, messages)
-    n = before_user(llm, tokens, messages)
+    n = before_user(llm._model, tokens, messages)
     assert llm.detokenize(tokens[:n], special=True).decode().endswith(end)
     assert (n > 0) == bool(end)
 
@@ -211,15 +218,15 @@ def test_where_the_user_begins(make, messages, end):
 def test_a_text_that_is_not_there_keeps_nothing(make):
     llm = make()
     tokens = prompt_tokens(llm, chat(SYSTEM, "Hello"))
-    assert before_user(llm, tokens, chat("Something else", "Hello")) == 0
-    n = before_user(llm, tokens, chat(SYSTEM, "Something else"))
+    assert before_user(llm._model, tokens, chat("Something else", "Hello")) == 0
+    n = before_user(llm._model, tokens, chat(SYSTEM, "Something else"))
     assert llm.detokenize(tokens[:n], special=True).decode().endswith(SYSTEM)
 
 
 def test_a_chat_completion_keeps_its_system_prompt(make):
     long = "The sea is wide and the wind is cold. " * 60 + "What is wide?"
     llm = make()
-    n = before_user(llm, prompt_tokens(llm, chat(SYSTEM, long)), chat(SYSTEM, long))
+    n = before_user(llm._model, prompt_tokens(llm, chat(SYSTEM, long)), chat(SYSTEM, long))
     assert n > 20
     ask(llm, chat(SYSTEM, long))
     assert llm.recalled is not None, "the question came after evictions"
@@ -235,6 +242,30 @@ def test_a_chat_completion_keeps_its_system_prompt(make):
     assert n_kept(llm) >= 15, "another conversation has another beginning"
     llm.create_completion(long, max_tokens=2)
     assert llm._ctx.seq_stats().n_first == llm.qfilter_config.sinks, "a plain prompt has none"
+
+
+class Message:
+    """What a template can read, too."""
+
+    def __init__(self, role: str, content: str):
+        self.role, self.content = role, content
+
+
+def test_messages_of_any_kind(make):
+    llm, n = make(), []
+    for messages in (
+        chat(SYSTEM, "Hello"),
+        (message for message in chat(SYSTEM, "Hello")),
+        [Message("system", SYSTEM), Message("user", "Hello")],
+    ):
+        llm.reset()
+        n.append(ask(llm, messages)["usage"]["prompt_tokens"])
+        assert llm._ctx.seq_stats().n_first > 20
+    assert n[0] == n[1] == n[2]
+    with contextlib.closing(make(recall=False)) as other:
+        for _ in Conversation(other, system=SYSTEM).ask("caf\udce9", max_tokens=1):
+            pass
+        assert other._ctx.seq_stats().n_first > 20
 
 
 def test_a_conversation_keeps_its_system_prompt(make):
@@ -260,6 +291,11 @@ def test_by_hand(make):
     assert llm.keep_first(30) == 30
     llm.eval(llm.tokenize(b"The sea is wide and the wind is cold. " * 60))
     assert n_kept(llm) >= 30
+    llm.reset()
+    assert llm.keep_first(1 << 40) == 80
+    assert llm.keep_first(30) == 30
+    llm.create_completion("The sea is wide and the wind is cold. " * 60, max_tokens=1)
+    assert n_kept(llm) >= 30, "a completion leaves it as it is"
     llm.reset()
     assert llm.keep_first(0) == llm.qfilter_config.sinks
     with pytest.raises(QFilterError, match="use a number of tokens"):

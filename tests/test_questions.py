@@ -303,3 +303,17 @@ def test_rows_without_depth_or_of_one_document_have_a_report(tmp_path):
     assert rows[0]["by_depth"] == {} and rows[0]["right_ci"] == [0.0945, 0.9055]
     plots.questions(tmp_path / "plot.png", rows, ["full"], "title $")
     assert "1/2" in questions.report(rows, ["full"])
+
+
+def test_a_document_that_is_compressed_to_a_few_cells_keeps_of_its_beginning_what_fits(
+    smollm2, asked, tmp_path
+):
+    documents, *_ = asked
+    path = write(tmp_path, documents)
+    result = run(
+        smollm2, path, "--policy", "knorm", "--max-length", 40, "--setting", "prefill",
+        "--window-length", 20, "--recall", "off", "--max-tokens", 2, "--documents", "short.txt",
+        "--json", tmp_path / "out.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["cells"] == 40

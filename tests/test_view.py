@@ -85,7 +85,7 @@ def chat(opened):
     """The same conversation; what every head kept before the question is `chat.before`."""
     chat = Conversation(opened(), document=TEXT)
     tokens = chat.document_tokens()
-    chat.llm.keep_first(before_user(chat.llm, tokens, [{"role": "user", "content": TEXT}]))
+    chat.llm.keep_first(before_user(chat.llm._model, tokens, [{"role": "user", "content": TEXT}]))
     chat.llm.eval(tokens)
     chat.n_before = chat.llm.n_tokens
     chat.before = [chat.llm.kept_positions(*head).tolist() for head in HEADS]

@@ -63,7 +63,7 @@ std::vector<common_arg> common_qfilter_args() {
             [](common_params & params, const std::string & value) { params.qfilter.archive_dir = value; }
         }, "LLAMA_ARG_QF_ARCHIVE_DIR"),
         common_qfilter_arg({ { "--archive-limit" }, "MiB",
-            "most MiB of the archive; at the limit the oldest tokens after the sinks leave it (default: half of the memory)",
+            "most MiB of the archive; at the limit the oldest tokens leave it, except the first ones that always stay (default: half of the memory)",
             [](common_params & params, int value) { params.qfilter.archive_limit_mib = common_qfilter_number(value); }
         }, "LLAMA_ARG_QF_ARCHIVE_LIMIT"),
         common_qfilter_arg({ { "--recall" }, { "--no-recall" },

@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define LLAMA_QFILTER_ABI_VERSION 3
+#define LLAMA_QFILTER_ABI_VERSION 4
 
 // LLAMA_QFILTER_ABI_VERSION of the library
 LLAMA_API uint32_t llama_qfilter_abi_version(void);
@@ -150,8 +150,8 @@ LLAMA_API int32_t llama_qfilter_compress_scored(
 // from now on the first n positions of a sequence always stay, as sinks do: in evictions, when cells are filled again, and in
 // the archive. n: a system prompt, for example. call it before the sequence loses rows to an eviction, afterwards nothing
 // changes. a state includes the number; it ends when the sequence is emptied
-// returns how many always stay: at least n_sink, at most half of n_keep without the window. < 0: no such sequence or no bounded
-// cache
+// returns how many always stay: at least n_sink, at most half of n_keep without the window, and no more than an archive at its
+// limit has room for. < 0: no such sequence or no bounded cache
 LLAMA_API int32_t llama_qfilter_keep_first(struct llama_context * ctx, llama_seq_id seq_id, uint32_t n);
 
 // tokens that still fit into the cells of a sequence, 0: they are full; < 0: no such sequence or no bounded cache
@@ -159,7 +159,7 @@ LLAMA_API int32_t llama_qfilter_room(const struct llama_context * ctx, llama_seq
 
 // the smallest p0 for which llama_memory_seq_rm(mem, seq_id, p0, -1) leaves a sequence that can go on at p0, 0: any
 // < 0: no such sequence or no bounded cache. (a whole sequence can always be removed.) with an archive, removing fills the
-// cells again with rows before p0: sinks, the window, rows that are in the cells, and the newest others
+// cells again with rows before p0: what always stays, the window, rows that are in the cells, and the newest others
 LLAMA_API llama_pos llama_qfilter_rewind_limit(const struct llama_context * ctx, llama_seq_id seq_id);
 
 // writes to out the positions that layer il, KV head ih holds for a sequence, ascending (at most capacity of them)
@@ -196,7 +196,7 @@ LLAMA_API int32_t llama_qfilter_question(struct llama_context * ctx, llama_seq_i
 // score all archived rows by the largest weight that any query of the question gives them, in any layer and head. then cut
 // the sequence back to where the question began, and fill its cells with n_rows rows, the same positions in all layers. rows
 // are taken in this order until there are enough:
-// - sinks and the newest rows
+// - the first positions, which always stay, and the newest rows
 // - a quarter of n_rows, at least 64: the rows with the highest scores, each with up to 8 tokens before it and 24 after it
 // - up to half of n_rows: rows with words of the question within up to 48 tokens. rare words count more, and a row needs at
 //   least a third of the best row's count. a word is a token without case and spaces

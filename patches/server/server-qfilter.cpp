@@ -439,7 +439,12 @@ int32_t server_qfilter::reuse(
         questions[id] = n - std::min(recall_queries, n - n_past);
     }
 
-    llama_qfilter_keep_first(ctx, id, n_first);
+    const int32_t n_stay = llama_qfilter_keep_first(ctx, id, n_first);
+
+    if (n_past == 0 && n_stay < n_first) {
+        SRV_WRN("slot %d: of %d tokens before the first user message only %d always stay: use a larger --max-length or --archive-limit\n",
+                id, n_first, n_stay);
+    }
 
     // checkpoints with tokens of the old prompt are of no use any more
     prompt.checkpoints.remove_if([&](const auto & checkpoint) { return checkpoint.n_tokens > n_past; });

@@ -77,7 +77,7 @@ int32_t llama_memory_qfilter::compress(llama_seq_id seq_id, uint32_t n_keep, uin
         return -1;
     }
     if (n_keep < n_keep_min(n_first(seq_id), n_window)) {
-        llama_qfilter_note_error(format("n_keep (%u) must be at least n_sink (%u) + n_window (%u, at least 1)", n_keep, n_first(seq_id), n_window));
+        llama_qfilter_note_error(format("n_keep (%u) must be at least the first positions that stay (%u) + n_window (%u, at least 1)", n_keep, n_first(seq_id), n_window));
         return -1;
     }
 

@@ -345,7 +345,7 @@ private:
     // do the windowed layers still have all rows that position p0 sees?
     bool can_cut_window(llama_seq_id seq_id, llama_pos p0) const;
 
-    // at most n rows for each head: sinks, the last n_window before p0, the given rows (ascending), then rows that are in the
+    // at most n rows for each head: those that always stay, the last n_window before p0, the given rows (ascending), then rows that are in the
     // cells; if no rows are given, also the newest others
     filling plan(llama_seq_id seq_id, llama_pos p0, uint32_t n, uint32_t n_window, const std::vector<llama_pos> & rows) const;
 

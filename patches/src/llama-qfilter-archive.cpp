@@ -170,8 +170,8 @@ void llama_qfilter_archive::rm(llama_pos p0, llama_pos p1) {
     }
 }
 
-bool llama_qfilter_archive::drop_oldest(uint32_t n_sink) {
-    for (size_t ib = (n_sink + n_block - 1)/n_block; ib + 1 < blocks.size(); ++ib) {
+bool llama_qfilter_archive::drop_oldest(uint32_t n_first) {
+    for (size_t ib = (n_first + n_block - 1)/n_block; ib + 1 < blocks.size(); ++ib) {
         auto & b = blocks[ib];
 
         if (b.data) {

@@ -88,13 +88,13 @@ public:
     }
 
     // can this position be added? false if it is there already, or was dropped at the limit
-    bool takes(llama_pos pos, uint32_t n_sink) const { return !has(pos) && (pos >= pos_min || pos < (llama_pos) n_sink); }
+    bool takes(llama_pos pos, uint32_t n_first) const { return !has(pos) && (pos >= pos_min || pos < (llama_pos) n_first); }
 
     // remove the positions [p0, p1)
     void rm(llama_pos p0, llama_pos p1);
 
-    // give back the oldest block after the sinks, but never the newest block. false: there is none to give
-    bool drop_oldest(uint32_t n_sink);
+    // give back the oldest block after the first n_first positions, but never the newest block. false: there is none to give
+    bool drop_oldest(uint32_t n_first);
 
     uint32_t n_blocks() const;
 
@@ -108,7 +108,7 @@ public:
 
     uint64_t n = 0; // positions
 
-    llama_pos pos_min = 0; // positions from the sinks up to here were dropped at the limit
+    llama_pos pos_min = 0; // positions from those that always stay up to here were dropped at the limit
 
 private:
     struct block {

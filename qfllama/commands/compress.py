@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qfllama.commands.console import MIB, dies_of_ctrl_c
+from qfllama.commands.console import MIB, dies_of_ctrl_c, note
 from qfllama.commands.opening import open_model, read_document
 from qfllama.commands.options import IN_FILE, OUT_FILE, model_argument, option
 from qfllama.config import QFilterConfig, QFilterError
@@ -95,8 +95,13 @@ def keep_beginning(llm: Llama, tokens: list[int], system: str | None, text: str,
     from qfllama.beginning import before_user
 
     messages = [{"role": "system", "content": system or ""}, {"role": "user", "content": text}]
-    most = (n_cells - llm.qfilter_config.window_of(n_cells)) // 2
-    llm.keep_first(min(before_user(llm, tokens, messages), most))
+    n = before_user(llm._model, tokens, messages)
+    kept = llm.keep_first(min(n, (n_cells - llm.qfilter_config.window_of(n_cells)) // 2))
+    if kept < n:
+        note(
+            f"of {n:,} tokens before the document only {kept:,} always stay in {n_cells:,} cells: "
+            "keep more, or shorten the system prompt"
+        )
 
 
 def read(llm: Llama, tokens: list[int]) -> float:

@@ -66,7 +66,7 @@ def fill(llm, *, state: Path | None, text: str | None, system: str | None, quest
         tokens = chat.document_tokens()
         check_room("the text", len(tokens), llm.n_ctx())
         llm.keep_first(
-            before_user(llm, tokens, [*chat.messages, {"role": "user", "content": text}])
+            before_user(llm._model, tokens, [*chat.messages, {"role": "user", "content": text}])
         )
         read(llm, tokens)
     elif llm.qfilter_stats()["archived_from"] > 0:

@@ -167,6 +167,14 @@ class Plan:
                 f"{variant.title} of {n_tokens:,} tokens: {error} (--window-length, --interval)"
             ) from None
 
+    def first(self, n: int, variant: Variant, n_tokens: int) -> int:
+        """How many of the first n tokens always stay: if a document is compressed once, at most half
+        of what is left without the window."""
+        if self.setting == "stream" or variant.whole:
+            return n
+        window = WINDOW if self.window_length is None else self.window_length
+        return min(n, max(0, variant.cells(n_tokens) - max(1, window)) // 2)
+
     def shared(self, variant: Variant, n_tokens: int) -> int:
         """Tokens of a document that are read before anything is evicted."""
         return variant.cells(n_tokens) if self.setting == "stream" else n_tokens
@@ -320,7 +328,7 @@ def _run_document(model, document, plan, missing, results, asking, bar) -> None:
             bar.update(min(BATCH, len(part) - i))
 
     for variant, context in forks(model, plan, tokens, list(missing), extra, read):
-        context.keep_first(document.n_first)
+        context.keep_first(plan.first(document.n_first, variant, len(tokens)))
         read(context, tokens[context.n_past() :])
         if plan.setting == "prefill":
             scores = None

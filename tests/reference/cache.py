@@ -253,7 +253,7 @@ class BoundedCache:
     ):
         if max_length is not None:
             n_keep = max_length - default_interval(max_length) if n_keep is None else n_keep
-            window_length = max_length // 4 if window_length is None else window_length
+            window_length = min(max_length // 8, 512) if window_length is None else window_length
             if not sinks + window_length <= n_keep < max_length:
                 raise ValueError(f"{sinks} + {window_length} <= {n_keep} < {max_length} is false")
         self.looks_ahead = policy == "qahead" or (
