@@ -1,5 +1,6 @@
 """llama-server on the bounded cache: what it goes on from, what comes back, what it refuses."""
 
+import contextlib
 import http.client
 import json
 import subprocess
@@ -93,6 +94,29 @@ def test_answers_are_those_of_the_python_class(model, tokens, tmp_path, policy):
     assert answer["timings"]["recalled"] > 0
     assert answer["timings"]["kv_cells"] <= 256
     assert answer["tokens"] == greedy(model, tokens, 40, policy=policy, **SIZES)
+
+
+def test_a_system_prompt_stays_as_in_the_python_class(model, tmp_path):
+    """Longer than what is left of it by chance; the answer is that of a cache that keeps it."""
+    messages = [
+        {"role": "system", "content": "You are the cook of a ship and answer in one word." * 3},
+        {"role": "user", "content": f"{prose(500)} Who are you?"},
+    ]
+    with server(model, tmp_path, *CACHE) as running:
+        answer = running.post(
+            "/v1/chat/completions", messages=messages, max_tokens=24, temperature=0
+        )
+    assert answer["timings"]["recalled"] > 0
+    with contextlib.closing(
+        Llama(
+            str(model), qfilters=QFilterConfig(**SIZES), n_ctx=4096, n_threads=1,
+            n_threads_batch=1, verbose=False,
+        )
+    ) as llm:  # fmt: skip
+        expected = llm.create_chat_completion(messages, max_tokens=24, temperature=0)
+        assert llm._ctx.seq_stats().n_first > 40
+    found = answer["choices"][0]["message"]["content"]
+    assert found.strip() == expected["choices"][0]["message"]["content"].strip() != ""
 
 
 def test_answers_without_an_archive_are_those_of_the_python_class(model, tokens, unarchived):

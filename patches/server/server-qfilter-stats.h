@@ -1,4 +1,4 @@
-// statistics of a bounded cache, for `timings`, /metrics and /props
+// a bounded cache in the server's JSON: `timings`, /metrics, /props, what a chat consists of
 #pragma once
 
 #include "json.h"
@@ -9,7 +9,9 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
+struct common_chat_msg;
 struct common_params;
 struct server_task_result;
 
@@ -39,6 +41,9 @@ struct server_qfilter_metrics {
 
 // settings of the bounded cache; null: the cache is not bounded
 common_json server_qfilter_props(const common_params & params);
+
+// of the messages of a chat: the system prompt, and how the first user message and the one after it begin
+common_json server_qfilter_texts(const std::vector<common_chat_msg> & messages);
 
 // the answer to requests that are still waiting when the server ends
 std::unique_ptr<server_task_result> server_qfilter_stopped();

@@ -354,24 +354,6 @@ bool server_qfilter::begin_at_start(int32_t id, server_prompt & prompt, const se
     return true;
 }
 
-int32_t server_qfilter::before_user(
-        const server_tokens & input, const common_chat_msg_spans & spans, const common_chat_msg_delimiters & delims) {
-    for (const auto & span : spans.spans) {
-        for (const auto & delim : delims.delimiters) {
-            const size_t end = span.pos + delim.tokens.size();
-
-            bool same = span.role == COMMON_CHAT_ROLE_USER && delim.role == span.role && end <= input.size();
-            for (size_t i = span.pos; same && i < end; ++i) {
-                same = input[i] == delim.tokens[i - span.pos];
-            }
-            if (same) {
-                return end;
-            }
-        }
-    }
-    return 0;
-}
-
 int32_t server_qfilter::reuse(
         int32_t id, server_prompt & prompt, const server_tokens & input, int32_t n_same, int32_t n_first, server_qfilter_stats & stats) {
     if (!bounded) {

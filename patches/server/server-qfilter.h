@@ -18,8 +18,9 @@ struct server_qfilter {
     // message. throws std::invalid_argument if the prompt can't follow the document. may be called by any thread
     server_tokens begin(const llama_vocab * vocab, const json & prompt, bool is_chat, server_tokens && plain) const;
 
-    // the tokens before the text of the first user message: system prompt, tools. 0: the template does not show where it begins
-    static int32_t before_user(const server_tokens & input, const common_chat_msg_spans & spans, const common_chat_msg_delimiters & delims);
+    // how many tokens of a prompt come before the text of the first user message: system prompt, tools. texts: see
+    // server_qfilter_texts(), null for a prompt that is no chat
+    static int32_t before_user(const llama_vocab * vocab, const server_tokens & input, const json & texts);
 
     // prepare a slot for a new prompt; it already has the first n_same tokens of it. cut the slot back, or restore the nearest
     // checkpoint or --state. the first n_first tokens will always stay. returns the number of tokens that need not be read again
