@@ -12,7 +12,7 @@ import sys
 
 import click
 
-from qfllama.commands.console import need_command
+from qfllama.commands.console import need_command, note_warnings
 from qfllama.config import EngineError, QFilterError
 from qfllama.terminal import escaped
 
@@ -63,6 +63,7 @@ class LazyGroup(click.Group):
         """Run a command; with `standalone_mode` end the process, errors as one line on stderr."""
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **kwargs)
+        note_warnings()
         try:
             code = super().main(*args, standalone_mode=False, **kwargs)
         except (click.Abort, KeyboardInterrupt):

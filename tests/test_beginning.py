@@ -1,6 +1,8 @@
 """What comes before the first user message always stays: engine, Llama, conversations."""
 
 import contextlib
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -284,6 +286,18 @@ def test_a_system_prompt_that_is_too_long_is_said(make):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ask(llm, chat(SYSTEM, "Hello"))
+
+
+def test_chat_says_it_in_one_line(smollm2):
+    process = subprocess.run(
+        [sys.executable, "-m", "qfllama", "chat", str(smollm2), "--max-length", "256", "--n-ctx", "1024",
+         "--policy", "kvdiff", "--threads", "1", "--max-tokens", "2", "--system", SYSTEM * 12,
+         "--prompt", "Hello"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.count("note: the prompt begins with ") == 1
+    assert "Warning" not in process.stderr
 
 
 def test_by_hand(make):

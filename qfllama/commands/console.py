@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
+
+from qfllama.config import QFilterWarning
 
 if TYPE_CHECKING:
     from qfllama.offload import Offload
@@ -19,6 +22,19 @@ MIB = 1 << 20
 def note(text: str) -> None:
     """A line on stderr that is not part of an answer."""
     click.secho(text, err=True, dim=True)
+
+
+def note_warnings() -> None:
+    """From here on, our warnings are notes without the place in the code."""
+    others = warnings.showwarning
+
+    def show(message, category, *where, **more):
+        if issubclass(category, QFilterWarning):
+            note(f"note: {message}")
+        else:
+            others(message, category, *where, **more)
+
+    warnings.showwarning = show
 
 
 def need_command(context: click.Context) -> None:
