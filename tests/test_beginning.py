@@ -75,6 +75,33 @@ def test_it_is_the_same_as_that_many_sinks(open_cache, policy, flags):
     assert (first.logits() == sinks.logits()).all()
 
 
+@pytest.mark.parametrize(("family", "layer"), [("gemma3", 5), ("lfm2", 3)])
+def test_it_is_the_same_beside_windowed_and_recurrent_layers(tmp_path, family, layer):
+    """layer: one that evicts. Evictions, a state and a recall."""
+    tiny_models.write(family, tmp_path / family)
+    (path,) = tiny_models.convert([tmp_path / family])
+    tokens, sizes = some(400), {**SIZES, "archive": True, "policy": "knorm"}
+    with (
+        load(path) as model,
+        Bounded(model, config(**sizes)) as first,
+        Bounded(model, config(**sizes, sinks=FIRST)) as sinks,
+        Bounded(model, config(**sizes)) as restored,
+    ):
+        assert first.keep_first(FIRST) == FIRST
+        for llm in (first, sinks):
+            llm.read(tokens)
+        assert restored.restore(first.state()) and restored.restore_archive(first.archive_state())
+        found = []
+        for llm in (first, sinks, restored):
+            llm.question()
+            llm.read(tokens[100:106])
+            assert llm.recall() == 6
+            llm.read(tokens[100:106], logits=True)
+            found.append((llm.kept(layer, 0).tolist(), llm.logits().tolist()))
+        assert found[0] == found[1] == found[2]
+        assert found[0][0][:FIRST] == list(range(FIRST))
+
+
 def test_it_can_be_said_before_anything_is_lost(open_cache):
     llm = open_cache(n_seq=2)
     assert llm.keep_first(FIRST) == FIRST
