@@ -95,6 +95,11 @@ class Sequence:
         """From here on it is all of the sequence. Without sinks no cell tells where that began."""
         return 0 if self.compacted and not self.n_sink else self.first
 
+    def adopt(self, n: int) -> None:
+        """The engine may have forgotten `n_first`: it says that n positions stay."""
+        if n == self.least_sinks:
+            self.n_first = 0
+
     def can_remove(self, p0: int, p1: int) -> bool:
         if not self.cells or p0 >= p1 or (p0 <= self.start and p1 > self.last):
             return True  # nothing, or the whole sequence

@@ -72,6 +72,8 @@ class World:
         for seq, sequence in enumerate(cache.sequences):
             ends = sequence.first, sequence.last
             need(engine.ends(seq) == ends, f"sequence {seq} is {engine.ends(seq)}, not {ends}")
+            n_first = engine.n_first(seq)
+            need(n_first == sequence.n_sink, f"{n_first} stay of {seq}, not {sequence.n_sink}")
             room = cache.settings.bound - len(sequence.cells), sequence.rewind_limit
             found = native.room(engine.ctx, seq), native.rewind_limit(engine.ctx, seq)
             need(found == room, f"room and rewind limit of {seq} are {found}, not {room}")
@@ -175,7 +177,7 @@ class World:
                 cache.evict(seq, settings.n_keep, claimed)
             need(n_old == len(sequence.cells), f"sequence {seq} had {n_old} cells before the batch")
             if not exact and not sequence.cells:  # were cells used for a moment?
-                sequence.n_first = engine.n_first(seq)
+                sequence.adopt(engine.n_first(seq))
             if n:
                 cache.append(seq, first[seq], {head: own[n_old:] for head, own in rows.items()})
 
@@ -341,7 +343,7 @@ class World:
         elif all(self.engine.ends(i) == (-1, -1) for i in touched):
             for i in touched:  # refused: emptied or as it was, never a part of each
                 self.cache.sequences[i].clear()
-                self.cache.sequences[i].n_first = self.engine.n_first(i)
+                self.cache.sequences[i].adopt(self.engine.n_first(i))
 
     def same_rows(self, theirs: Settings) -> bool:
         return all(
@@ -523,8 +525,10 @@ def draw(rng: random.Random, world: World, head_dim: int) -> list:
         abort = rng.randint(0, 20) if rng.random() < 0.1 else None
         return [kind, seq if rng.random() < 0.95 else settings.n_seq, n_keep, abort]
     if kind == "keep_first":
-        most = max(1, settings.n_keep - settings.n_window)
-        return [kind, seq if rng.random() < 0.95 else settings.n_seq, rng.randint(0, most)]
+        # no number that sinks would hide
+        least, most = settings.n_sink + 1, max(0, settings.n_keep - settings.n_window) // 2
+        n = rng.choice([0, rng.randint(least, most), 1 << 20]) if least <= most else 0
+        return [kind, seq if rng.random() < 0.95 else settings.n_seq, n]
     if kind == "save":
         return [kind, rng.randrange(N_SLOTS), rng.choice([None, seq]), rng.random() < 0.3]
     if kind == "restore":
