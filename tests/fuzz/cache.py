@@ -252,7 +252,7 @@ class Cache:
         sequence = self.sequences[source]
         if sequence.cells and (p0 > sequence.first or 0 <= p1 <= sequence.last):
             return  # parts of a sequence are not copied
-        self.sequences[target] = deepcopy(sequence)
+        self.sequences[target] = deepcopy(sequence) if sequence.cells else self.empty()
 
     def keep_first(self, seq: int, n: int) -> int:
         """Returns how many positions always stay."""

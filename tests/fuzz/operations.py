@@ -353,13 +353,14 @@ class World:
     def fits(self, saved: Saved, resize: bool) -> bool:
         """Does a state belong into this context?"""
         theirs, ours = saved.settings, self.cache.settings
-        names = ["n_sink", "policy", "type_k", "type_v", "n_seq"]
+        whole = ["n_seq"] if saved.whole else []
+        names = ["n_sink", "policy", "type_k", "type_v", *whole]
         if not resize:
             names += ["bound", "n_keep", "n_window"]
         names += ["filters"] if ours.policy in CALIBRATED else []
         names += ["seed"] if ours.policy == "random" else []
         if resize and not any(sequence.compacted for sequence in saved.sequences):
-            names = ["type_k", "type_v", "n_seq"]  # what would have decided doesn't matter
+            names = ["type_k", "type_v", *whole]  # what would have decided doesn't matter
         same = all(getattr(theirs, name) == getattr(ours, name) for name in names)
         if not any(sequence.cells for sequence in saved.sequences):  # then no rows have a type
             names = [name for name in names if not name.startswith("type")]
