@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from qfllama.commands.options import CommaList
 from qfllama.conversation import formatter, tokenize_all
 from qfllama.engine import Context, Model
 from qfllama.evaluation.questions import found
-from qfllama.evaluation.run import BATCH, cut
+from qfllama.evaluation.run import Plan, cut
 from qfllama.evaluation.scoring import Mark, generate, score
 from qfllama.files import write_json
 from qfllama.machine import n_threads, provenance
@@ -117,22 +116,15 @@ def measure(model: Model, task: Task, ratio: float | None, args) -> Iterator[dic
     n, extra = len(task.ids), 64 + N_ANSWER
     common = {"n_ctx": n + extra, "n_threads": args.threads}
 
-    @contextmanager
-    def opened(config):
-        with model.open(config, **common) as context:
-            yield context, lambda: Mark(context, extra)
+    def asked(context: Context, setting: str, recall: bool) -> Iterator[dict]:
+        mark = Mark(context, extra)
+        for check in task.checks:
+            yield {"setting": setting, "recall": recall} | ask(context, check, mark)
 
     if ratio is None:
-        whole = QFilterConfig(
-            max_length=n + extra + BATCH, window_length=0, interval=BATCH, policy="streaming",
-            archive=False,
-        )  # fmt: skip
-        with opened(whole) as (context, mark):
+        with model.open(Plan("stream", ()).whole(n + extra), **common) as context:
             context.read(task.ids)
-            mark = mark()
-            yield from (
-                {"setting": "full", "recall": False} | ask(context, c, mark) for c in task.checks
-            )
+            yield from asked(context, "full", False)
         return
     n_cells = int(n / ratio)
     for name, sinks in settings(n_cells).items():
@@ -140,16 +132,13 @@ def measure(model: Model, task: Task, ratio: float | None, args) -> Iterator[dic
             "max_length": n_cells, "policy": args.policy,
             "sinks": task.n_system if sinks is None else sinks,
         }  # fmt: skip
-        with opened(QFilterConfig(**config)) as (context, mark):
+        with model.open(QFilterConfig(**config), **common) as context:
             context.read(task.ids)
-            state, mark = context.state(), mark()
-            for check in task.checks:
-                yield {"setting": name, "recall": True} | ask(context, check, mark)
-        with opened(QFilterConfig(**config, archive=False)) as (context, mark):
+            state = context.state()
+            yield from asked(context, name, True)
+        with model.open(QFilterConfig(**config, archive=False), **common) as context:
             assert context.restore(state)
-            mark = mark()
-            for check in task.checks:
-                yield {"setting": name, "recall": False} | ask(context, check, mark)
+            yield from asked(context, name, False)
 
 
 def summary(results: list[dict]) -> list[dict]:

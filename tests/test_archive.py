@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 from bounded import HOW, Bounded, load
 from bounded import config as small_config
+from tiny_models import some
 
 from qfllama import QFilterConfig, QFilterError, QFilterWarning
 from qfllama.native import FLAG_GRAPH_GATHER, STATE_KEEP_ARCHIVE
@@ -24,10 +25,7 @@ ROW_BYTES = N_LAYER * N_HEAD * 64 * 2 * 2  # K and V of all layers in f16
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    tiny_models.write_llama(folder, n_layer=N_LAYER, n_head=4, n_head_kv=N_HEAD, head_dim=64)
-    (path,) = tiny_models.convert([folder])
-    with load(path) as model:
+    with load(tiny_models.two_layers(tmp_path_factory.mktemp("models"))) as model:
         yield model
 
 
@@ -40,10 +38,6 @@ def open_cache(model):
             return stack.enter_context(Bounded(model, config, **{"n_ctx": 4096} | params))
 
         yield open_cache
-
-
-def some(n: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 380, n).tolist()
 
 
 def stored(llm, n: int, seq: int = 0) -> list:

@@ -5,10 +5,10 @@ import subprocess
 import sys
 import warnings
 
-import numpy as np
 import pytest
 import tiny_models
 from bounded import Bounded, config, load
+from tiny_models import some
 
 from qfllama import Conversation, Llama, QFilterConfig, QFilterError, QFilterWarning
 from qfllama.beginning import before_user
@@ -20,16 +20,9 @@ HEADS = [(0, 0), (0, 1), (1, 0), (1, 1)]  # layer, KV head
 SYSTEM = "You are the cook of a ship. End every answer with the word ahoy."
 
 
-def some(n: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 380, n).tolist()
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    tiny_models.write_llama(folder, n_layer=2, n_head=4, n_head_kv=2, head_dim=64)
-    (path,) = tiny_models.convert([folder])
-    with load(path) as model:
+    with load(tiny_models.two_layers(tmp_path_factory.mktemp("models"))) as model:
         yield model
 
 

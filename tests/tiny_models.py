@@ -238,6 +238,17 @@ def write_converter(path) -> Path:
     return Path(path)
 
 
+def two_layers(folder: Path) -> Path:
+    """A GGUF file in `folder`: a Llama of 2 layers with 2 KV heads of 64 each."""
+    write_llama(folder / "llama", n_layer=2, n_head=4, n_head_kv=2, head_dim=64)
+    return convert([folder / "llama"])[0]
+
+
+def some(n: int, seed: int = 0) -> list[int]:
+    """n tokens for the engine tests."""
+    return np.random.default_rng(seed).integers(3, 380, n).tolist()
+
+
 def convert(checkpoints) -> list[Path]:
     """The GGUF files (float32, CHECKPOINT.gguf) that upstream's converter makes of checkpoint
     folders, with the tokenizers of `write_converter`, in one process: starting it takes longer

@@ -92,7 +92,6 @@ std::vector<common_arg> common_qfilter_args() {
 
 // fills in the sizes that were left at their defaults
 static void common_qfilter_complete(common_qfilter_params & qf) {
-
     if (qf.window_length < 0) {
         qf.window_length = std::min(qf.max_length/8, 512);
     }
