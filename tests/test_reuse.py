@@ -164,8 +164,9 @@ class Straight:
             self.used += 1
             self.n += 1
 
-    def replay(self, llm: Llama):
+    def replay(self, llm: Llama, n_first: int):
         llm.reset()
+        llm.keep_first(n_first)
         for start, tokens in self.parts:
             llm.n_tokens = start
             llm.eval(tokens)
@@ -203,7 +204,7 @@ def test_30_turns_with_edits_answer_as_contexts_that_start_from_scratch(live, fr
         what = model.cut(shared) if held else "began"
         assert start == model.n, f"turn {turn}: {edit}, {what}: read from {start} on"
         model.read(new)
-        model.replay(fresh)
+        model.replay(fresh, live._ctx.seq_stats().n_first)
         expected = []
         for token in fresh.generate([], reset=False, temp=0.0):
             if llama_cpp.llama_vocab_is_eog(fresh._model.vocab, token) or len(expected) == N_ANSWER:
