@@ -346,13 +346,10 @@ public:
 
     bool is_cpu() const override { return false; }
 
-    // all layers in one graph: launching a graph costs more than computing it. fewer with a quantized cache: there the scores,
-    // which are in memory twice, would be large compared with the cache
+    // many layers in one graph: launching a graph costs more than computing it. but the scores are in memory twice, so they
+    // shall take at most a third of a layer each time
     size_t n_layers_at_once() const override {
         const auto & layer = layers[0];
-        if (!ggml_is_quantized(layer.k[0]->type)) {
-            return layers.size();
-        }
 
         const size_t n_bytes_scores = layer.n_head*n_parts*sizeof(float); // for each row
 
