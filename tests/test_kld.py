@@ -235,6 +235,8 @@ def test_a_ladder_has_the_figures_of_kld_and_needle_and_what_caches_take(tiny, t
         one_cell = 2 * 3 * 2 * 64 * sizes[kind]  # K and V of 3 layers with 2 KV heads of 64
         assert row["bytes"] == {"8192": cells * one_cell, "32768": 4 * cells * one_cell}
         assert row["tokens_per_second"] > 0
+        archived = {n: int(n) * one_cell if row is ours else 0 for n in row["bytes"]}
+        assert row["archive_bytes"] == archived
     assert full["kld"]["kld"] == 0 and set(full["needles"]) == {"off"}
     _, alone = report(
         "kld", tiny, tmp_path, "--policy", "knorm", *options, "--type-k", "q8_0", "--type-v", "q8_0"

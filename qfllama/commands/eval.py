@@ -134,9 +134,9 @@ def ladder_command(types, stock_types, texts, length, count, needles, speed, **c
     """One table over bytes per token of context: llama.cpp's full caches and ours of all sizes and
     types.
 
-    Bytes are those of K and V at 8,192 and 32,768 tokens of context, by calculation. `KLD` and `same
-    top` are as in `eval kld`; `found`: needles as in `eval needle --setting stream`, without and with
-    recall."""
+    Bytes are those of K and V at 8,192 and 32,768 tokens of context, by calculation; `archive`: MiB
+    of host memory that recall needs at 32,768. `KLD` and `same top` are as in `eval kld`; `found`:
+    needles as in `eval needle --setting stream`, without and with recall."""
     with dies_of_ctrl_c():
         from qfllama import schema
         from qfllama.evaluation import kld, ladder, needle, perplexity, plots

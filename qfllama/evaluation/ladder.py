@@ -82,9 +82,12 @@ def row(model: Model, variant: Variant, divergence: dict, needles: dict[str, dic
         divergence: its row of `kld.rows`; needles: `needle.summary` by "off" and "on" (recall).
     """
     sizes = {n: cache_bytes(model, variant, n) for n in CONTEXTS}
+    every = Variant(FULL, types=variant.types)  # the archive also has what the cells have
+    archives = {n: 0 if variant.whole else cache_bytes(model, every, n) for n in CONTEXTS}
     return {
         **variant.key(),
         "bytes": sizes,
+        "archive_bytes": archives,
         "bytes_per_token": round(sizes[CONTEXTS[-1]] / CONTEXTS[-1], 1),
         "kld": divergence,
         "needles": needles,
@@ -123,13 +126,21 @@ def report(rows: list[dict], titles: list[str]) -> str:
     """A table for the terminal."""
     recalls = list(dict.fromkeys(word for row in rows for word in row["needles"]))
     speed = "tokens_per_second" in rows[0]
-    head = ["", "B/token", *(f"MiB at {n // 1024}k" for n in CONTEXTS), "KLD", "same top"]
+    head = [
+        "",
+        "B/token",
+        *(f"MiB at {n // 1024}k" for n in CONTEXTS),
+        "archive",
+        "KLD",
+        "same top",
+    ]
     head += ["found" if word == "off" else "with recall" for word in recalls]
     body = [
         [
             title,
             f"{row['bytes_per_token']:,.0f}",
             *(f"{n_bytes / MIB:,.1f}" for n_bytes in row["bytes"].values()),
+            f"{row['archive_bytes'][CONTEXTS[-1]] / MIB:,.1f}",
             f"{row['kld']['kld']:.2g}",
             f"{row['kld']['same_top']:.1%}",
             *(_share(row["needles"].get(word)) for word in recalls),
