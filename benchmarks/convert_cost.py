@@ -97,7 +97,7 @@ def calibrate(args, sequences, backend):
         from qfllama.convert.capture_torch import TorchModel
 
         model = TorchModel(args.model, args.model, args.max_seq_len)
-    return lambda: pipeline._read(model, layers, sequences, calibration, lambda n: None)
+    return lambda: pipeline._run(model, layers, sequences, calibration, lambda n: None)
 
 
 def child(args) -> None:

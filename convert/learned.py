@@ -18,10 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import engine_log
 from ..config import QFilterError
-from ..machine import n_threads
-from ..offload import Cache
 from . import layout, text
 from .capture_llama import LlamaModel
 
@@ -32,8 +29,6 @@ SINKS = 8
 """The first rows of a text are left out, since everything looks at them."""
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Added to the diagonal, relative to each input's variance; the held-out texts decide which."""
-TEST_LENGTH, TEST_DOCUMENTS, RATIO, WINDOW = 1024, 4, 4, 32
-"""Of the test that chooses the policy: tokens of a document, documents, compression, window."""
 TINY = 1e-12
 AT_ONCE = 64 << 20
 """Bytes of the weights of attention that are computed at once."""
@@ -250,29 +245,6 @@ def add(filters, gguf, texts, n_held_out: int, n_gpu_layers, progress) -> float:
     filters.vectors["learned"] = {il: rows.astype(np.float16) for il, rows in found.items()}
     filters.quality["learned"] = explained.astype(np.float32)
     return explained.mean()
-
-
-def compare(gguf, filters, n_gpu_layers, seed: int) -> dict[str, float]:
-    """Policy -> loss per digit of needles, in text that filters were not calibrated on, compressed
-    once to 1/RATIO. filters: those for the file, which need not be in it yet."""
-    from ..engine import Model
-    from ..evaluation import needle, run, tasks
-    from ..evaluation.results import Results
-
-    variants = tuple(run.variants(["qblend", "learned"], [RATIO], None))
-    plan = run.Plan("prefill", variants, window_length=WINDOW, context={"n_threads": n_threads()})
-    with Model(gguf, n_gpu_layers=n_gpu_layers, caches=[Cache(2 * TEST_LENGTH)]) as model:
-        model.filters = filters
-        haystack = tasks.Haystack(tasks.read_text(None), lambda part: len(model.tokens(part)))
-        documents = needle.documents(haystack, [TEST_LENGTH], TEST_DOCUMENTS, 5, seed)
-        results = Results(None, {}, run.KEY)
-        with engine_log.errors():
-            run.run(model, documents, plan, results)
-    losses = {}
-    for variant in variants:
-        answers = run.answers(documents, variant, results)
-        losses[variant.policy] = sum(answer["nll"] for answer in answers) / len(answers)
-    return losses
 
 
 def calibrate(model, output_weights, layers, sequences, n_held_out: int, progress):

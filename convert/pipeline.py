@@ -21,6 +21,7 @@ from ..progress import progress
 from ..shape import model_shape
 from . import (
     calibrate,
+    choose,
     export,
     learned,
     measure,
@@ -38,7 +39,7 @@ DTYPES = {"filters": np.float32, "queries": np.float32, "moments": np.float16}
 NUM_SEQUENCES, LEARNED_SEQUENCES = 6, 20
 """Default numbers of sequences; learned filters need texts of three kinds."""
 LEARNED = "learned"
-"""A value of `filters`: calibrate learned filters, too, and test whether they are better."""
+"""A value of `filters`: calibrate learned filters, too; and the policy that uses them."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,7 @@ def _calibrated(model, calibration, texts, note, bar, learn):
     filters = Filters(vectors, provenance, quality, layout)
     if learn:
         _learn(model, calibration, sequences, filters, note, bar)
+    _choose(model.gguf, calibration, filters, note, bar, [LEARNED] * learn)
     if not quality:
         note("one sequence only: nothing is held out to measure how well the filters fit")
     elif fit(filters).verdict == "poor":
@@ -254,7 +256,7 @@ def _calibrated(model, calibration, texts, note, bar, learn):
 
 
 def _learn(model, calibration, sequences, filters, note, bar):
-    """Add learned filters, and the policy that is best in a test."""
+    """Add learned filters."""
     texts = learned.texts(model.gguf, sequences, calibration.num_sequences, calibration.seed)
     n_tokens = sum(map(learned.n_read, texts))
     with bar("reading texts twice", n_tokens) as reading:
@@ -266,12 +268,27 @@ def _learn(model, calibration, sequences, filters, note, bar):
             calibration.n_gpu_layers,
             reading.update,
         )
-    losses = learned.compare(model.gguf, filters, calibration.n_gpu_layers, calibration.seed)
-    filters.policy = min(losses, key=losses.get)
-    shown = ", ".join(f"{policy} {loss:.2f}" for policy, loss in losses.items())
+    note(f"learned filters explain {explained:.0%} of what a repetition looks at")
+
+
+def _choose(gguf, calibration, filters, note, bar, more):
+    """Add the policy that is best in a test. more: policies to test besides those of every file"""
+    if not choose.fits(gguf):
+        note(
+            f"the model was trained for fewer positions than the test of policies needs: "
+            f"{choose.DEFAULT} is the policy of this file"
+        )
+        return
+    found = choose.losses(
+        gguf, filters, [choose.DEFAULT, *choose.OTHERS, *more], calibration.n_gpu_layers,
+        calibration.seed, bar,
+    )  # fmt: skip
+    filters.policy = choose.best(found)
+    shown = ", ".join(f"{policy} {values.mean():.2f}" for policy, values in found.items())
+    ratios = " and ".join(f"x{ratio}" for ratio in choose.RATIOS)
     note(
-        f"learned filters explain {explained:.0%} of what a repetition looks at; loss of "
-        f"needles at x{learned.RATIO}: {shown}: {filters.policy} is the policy of this file"
+        f"loss of numbers hidden in text, at {ratios}: {shown}: {filters.policy} is the policy of "
+        "this file"
     )
 
 

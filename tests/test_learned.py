@@ -8,7 +8,7 @@ import tiny_models
 import torch
 from click.testing import CliRunner
 from gguf_files import some_filters
-from qfllama.convert import export, layout, learned, text
+from qfllama.convert import choose, export, layout, learned, text
 from qfllama.convert.capture_llama import LlamaModel
 from reference.families import interleaved
 from transformers import AutoModelForCausalLM
@@ -17,6 +17,7 @@ from qfllama import QFilterConfig, needs, schema
 from qfllama.cli import main
 from qfllama.config import QFilterError
 from qfllama.engine import Model
+from qfllama.progress import progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -139,15 +140,18 @@ def test_texts_are_of_several_kinds_and_all_of_them_are_held_out(smollm2):
 
 
 def test_convert_writes_them_and_the_policy_that_is_better(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(learned, "TEST_LENGTH", 300)
-    monkeypatch.setattr(learned, "TEST_DOCUMENTS", 1)
+    monkeypatch.setattr(choose, "LENGTH", 400)
     out = tmp_path / "out.gguf"
     options = "--filters learned --num-sequences 8 --max-seq-len 128 --num-samples 200"
     done = CliRunner().invoke(main, ["convert", str(tiny[1]), "-o", str(out), *options.split()])
     assert done.exit_code == 0, done.output
     filters = schema.read(out)
-    losses = learned.compare(out, filters, 0, seed=0)
-    assert filters.policy == min(losses, key=losses.get)
+    policies = ["qblend", "kvdiff", "keydiff", "learned"]
+    losses = choose.losses(out, filters, policies, 0, seed=0, bar=progress)
+    assert list(losses) == policies and {len(values) for values in losses.values()} == {20}
+    assert filters.policy == choose.best(losses)
+    for policy, values in losses.items():
+        assert f"{policy} {values.mean():.2f}" in done.stderr
     assert f"{filters.policy} is the policy of this file" in done.stderr
     rows = filters.vectors["learned"]
     assert [r.shape for r in rows.values()] == [(N_HEAD_KV, 2 * N_HEAD_KV * HEAD_DIM)] * 3
@@ -164,7 +168,6 @@ def test_convert_writes_them_and_the_policy_that_is_better(tiny, tmp_path, monke
 
 @pytest.mark.parametrize(("options", "n"), [([], 6), (["--filters", "learned"], 20)])
 def test_learned_filters_read_more_text_by_default(tiny, tmp_path, monkeypatch, options, n):
-    monkeypatch.setattr(learned, "compare", lambda *_: {"qblend": 1.0})
     out = tmp_path / "out.gguf"
     command = ["convert", str(tiny[1]), "-o", str(out), "--max-seq-len", "64", *options]
     done = CliRunner().invoke(main, command)

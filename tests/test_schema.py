@@ -427,6 +427,17 @@ def test_a_policy_takes_from_the_file_what_it_needs_or_says_what_is_missing(mode
         assert needs.for_policy(found, "kvdiff", shape, NORM) == {}
 
 
+@pytest.mark.parametrize(
+    "named, read",
+    [("qblend", "qblend"), ("kvdiff", "kvdiff"), ("learned", None), ("of the year 2030", None)],
+)
+def test_a_file_names_a_policy_that_needs_no_more_than_it_has(model, tmp_path, named, read):
+    filters = some_filters()
+    filters.policy = named
+    gguf_copy.write(model, tmp_path / "dst.gguf", filters)
+    assert schema.read(tmp_path / "dst.gguf").policy == read
+
+
 def test_filters_in_another_layout_than_llama_cpps_are_refused(model):
     shape = model_shape(model)
     with pytest.raises(QFilterError, match="norm.*neox.*qfllama convert"):

@@ -265,8 +265,12 @@ def run(
     plan: Plan,
     results: Results,
     asking: Asking = BY_LIKELIHOOD,
+    bar=progress,
 ) -> None:
     """Ask whatever has no result yet.
+
+    Args:
+        bar: makes the context that shows progress.
 
     Raises:
         QFilterError: a variant has too few cells for one of the documents.
@@ -278,9 +282,9 @@ def run(
         for variant in missing:
             plan.config(variant, n_tokens, 0)
     total = sum(_cost(document, plan, missing) for document, missing in todo)
-    with progress("questions about documents", total) as bar:
+    with bar("questions about documents", total) as shown:
         for document, missing in todo:
-            _run_document(model, document, plan, missing, results, asking, bar)
+            _run_document(model, document, plan, missing, results, asking, shown)
 
 
 def _missing(document: Document, plan: Plan, results: Results) -> dict[Variant, list[int]]:
