@@ -127,6 +127,7 @@ def convert(
             # torch compares weights, so it gets the unquantized ones; llama runs what users will
             model = _Model(path, full if backend == "torch" else gguf, backend, calibration)
             found = _calibrated(model, calibration, texts, note, bar, learn)
+            found.policy = _policy(gguf, calibration, found, note, bar, learn)
         with _bytes(bar(f"writing {out.name}")) as at:
             outputs = gguf_copy.write(gguf, out, found, force=force, progress=at)
     n_bytes = sum(file.stat().st_size for file in outputs)
@@ -247,7 +248,6 @@ def _calibrated(model, calibration, texts, note, bar, learn):
     filters = Filters(vectors, provenance, quality, layout)
     if learn:
         _learn(model, calibration, sequences, filters, note, bar)
-    _choose(model.gguf, calibration, filters, note, bar, [LEARNED] * learn)
     if not quality:
         note("one sequence only: nothing is held out to measure how well the filters fit")
     elif fit(filters).verdict == "poor":
@@ -271,25 +271,21 @@ def _learn(model, calibration, sequences, filters, note, bar):
     note(f"learned filters explain {explained:.0%} of what a repetition looks at")
 
 
-def _choose(gguf, calibration, filters, note, bar, more):
-    """Add the policy that is best in a test. more: policies to test besides those of every file"""
+def _policy(gguf, calibration, filters, note, bar, learn) -> str | None:
+    """The policy that is best in a test of the file that gets the filters; None: there is no test."""
     if not choose.fits(gguf):
         note(
-            f"the model was trained for fewer positions than the test of policies needs: "
+            "the model was trained for fewer positions than the test of policies needs: "
             f"{choose.DEFAULT} is the policy of this file"
         )
-        return
-    found = choose.losses(
-        gguf, filters, [choose.DEFAULT, *choose.OTHERS, *more], calibration.n_gpu_layers,
-        calibration.seed, bar,
-    )  # fmt: skip
-    filters.policy = choose.best(found)
+        return None
+    policies = [choose.DEFAULT, *choose.OTHERS, *[LEARNED] * learn]
+    found = choose.losses(gguf, filters, policies, calibration.n_gpu_layers, calibration.seed, bar)
+    best = choose.best(found)
     shown = ", ".join(f"{policy} {values.mean():.2f}" for policy, values in found.items())
     ratios = " and ".join(f"x{ratio}" for ratio in choose.RATIOS)
-    note(
-        f"loss of numbers hidden in text, at {ratios}: {shown}: {filters.policy} is the policy of "
-        "this file"
-    )
+    note(f"loss of numbers hidden in text, at {ratios}: {shown}: {best} is the policy of this file")
+    return best
 
 
 def _sequences(gguf, calibration, texts, note):
