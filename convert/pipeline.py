@@ -279,7 +279,7 @@ def _policy(gguf, calibration, filters, note, bar, learn) -> str | None:
             f"{choose.DEFAULT} is the policy of this file"
         )
         return None
-    policies = [choose.DEFAULT, *choose.OTHERS, *[LEARNED] * learn]
+    policies = [choose.DEFAULT, choose.OTHER, *[LEARNED] * learn]
     found = choose.losses(gguf, filters, policies, calibration.n_gpu_layers, calibration.seed, bar)
     best = choose.best(found)
     shown = ", ".join(f"{policy} {values.mean():.2f}" for policy, values in found.items())

@@ -146,7 +146,7 @@ def test_convert_writes_them_and_the_policy_that_is_better(tiny, tmp_path, monke
     done = CliRunner().invoke(main, ["convert", str(tiny[1]), "-o", str(out), *options.split()])
     assert done.exit_code == 0, done.output
     filters = schema.read(out)
-    policies = ["qblend", "kvdiff", "keydiff", "learned"]
+    policies = ["qblend", "kvdiff", "learned"]
     losses = choose.losses(out, filters, policies, 0, seed=0, bar=progress)
     assert list(losses) == policies and {len(values) for values in losses.values()} == {20}
     assert filters.policy == choose.best(losses)
