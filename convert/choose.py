@@ -47,7 +47,10 @@ def losses(gguf, filters, policies, n_gpu_layers, seed: int, bar) -> dict[str, n
         documents = needle.documents(haystack, [LENGTH], DOCUMENTS, NEEDLES, seed)
         results = Results(None, {}, run.KEY)
         with engine_log.errors():
-            run.run(model, documents, plan, results, bar=bar)
+            run.run(
+                model, documents, plan, results,
+                bar=lambda _, total: bar("testing policies", total),
+            )  # fmt: skip
     found = {policy: [] for policy in policies}
     for variant in variants:
         answers = run.answers(documents, variant, results)
