@@ -77,4 +77,4 @@ def of_file(path, config: QFilterConfig) -> tuple[QFilterConfig, Filters | None]
     filters = schema.read(path) if config.policy in CALIBRATED else None
     config = config.for_file(filters)
     check_policy(path, filters, config.policy)
-    return config, filters
+    return config, filters if config.policy in CALIBRATED else None

@@ -16,9 +16,10 @@ from qfllama.commands import eval as eval_command
 from qfllama.engine import Model
 from qfllama.evaluation import needle, perplexity, plots, ruler, tasks
 from qfllama.evaluation.results import Results, bootstrap, wilson
-from qfllama.evaluation.run import Plan, Variant, split
+from qfllama.evaluation.run import Plan, Variant, forks, split
 from qfllama.evaluation.scoring import Mark, generate, score
 from qfllama.evaluation.tasks import Question
+from qfllama.native import last_error
 
 TEXT = tasks.builtin()
 
@@ -428,6 +429,26 @@ def test_going_back_in_models_that_forget_works_too(families, name):
         mark.back()
         again = score(context, asked, answer)
     assert again.nll == pytest.approx(first.nll, abs=2e-3)  # cells in another order
+
+
+def test_what_variants_share_fits_into_a_windowed_model_with_smaller_batches(families):
+    tokens = np.random.default_rng(0).integers(3, tiny_models.VOCAB, 500).tolist()
+    plan = Plan("stream", (Variant("knorm", max_length=400),), interval=64)
+
+    def read(context, part):
+        for i in range(0, len(part), 512):
+            context.read(part[i : i + 512])
+
+    large = QFilterConfig(max_length=600, window_length=16, interval=512, policy="knorm")
+    with Model(families["gemma3"]) as model:
+        shared = forks(model, plan, tokens, list(plan.variants), 20, read)
+        assert [context.n_past() for _, context in shared] == [400]
+        with model.open(large, n_ctx=700) as reader:
+            read(reader, tokens[:400])
+            state = reader.state()
+        with plan.open(model, plan.config(plan.variants[0], 500, 20), 700) as small:
+            assert not small.restore(state)
+            assert b"use a larger interval" in last_error()
 
 
 @pytest.mark.parametrize("name", ["gemma3", "lfm2"])

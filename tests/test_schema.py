@@ -27,7 +27,7 @@ from gguf_files import (
 from test_split import split
 
 from qfllama import gguf_copy, gguf_header, needs, schema
-from qfllama.config import QFilterError
+from qfllama.config import QFilterConfig, QFilterError
 from qfllama.filters import Filters
 from qfllama.fingerprint import fingerprint
 from qfllama.shape import model_shape
@@ -436,6 +436,16 @@ def test_a_file_names_a_policy_that_needs_no_more_than_it_has(model, tmp_path, n
     filters.policy = named
     gguf_copy.write(model, tmp_path / "dst.gguf", filters)
     assert schema.read(tmp_path / "dst.gguf").policy == read
+
+
+def test_filters_are_not_used_where_the_policy_of_the_file_needs_none(model, tmp_path):
+    filters = some_filters()
+    filters.policy = "kvdiff"
+    gguf_copy.write(model, out := tmp_path / "dst.gguf", filters)
+    config, found = needs.of_file(out, QFilterConfig())
+    assert config.policy == "kvdiff" and found is None
+    config, found = needs.of_file(out, QFilterConfig(policy="qblend"))
+    assert config.policy == "qblend" and found is not None
 
 
 def test_filters_in_another_layout_than_llama_cpps_are_refused(model):

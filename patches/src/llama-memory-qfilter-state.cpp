@@ -108,6 +108,10 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
         if (st.swa[0] > 0 && !kv_swa) {
             throw std::runtime_error("the state was saved by a model with windowed layers");
         }
+        if (kv_swa && st.swa[0] > kv_swa->get_size()) {
+            throw std::runtime_error(format("its windowed layers have %u positions, those of this context have room for %u, their window "
+                        "and an interval: use a larger interval", st.swa[0], kv_swa->get_size()));
+        }
 
         // a sequence that lost nothing does not depend on policy, filters or n_sink
         if (resize && st.table.p1 == 0) {
