@@ -217,7 +217,8 @@ class SavedStates(llama_cpp.Llama):
                 self.reset()
                 raise EngineError("what the cache held could not be restored")
             raise QFilterError(
-                f"{path} was refused by llama.cpp ({why}); or make it again with `qfllama compress`"
+                f"{path} was refused by llama.cpp ({why}): if nothing else helps, make it again with "
+                "`qfllama compress`"
             )
         self._take_over(prompt.tokens)
         return dataclasses.replace(prompt, data=b"", archive=b"")
