@@ -18,7 +18,7 @@ from llama_index.llms.openai_like import OpenAILike
 def main(address: str, document: str, *questions: str) -> None:
     llm = OpenAILike(
         api_base=f"{address}/v1", api_key="none", model="qfllama", is_chat_model=True,
-        max_tokens=100, timeout=600,
+        max_tokens=100, temperature=0, timeout=600,
     )  # fmt: skip
     text, messages = Path(document).read_text(encoding="utf-8") + "\n\n", []
     for question in questions:
