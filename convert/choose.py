@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import engine_log
+from ..config import QFilterConfig
 from ..engine import Model
 from ..evaluation import needle, run, tasks
 from ..evaluation.results import Results
@@ -14,7 +15,7 @@ from ..machine import n_threads
 from ..offload import Cache
 from ..shape import model_shape
 
-DEFAULT = "qblend"
+DEFAULT = str(QFilterConfig.policy)
 OTHER = "kvdiff"
 """It needs no filters. (`keydiff` finds more in Gemma 3, but perplexity is as with `streaming`.)"""
 LENGTH, DOCUMENTS, NEEDLES = 1024, 4, 5

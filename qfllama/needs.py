@@ -39,7 +39,7 @@ def check_policy(path, filters: Filters | None, policy: str) -> None:
     """Raises QFilterError if the file at `path`, with these filters, lacks what a policy needs, or
     can't have it because its cache can't be bounded."""
     needs, learned = BY_NAME[policy].needs, BY_NAME[policy].learned
-    if not needs or (filters is not None and BY_NAME[policy].takes(filters.vectors)):
+    if BY_NAME[policy].works_with(filters.vectors if filters is not None else ()):
         return
     if filters is None:
         from .engine import Model  # which needs this module

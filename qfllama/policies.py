@@ -32,6 +32,10 @@ class Policy(NamedTuple):
             return [*found, "learned"] if found and "learned" in kinds else []
         return found
 
+    def works_with(self, kinds) -> bool:
+        """Do these kinds of vectors have all that it needs?"""
+        return not self.needs or bool(self.takes(kinds))
+
 
 TABLE = (
     Policy("qfilters", 0, ("filters",)),

@@ -156,8 +156,7 @@ def _read_layers(path, header, version):
         vectors["learned"] = _by_layer(path, header, "learned", U16, layers, shapes)
     layout, of_tensors = (_typed(path, header, key, STRING) for key in ("layout", "fingerprint"))
     policy = _typed(path, header, "policy", STRING) if PREFIX + "policy" in header.fields else None
-    known = BY_NAME.get(policy)
-    if known is None or known.needs and not known.takes(vectors):
+    if policy not in BY_NAME or not BY_NAME[policy].works_with(vectors):
         policy = None  # of a newer qfllama
     return Filters(vectors, layout=layout, fingerprint=of_tensors, policy=policy, version=version)
 

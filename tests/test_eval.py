@@ -13,7 +13,7 @@ from conftest import last_logits
 from qfllama import Llama, QFilterConfig
 from qfllama.cli import main
 from qfllama.commands import eval as eval_command
-from qfllama.engine import Model
+from qfllama.engine import Context, Model
 from qfllama.evaluation import needle, perplexity, plots, ruler, tasks
 from qfllama.evaluation.results import Results, bootstrap, wilson
 from qfllama.evaluation.run import Plan, Variant, forks, split
@@ -435,16 +435,12 @@ def test_what_variants_share_fits_into_a_windowed_model_with_smaller_batches(fam
     tokens = np.random.default_rng(0).integers(3, tiny_models.VOCAB, 500).tolist()
     plan = Plan("stream", (Variant("knorm", max_length=400),), interval=64)
 
-    def read(context, part):
-        for i in range(0, len(part), 512):
-            context.read(part[i : i + 512])
-
     large = QFilterConfig(max_length=600, window_length=16, interval=512, policy="knorm")
     with Model(families["gemma3"]) as model:
-        shared = forks(model, plan, tokens, list(plan.variants), 20, read)
+        shared = forks(model, plan, tokens, list(plan.variants), 20, Context.read)
         assert [context.n_past() for _, context in shared] == [400]
         with model.open(large, n_ctx=700) as reader:
-            read(reader, tokens[:400])
+            reader.read(tokens[:400])
             state = reader.state()
         with plan.open(model, plan.config(plan.variants[0], 500, 20), 700) as small:
             assert not small.restore(state)

@@ -167,7 +167,7 @@ def test_convert_writes_them_and_the_policy_that_is_better(tiny, tmp_path, monke
 
 
 @pytest.mark.parametrize(("options", "n"), [([], 6), (["--filters", "learned"], 20)])
-def test_learned_filters_read_more_text_by_default(tiny, tmp_path, monkeypatch, options, n):
+def test_learned_filters_read_more_text_by_default(tiny, tmp_path, options, n):
     out = tmp_path / "out.gguf"
     command = ["convert", str(tiny[1]), "-o", str(out), "--max-seq-len", "64", *options]
     done = CliRunner().invoke(main, command)
