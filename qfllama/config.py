@@ -61,7 +61,7 @@ class QFilterConfig:
         window_length: last positions, always kept; default `max_length // 8`, at most 512.
         sinks: first positions, always kept.
         interval: cells freed by one eviction, and with it the largest batch;
-            default `max_length // 4`, at least 64 and at most 512.
+            default `max_length // 8`, at least 64 and at most 512.
         policy: one of `POLICIES`; those in `CALIBRATED` need filters in the file. Default: what
             `qfllama convert` found to be best for the model, else qblend.
         seed: for the policy `random`, at least 0.
@@ -129,7 +129,7 @@ class QFilterConfig:
 
     def _sizes(self, max_length: int) -> tuple[int, int]:
         """(window_length, interval), with the defaults for `max_length` if not given."""
-        interval = min(MAX_INTERVAL, max(MIN_INTERVAL, max_length // 4))
+        interval = min(MAX_INTERVAL, max(MIN_INTERVAL, max_length // 8))
         return (
             _Default(_window(max_length)) if self.window_length is None else self.window_length,
             _Default(interval) if self.interval is None else self.interval,

@@ -280,8 +280,8 @@ def test_a_refused_state_leaves_an_empty_cache_that_works(make, tokens):
 
 def test_a_bound_as_large_as_an_n_ctx_that_llama_cpp_pads_works(make, tokens):
     llm = make(QFilterConfig(max_length=1000, policy="knorm"), n_ctx=1000)
-    assert llm.n_batch == 250
-    decode(llm, tokens[:1000], 250)
+    assert llm.n_batch == 125
+    decode(llm, tokens[:1000], 125)
     assert llm.qfilter_stats()["evictions"] == 0
 
 
@@ -449,7 +449,7 @@ def test_contexts_that_can_not_be_bounded_are_refused_with_the_reason(make):
         ({"max_length": 100, "window_length": 60}, "max_length 100 is too small"),
         ({"max_length": "512"}, "max_length is '512': it must be a whole number"),
         ({"window_length": 32.5}, "window_length is 32.5"),
-        ({"max_length": 512, "window_length": 500}, "use max_length >= 671"),
+        ({"max_length": 512, "window_length": 500}, "use max_length >= 575"),
         ({"policy": "best"}, "unknown policy 'best'"),
         ({"sinks": -1}, "sinks is -1"),
         ({"max_length": 0}, "max_length is 0"),
@@ -462,6 +462,6 @@ def test_sizes_that_do_not_fit_are_refused(kwargs, message):
 
 def test_defaults_of_the_sizes():
     config = QFilterConfig(max_length=1024)
-    assert (config.window_length, config.sinks, config.interval) == (128, 4, 256)
+    assert (config.window_length, config.sinks, config.interval) == (128, 4, 128)
     assert (QFilterConfig().max_length, QFilterConfig().interval) == (4096, 512)
-    assert config.n_keep == 768
+    assert config.n_keep == 896

@@ -318,7 +318,7 @@ def test_layers_take_what_their_heads_and_their_window_do(tmp_path):
     sizes = sizes_of(path)
     row = (32 + 16) * 2  # bytes of a KV head
     assert sizes.cell_bytes == (2 + 1) * row
-    for max_length, n_window in ((256, 512), (1024, 768)):  # the window and a batch, of 256 cells
+    for max_length, n_window in ((256, 512), (1792, 768)):  # the window and a batch, of 256 cells
         expected = [n_window * row, 2 * max_length * row, 4 * n_window * row, max_length * row]
         assert sizes.kv_bytes(max_length) == expected
         assert sizes.fixed_bytes(max_length) == 5 * n_window * row

@@ -35,7 +35,7 @@ OPTIONS = {
     "sinks": option("sinks", default=QFilterConfig.sinks),
     "interval": option(
         "interval",
-        help="Tokens that an eviction drops while streaming.  [default: a quarter of the "
+        help="Tokens that an eviction drops while streaming.  [default: an eighth of the "
              "cache, 64 to 512]"),
     "text": click.option("--text", type=IN_FILE,
                          help="A text file in UTF-8.  [default: docstrings of Python's library]"),

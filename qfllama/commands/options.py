@@ -156,7 +156,7 @@ SHARED = {
         ("--interval",),
         {
             "type": click.IntRange(1),
-            "help": "Cells that an eviction frees.  [default: max-length / 4, 64 to 512]",
+            "help": "Cells that an eviction frees.  [default: max-length / 8, 64 to 512]",
         },
     ),
     "n-ctx": (
