@@ -148,16 +148,26 @@ class Archived(internals.LlamaContext):
         has = [native.archived(self.ctx, seq, p, layer, False, None, 0) > 0 for p in range(n)]
         return np.flatnonzero(has).astype(np.int32)
 
-    def state(self, seq: int = 0) -> bytearray:
+    def state(self, seq: int = 0, *, flags: int = 0) -> bytearray:
         """What a sequence holds, for `restore` of this or another context of the model.
+
+        Args:
+            flags: native.STATE_RESIZE: for a cache with a smaller interval as well. Then windowed
+                layers leave out what only rewinding needs: the sequence can't be cut before its last
+                position once it is restored.
 
         Raises:
             EngineError: llama.cpp failed.
         """
-        data = bytearray(llama_cpp.llama_state_seq_get_size(self.ctx, seq))
-        n = llama_cpp.llama_state_seq_get_data(self.ctx, native.c_bytes(data), len(data), seq)
+        if self.config is None:
+            data = bytearray(llama_cpp.llama_state_seq_get_size(self.ctx, seq))
+            n = llama_cpp.llama_state_seq_get_data(self.ctx, native.c_bytes(data), len(data), seq)
+        else:
+            data = bytearray(native.state_seq_get_data(self.ctx, None, 0, seq, flags))
+            view = native.c_bytes(data)
+            n = native.state_seq_get_data(self.ctx, view, len(data), seq, flags)
         if n == 0 or n != len(data):
-            raise EngineError("llama_state_seq_get_data failed")
+            raise EngineError("llama.cpp could not save the sequence")
         return data
 
     def restore(self, data, archive=b"", *, seq: int = 0, flags: int = native.STATE_RESIZE) -> bool:

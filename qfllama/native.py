@@ -24,7 +24,7 @@ from qfllama.policies import TABLE, Policy
 
 _lib = llama_cpp.llama_cpp._lib
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 """LLAMA_QFILTER_ABI_VERSION of the qfilter.h that this module declares."""
 KINDS = ("filters", "queries", "moments", "learned")
 """What a policy can need, in the order of `enum llama_qfilter_kind`."""
@@ -259,6 +259,15 @@ archive_get_data = declare(
 )
 archive_set_data = declare(
     "llama_qfilter_archive_set_data", c_size_t, _context_p, c_int32, POINTER(c_uint8), c_size_t
+)
+state_seq_get_data = declare(
+    "llama_qfilter_state_seq_get_data",
+    c_size_t,
+    _context_p,
+    POINTER(c_uint8),
+    c_size_t,
+    c_int32,
+    c_uint32,
 )
 state_seq_set_data = declare(
     "llama_qfilter_state_seq_set_data",

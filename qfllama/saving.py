@@ -173,7 +173,7 @@ class SavedStates(llama_cpp.Llama):
                 settings=settings,
                 tokens=self.input_ids[: self.n_tokens],
                 cells=n_cells,
-                data=self._ctx.state(),
+                data=self._ctx.state(flags=native.STATE_RESIZE),
                 extra=extra or {},
                 archive=self._ctx.archive_state() if archive else b"",
             ),

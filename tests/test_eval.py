@@ -10,7 +10,7 @@ import tiny_models
 from click.testing import CliRunner
 from conftest import last_logits
 
-from qfllama import Llama, QFilterConfig
+from qfllama import Llama, QFilterConfig, native
 from qfllama.cli import main
 from qfllama.commands import eval as eval_command
 from qfllama.engine import Context, Model
@@ -435,16 +435,41 @@ def test_what_variants_share_fits_into_a_windowed_model_with_smaller_batches(fam
     tokens = np.random.default_rng(0).integers(3, tiny_models.VOCAB, 500).tolist()
     plan = Plan("stream", (Variant("knorm", max_length=400),), interval=64)
 
-    large = QFilterConfig(max_length=600, window_length=16, interval=512, policy="knorm")
     with Model(families["gemma3"]) as model:
         shared = forks(model, plan, tokens, list(plan.variants), 20, Context.read)
         assert [context.n_past() for _, context in shared] == [400]
-        with model.open(large, n_ctx=700) as reader:
-            reader.read(tokens[:400])
-            state = reader.state()
-        with plan.open(model, plan.config(plan.variants[0], 500, 20), 700) as small:
-            assert not small.restore(state)
+
+
+def test_a_state_for_other_batches_has_the_rows_that_windowed_layers_still_need(families):
+    tokens = np.random.default_rng(0).integers(3, tiny_models.VOCAB, 500).tolist()
+
+    def of(model, interval):
+        config = QFilterConfig(600, window_length=16, interval=interval, policy="knorm")
+        return model.open(config, n_ctx=700, type_k="f32", type_v="f32")
+
+    def read(context, start, end):
+        for i in range(start, end, 50):
+            context.read(tokens[i : i + 50], logits=True)
+        return context.logits()
+
+    with Model(families["gemma3"]) as model:
+        with of(model, 512) as reader:
+            read(reader, 0, 400)
+            whole, state = reader.state(), reader.state(flags=native.STATE_RESIZE)
+            assert len(state) < len(whole)
+            # a buffer that is too small: nothing changes
+            view = native.c_bytes(bytearray(1000))
+            assert native.state_seq_get_data(reader.ctx, view, 1000, 0, native.STATE_RESIZE) == 0
+            assert reader.state() == whole and reader.rewind_limit() < 399
+        with of(model, 64) as context:
+            assert not context.restore(whole)
             assert b"use a larger interval" in last_error()
+        with of(model, 64) as context:
+            assert context.restore(state) and context.rewind_limit() == 399
+            assert not context.kv_cache_seq_rm(0, 398, -1)
+            found = read(context, 400, 500)
+        with of(model, 64) as context:
+            assert found == pytest.approx(read(context, 0, 500), abs=1e-2)  # cells in another order
 
 
 @pytest.mark.parametrize("name", ["gemma3", "lfm2"])

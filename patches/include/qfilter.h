@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define LLAMA_QFILTER_ABI_VERSION 4
+#define LLAMA_QFILTER_ABI_VERSION 5
 
 // LLAMA_QFILTER_ABI_VERSION of the library
 LLAMA_API uint32_t llama_qfilter_abi_version(void);
@@ -230,12 +230,23 @@ LLAMA_API size_t llama_qfilter_archived(
                             size_t   size);
 
 enum llama_qfilter_state_flag {
-    // the state may come from a context with another n_cells, n_keep and n_window, if its cells fit. if the sequence ever
-    // lost rows to an eviction, policy, vectors and n_sink have to be the same
+    // set: the state may come from a context with another n_cells, n_keep and n_window, if its cells fit. if the sequence
+    // ever lost rows to an eviction, policy, vectors and n_sink have to be the same.
+    // get: for a context with smaller batches, windowed layers give only the rows that the last position sees. a sequence
+    // that is restored from it can't be cut before that position
     LLAMA_QFILTER_STATE_RESIZE = 1,
     // the state is an earlier position of the same sequence: the sequence keeps its archive up to that position
     LLAMA_QFILTER_STATE_KEEP_ARCHIVE = 2,
 };
+
+// like llama_state_seq_get_data(); flags: 0 or LLAMA_QFILTER_STATE_RESIZE. returns the bytes written, without dst those
+// needed; 0: failed
+LLAMA_API size_t llama_qfilter_state_seq_get_data(
+              struct llama_context * ctx,
+                           uint8_t * dst,
+                            size_t   size,
+                      llama_seq_id   seq_id,
+                          uint32_t   flags);
 
 // like llama_state_seq_set_data(); flags: enum llama_qfilter_state_flag. 0: the state was refused, and the sequence is
 // cleared, unless nothing had been restored yet

@@ -37,9 +37,16 @@ void llama_memory_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_i
     io.write(&hash, sizeof(hash));
     io.write(&ns, sizeof(ns));
 
+    // without the rows of windowed layers that only a cut needs
+    const bool resize = seq_id != -1 && this->resize && kv_swa;
+
     for (uint32_t is = is0; is < is1; ++is) {
         // attention sums in the order of cells: for bit-identical results, new tokens have to go to the same cells
         uint32_t extra[3] = { kv_swa ? kv_swa->v_cells[is].get_used() : 0, kv_swa ? kv_swa->v_heads[is] : 0, streams[is].n_first };
+
+        if (resize) {
+            extra[0] = n_seen(is);
+        }
 
         const auto & st = get_stream(is);
 
@@ -50,7 +57,34 @@ void llama_memory_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_i
         st.table.write(io, extra);
     }
 
-    mem->state_write(io, seq_id, flags & ~LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
+    if (resize) {
+        kv_swa->qfilter_window = false;
+    }
+
+    try {
+        mem->state_write(io, seq_id, flags & ~LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
+    } catch (...) { // dst is too small
+        if (kv_swa) {
+            kv_swa->qfilter_window = true;
+        }
+        throw;
+    }
+
+    if (kv_swa) {
+        kv_swa->qfilter_window = true;
+    }
+}
+
+uint32_t llama_memory_qfilter::n_seen(llama_seq_id seq_id) const {
+    const auto & cells = kv_swa->v_cells[seq_id];
+
+    uint32_t res = 0;
+
+    for (const auto & [pos, i] : cells.seq_pos_get(seq_id)) {
+        res += !llama_hparams::is_masked_swa(kv_swa->n_swa, kv_swa->swa_type, pos, cells.seq_pos_max(seq_id));
+    }
+
+    return res;
 }
 
 void llama_memory_qfilter::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {

@@ -342,6 +342,9 @@ private:
     // can the cells be filled so that the sequence can go on at p0? recr_saved: the recurrent part will be restored
     bool can_fill(llama_seq_id seq_id, llama_pos p0, llama_pos begin, bool recr_saved) const;
 
+    // rows of windowed layers that the last position sees
+    uint32_t n_seen(llama_seq_id seq_id) const;
+
     // do the windowed layers still have all rows that position p0 sees?
     bool can_cut_window(llama_seq_id seq_id, llama_pos p0) const;
 

@@ -431,6 +431,21 @@ size_t llama_qfilter_archive_set_data(llama_context * ctx, llama_seq_id seq_id, 
     }
 }
 
+size_t llama_qfilter_state_seq_get_data(llama_context * ctx, uint8_t * dst, size_t size, llama_seq_id seq_id, uint32_t flags) {
+    auto * qf = llama_qfilter_memory(ctx);
+    if (!qf) {
+        return 0;
+    }
+
+    qf->resize = flags & LLAMA_QFILTER_STATE_RESIZE;
+
+    const size_t res = dst ? llama_state_seq_get_data(ctx, dst, size, seq_id) : llama_state_seq_get_size(ctx, seq_id);
+
+    qf->resize = false;
+
+    return res;
+}
+
 size_t llama_qfilter_state_seq_set_data(llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq_id, uint32_t flags) {
     auto * qf = llama_qfilter_memory(ctx);
     if (!qf) {

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from qfllama import replay
+from qfllama import native, replay
 from qfllama.config import EngineError, QFilterConfig, QFilterError
 from qfllama.engine import Context, Model
 from qfllama.evaluation.results import Results
@@ -123,11 +123,11 @@ class Plan:
         """An empty cache of n_ctx positions."""
         return model.open(config, n_ctx=n_ctx, **self.context)
 
-    def whole(self, n_tokens: int, interval: int = BATCH) -> QFilterConfig:
-        """A cache that holds n_tokens, read in batches of up to `interval`."""
+    def whole(self, n_tokens: int) -> QFilterConfig:
+        """A cache that holds n_tokens."""
         return QFilterConfig(
             max_length=max(n_tokens, self.sinks + 1 + BATCH), window_length=0, sinks=self.sinks,
-            interval=interval, policy="streaming", archive=False,
+            interval=BATCH, policy="streaming", archive=False,
         )  # fmt: skip
 
     def config(self, variant: Variant, n_tokens: int, extra: int) -> QFilterConfig:
@@ -198,13 +198,10 @@ def forks(
     for variant in todo:
         stops.setdefault(plan.shared(variant, len(tokens)), []).append(variant)
     n_ctx = len(tokens) + extra
-    interval = BATCH
-    if model.forgets:  # a windowed layer has room for its window and a batch: states have to fit
-        interval = min(plan.config(variant, len(tokens), extra).interval for variant in todo)
-    with plan.open(model, plan.whole(max(stops), interval), n_ctx) as reader:
+    with plan.open(model, plan.whole(max(stops)), n_ctx) as reader:
         for stop, here in sorted(stops.items()):
             read(reader, tokens[reader.n_past() : stop])
-            state = reader.state()
+            state = reader.state(flags=native.STATE_RESIZE)
             for variant in here:
                 config = plan.config(variant, len(tokens), extra)
                 with plan.open(model, config, n_ctx) as context:
