@@ -152,9 +152,9 @@ class Archived(internals.LlamaContext):
         """What a sequence holds, for `restore` of this or another context of the model.
 
         Args:
-            flags: native.STATE_RESIZE: for a cache with a smaller interval as well. Then windowed
-                layers leave out what only rewinding needs: the sequence can't be cut before its last
-                position once it is restored.
+            flags: 0, or native.STATE_RESIZE for a state that also fits into a cache with a smaller
+                interval: of windowed layers it has the rows that the last 32 positions see, so a
+                restored sequence can go back that far.
 
         Raises:
             EngineError: llama.cpp failed.
@@ -167,7 +167,7 @@ class Archived(internals.LlamaContext):
             view = native.c_bytes(data)
             n = native.state_seq_get_data(self.ctx, view, len(data), seq, flags)
         if n == 0 or n != len(data):
-            raise EngineError("llama.cpp could not save the sequence")
+            raise EngineError(f"the sequence can't be saved: {native.last_error().decode()}")
         return data
 
     def restore(self, data, archive=b"", *, seq: int = 0, flags: int = native.STATE_RESIZE) -> bool:

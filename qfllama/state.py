@@ -8,7 +8,7 @@ A prompt file (`book.qfstate`) is a prompt that was read once and compressed. Li
     u64 x 3   bytes of the JSON, the tokens and the sequence state; x 4: also of the archive
     JSON      "settings" (see `mismatch`), "cells" (used), "extra" (from the writer)
     i32[]     the tokens at positions 0, 1, ...
-    bytes     the sequence as llama_state_seq_get_data() gives it
+    bytes     the sequence as llama_qfilter_state_seq_get_data() gives it for a cache of any size
     bytes     with an archive: as llama_qfilter_archive_get_data() gives it
 """
 

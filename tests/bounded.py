@@ -81,8 +81,8 @@ class Bounded(Context):
         assert native.get_stats(self.ctx, ctypes.byref(stats))
         return stats
 
-    def state(self, seq=0) -> bytes:
-        return bytes(super().state(seq))
+    def state(self, seq=0, *, flags=0) -> bytes:
+        return bytes(super().state(seq, flags=flags))
 
     def restore(self, state: bytes, seq=0, flags=0) -> bool:
         """Without flags, unlike Context: only from a cache of the same size."""

@@ -1,5 +1,6 @@
 """`qfllama eval`: its numbers against those of stock llama.cpp and of `Llama`, its tasks, its files."""
 
+import contextlib
 import json
 import math
 
@@ -407,7 +408,7 @@ def test_full_is_one_variant_whatever_the_ratios():
 @pytest.fixture(scope="module")
 def families(tmp_path_factory):
     path = tmp_path_factory.mktemp("families")
-    names = ("gemma3", "lfm2")  # windowed, and hybrid
+    names = ("gemma3", "lfm2", "llama")  # windowed, hybrid, neither
     for name in names:
         tiny_models.write(name, path / name)
     return dict(zip(names, tiny_models.convert([path / name for name in names]), strict=True))
@@ -449,7 +450,7 @@ def test_a_state_for_other_batches_has_the_rows_that_windowed_layers_still_need(
 
     def read(context, start, end):
         for i in range(start, end, 50):
-            context.read(tokens[i : i + 50], logits=True)
+            context.read(tokens[i : min(end, i + 50)], logits=True)
         return context.logits()
 
     with Model(families["gemma3"]) as model:
@@ -460,16 +461,45 @@ def test_a_state_for_other_batches_has_the_rows_that_windowed_layers_still_need(
             # a buffer that is too small: nothing changes
             view = native.c_bytes(bytearray(1000))
             assert native.state_seq_get_data(reader.ctx, view, 1000, 0, native.STATE_RESIZE) == 0
-            assert reader.state() == whole and reader.rewind_limit() < 399
+            assert b"could not write" in last_error()
+            assert reader.state() == whole and reader.rewind_limit() < 400 - 32
         with of(model, 64) as context:
             assert not context.restore(whole)
             assert b"use a larger interval" in last_error()
         with of(model, 64) as context:
-            assert context.restore(state) and context.rewind_limit() == 399
-            assert not context.kv_cache_seq_rm(0, 398, -1)
+            assert context.restore(state) and context.rewind_limit() == 399 - 32
+            assert not context.kv_cache_seq_rm(0, 399 - 33, -1)
+            assert context.kv_cache_seq_rm(0, 399 - 32, -1)
+            read(context, 399 - 32, 400)
             found = read(context, 400, 500)
         with of(model, 64) as context:
             assert found == pytest.approx(read(context, 0, 500), abs=1e-2)  # cells in another order
+
+
+def test_a_prompt_file_of_a_windowed_model_loads_into_smaller_batches(families, tmp_path):
+    tokens = np.random.default_rng(0).integers(3, tiny_models.VOCAB, 400).tolist()
+
+    def make(interval):
+        config = QFilterConfig(1024, window_length=16, interval=interval, policy="knorm")
+        return Llama(str(families["gemma3"]), qfilters=config, n_ctx=1024, verbose=False)
+
+    with contextlib.closing(make(512)) as llm:
+        llm.eval(tokens)
+        llm.compress(ratio=4)
+        llm.save_prompt(tmp_path / "text.qfstate")
+    with contextlib.closing(make(64)) as llm:
+        llm.load_prompt(tmp_path / "text.qfstate")
+        assert llm.n_tokens == 400 and llm.qfilter_stats()["cells_used"] == 100
+        llm.eval(tokens[:200])
+
+
+@pytest.mark.parametrize("name", ["lfm2", "llama"])
+def test_a_state_for_other_sizes_is_the_same_where_no_layer_has_a_window(families, name):
+    config = QFilterConfig(256, window_length=16, interval=64, policy="knorm")
+    tokens = np.random.default_rng(0).integers(3, tiny_models.VOCAB, 400).tolist()
+    with Model(families[name]) as model, model.open(config, n_ctx=512) as context:
+        context.read(tokens)
+        assert context.state(flags=native.STATE_RESIZE) == context.state()
 
 
 @pytest.mark.parametrize("name", ["gemma3", "lfm2"])

@@ -377,6 +377,7 @@ def test_figures(bounded, tokens):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--max-length", 1024, "--sinks", 1000], ["--interval 128"]),
         (["--max-length", 70], ["--max-length 70", "--interval 64", "at least"]),
         (["--max-length", 256, "--policy", "nothing"], ["nothing", "qblend", "keydiff"]),
         (["--max-length", 256, "--mmproj", "x.gguf"], ["--mmproj", "--max-length"]),

@@ -41,7 +41,7 @@ std::vector<common_arg> common_qfilter_args() {
             [](common_params & params, int value) { params.qfilter.sinks = common_qfilter_number(value); }
         }, "LLAMA_ARG_QF_SINKS"),
         common_qfilter_arg({ { "--interval" }, "N",
-            "cells that an eviction frees, and with it the largest batch (default: a quarter of --max-length, 64 to 512)",
+            "cells that an eviction frees, and with it the largest batch (default: an eighth of --max-length, 64 to 512)",
             [](common_params & params, int value) {
                 if (value < 1) {
                     throw std::invalid_argument("must be 1 or more");
@@ -96,7 +96,7 @@ static void common_qfilter_complete(common_qfilter_params & qf) {
         qf.window_length = std::min(qf.max_length/8, 512);
     }
     if (qf.interval < 0) {
-        qf.interval = std::clamp(qf.max_length/4, 64, 512);
+        qf.interval = std::clamp(qf.max_length/8, 64, 512);
     }
 
     const int64_t least = (int64_t) qf.sinks + std::max(1, qf.window_length) + qf.interval;

@@ -14,7 +14,7 @@ struct common_qfilter_params {
     int32_t max_length    =  0; // most cells a sequence may use; 0: not bounded, and all other fields are ignored
     int32_t window_length = -1; // last positions, always kept; -1: max_length/8, at most 512
     int32_t sinks         =  4; // first positions, always kept
-    int32_t interval      = -1; // cells freed by one eviction; -1: max_length/4, at least 64 and at most 512
+    int32_t interval      = -1; // cells freed by one eviction; -1: max_length/8, at least 64 and at most 512
     int32_t seed          =  0; // for the policy random
 
     std::string policy; // empty: the policy that the file names, else qblend

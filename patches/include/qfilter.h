@@ -6,7 +6,8 @@
 //
 // How this header grows: functions and enum values are only added. A struct whose first field is struct_size gets new
 // fields at its end only. Callers set struct_size to the size they were compiled with; fields beyond it count as zero.
-// LLAMA_QFILTER_ABI_VERSION changes when callers of the previous version would no longer work.
+// LLAMA_QFILTER_ABI_VERSION changes when callers of the previous version would no longer work, and when qfllama calls a
+// function that the previous version does not have.
 #pragma once
 
 #include "llama.h"
@@ -232,8 +233,8 @@ LLAMA_API size_t llama_qfilter_archived(
 enum llama_qfilter_state_flag {
     // set: the state may come from a context with another n_cells, n_keep and n_window, if its cells fit. if the sequence
     // ever lost rows to an eviction, policy, vectors and n_sink have to be the same.
-    // get: for a context with smaller batches, windowed layers give only the rows that the last position sees. a sequence
-    // that is restored from it can't be cut before that position
+    // get: windowed layers give only the rows that the last 32 positions see, which fit into a context with smaller batches.
+    // the restored sequence may not be cut before these positions
     LLAMA_QFILTER_STATE_RESIZE = 1,
     // the state is an earlier position of the same sequence: the sequence keeps its archive up to that position
     LLAMA_QFILTER_STATE_KEEP_ARCHIVE = 2,

@@ -17,6 +17,8 @@
 static const uint32_t LLAMA_QFILTER_STATE_MAGIC   = 0x746c6671; // "qflt"
 static const uint32_t LLAMA_QFILTER_STATE_VERSION = 3;
 
+static const llama_pos LLAMA_QFILTER_STATE_MARGIN = 32;
+
 void llama_memory_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     if (seq_id != -1 && !has(seq_id)) {
         throw std::runtime_error(format("no sequence %d", seq_id));
@@ -37,16 +39,17 @@ void llama_memory_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_i
     io.write(&hash, sizeof(hash));
     io.write(&ns, sizeof(ns));
 
-    // without the rows of windowed layers that only a cut needs
-    const bool resize = seq_id != -1 && this->resize && kv_swa;
+    // for the same context all cells of windowed layers: bit-identical sums of attention need the same cells in the same order.
+    // for another one those that this many positions before the last one see: rewinding goes as far
+    const llama_pos margin = seq_id != -1 && resize ? LLAMA_QFILTER_STATE_MARGIN : std::numeric_limits<llama_pos>::max();
+
+    if (kv_swa) {
+        kv_swa->qfilter_margin = margin;
+    }
 
     for (uint32_t is = is0; is < is1; ++is) {
-        // attention sums in the order of cells: for bit-identical results, new tokens have to go to the same cells
-        uint32_t extra[3] = { kv_swa ? kv_swa->v_cells[is].get_used() : 0, kv_swa ? kv_swa->v_heads[is] : 0, streams[is].n_first };
-
-        if (resize) {
-            extra[0] = n_seen(is);
-        }
+        // for bit-identical results, new tokens have to go to the same cells
+        uint32_t extra[3] = { n_saved(is), kv_swa ? kv_swa->v_heads[is] : 0, streams[is].n_first };
 
         const auto & st = get_stream(is);
 
@@ -57,31 +60,22 @@ void llama_memory_qfilter::state_write(llama_io_write_i & io, llama_seq_id seq_i
         st.table.write(io, extra);
     }
 
-    if (resize) {
-        kv_swa->qfilter_window = false;
-    }
-
-    try {
-        mem->state_write(io, seq_id, flags & ~LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
-    } catch (...) { // dst is too small
-        if (kv_swa) {
-            kv_swa->qfilter_window = true;
-        }
-        throw;
-    }
-
-    if (kv_swa) {
-        kv_swa->qfilter_window = true;
-    }
+    mem->state_write(io, seq_id, flags & ~LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
 }
 
-uint32_t llama_memory_qfilter::n_seen(llama_seq_id seq_id) const {
+uint32_t llama_memory_qfilter::n_saved(llama_seq_id seq_id) const {
+    if (!kv_swa) {
+        return 0;
+    }
+
     const auto & cells = kv_swa->v_cells[seq_id];
+
+    const llama_pos last = std::max(0, cells.seq_pos_max(seq_id) - kv_swa->qfilter_margin);
 
     uint32_t res = 0;
 
     for (const auto & [pos, i] : cells.seq_pos_get(seq_id)) {
-        res += !llama_hparams::is_masked_swa(kv_swa->n_swa, kv_swa->swa_type, pos, cells.seq_pos_max(seq_id));
+        res += !llama_hparams::is_masked_swa(kv_swa->n_swa, kv_swa->swa_type, pos, last);
     }
 
     return res;

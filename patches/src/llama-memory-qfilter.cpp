@@ -173,12 +173,6 @@ llama_memory_qfilter::llama_memory_qfilter(
 
     init_archive(params);
 
-    if (kv_swa) {
-        // keep all cells of the window in a state, also those that the next token does not see: bit-identical sums of
-        // attention need the same cells in the same order
-        kv_swa->qfilter_window = true;
-    }
-
     llama_qfilter_rotation rotation;
     llama_qfilter_rotation rotation_v;
 

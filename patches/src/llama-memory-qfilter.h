@@ -147,7 +147,7 @@ public:
     void get_stats(llama_qfilter_stats & stats) const;
     bool get_stats(llama_seq_id seq_id, llama_qfilter_seq_stats & stats) const;
 
-    // the next state_read() may get the state of a cache with another size
+    // the next state_read() may get the state of a cache with another size, the next state_write() is for one
     bool resize = false;
 
     // the next state_read() gets an earlier position of the same sequence, which keeps its archive
@@ -342,8 +342,8 @@ private:
     // can the cells be filled so that the sequence can go on at p0? recr_saved: the recurrent part will be restored
     bool can_fill(llama_seq_id seq_id, llama_pos p0, llama_pos begin, bool recr_saved) const;
 
-    // rows of windowed layers that the last position sees
-    uint32_t n_seen(llama_seq_id seq_id) const;
+    // rows of windowed layers that a state has
+    uint32_t n_saved(llama_seq_id seq_id) const;
 
     // do the windowed layers still have all rows that position p0 sees?
     bool can_cut_window(llama_seq_id seq_id, llama_pos p0) const;

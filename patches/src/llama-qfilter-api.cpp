@@ -443,6 +443,10 @@ size_t llama_qfilter_state_seq_get_data(llama_context * ctx, uint8_t * dst, size
 
     qf->resize = false;
 
+    if (res == 0 && llama_qfilter_error.empty()) {
+        llama_qfilter_error = "llama.cpp could not write the state: its log says why";
+    }
+
     return res;
 }
 

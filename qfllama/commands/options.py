@@ -142,7 +142,8 @@ SHARED = {
         ("--window-length",),
         {
             "type": click.IntRange(0),
-            "help": "Newest positions that are always kept.  [default: max-length / 4]",
+            "help": "Newest positions that are always kept.  [default: max-length / 8, at most "
+            "512]",
         },
     ),
     "sinks": (

@@ -417,4 +417,4 @@ class BoundedCache:
 
 def default_interval(max_length: int) -> int:
     """Rows freed by an eviction when nothing else is asked for: max_length - n_keep."""
-    return min(512, max(64, max_length // 4))
+    return min(512, max(64, max_length // 8))
