@@ -22,6 +22,9 @@ from qfllama.machine import n_threads, provenance
 from qfllama.tables import aligned
 
 TURN = 512
+"""Tokens read in a turn."""
+STEP = 32
+"""Tokens decoded in a turn."""
 
 
 def read(context: Context, tokens: list[int], n: int) -> float:
@@ -33,8 +36,8 @@ def read(context: Context, tokens: list[int], n: int) -> float:
 
 
 def measure(model: Model, max_length: int, args) -> list[dict]:
-    n_decoded = max_length // 2
-    n_read = max(args.read, 2 * max_length)
+    n_decoded = max_length // 2 // STEP * STEP
+    n_read = max(args.read, 2 * max_length) // TURN * TURN
     n_total = max_length + n_read + n_decoded
     tokens = text_tokens(model, n_total)
     intervals = [max(1, max_length // part) for part in args.parts]
@@ -54,10 +57,10 @@ def measure(model: Model, max_length: int, args) -> list[dict]:
         for _ in range(n_read // TURN):
             for interval, context in contexts.items():
                 seconds[interval]["reading"] += read(context, tokens, TURN)
-        for _ in range(n_decoded // 32):
+        for _ in range(n_decoded // STEP):
             for interval, context in contexts.items():
-                seconds[interval]["decoding"] += decode(context, tokens, 32)
-    n = {"reading": n_read // TURN * TURN, "decoding": n_decoded // 32 * 32}
+                seconds[interval]["decoding"] += decode(context, tokens, STEP)
+    n = {"reading": n_read, "decoding": n_decoded}
     return [
         {"max_length": max_length, "interval": interval}
         | {name: round(n[name] / value, 2) for name, value in parts.items()}

@@ -260,24 +260,9 @@ archive_get_data = declare(
 archive_set_data = declare(
     "llama_qfilter_archive_set_data", c_size_t, _context_p, c_int32, POINTER(c_uint8), c_size_t
 )
-state_seq_get_data = declare(
-    "llama_qfilter_state_seq_get_data",
-    c_size_t,
-    _context_p,
-    POINTER(c_uint8),
-    c_size_t,
-    c_int32,
-    c_uint32,
-)
-state_seq_set_data = declare(
-    "llama_qfilter_state_seq_set_data",
-    c_size_t,
-    _context_p,
-    POINTER(c_uint8),
-    c_size_t,
-    c_int32,
-    c_uint32,
-)
+_state = (c_size_t, _context_p, POINTER(c_uint8), c_size_t, c_int32, c_uint32)
+state_seq_get_data = declare("llama_qfilter_state_seq_get_data", *_state)
+state_seq_set_data = declare("llama_qfilter_state_seq_set_data", *_state)
 get_stats = declare("llama_qfilter_get_stats", c_bool, _context_p, POINTER(Stats))
 get_seq_stats = declare(
     "llama_qfilter_get_seq_stats", c_bool, _context_p, c_int32, POINTER(SeqStats)

@@ -155,7 +155,7 @@ class SavedStates(llama_cpp.Llama):
             archive: also write what was evicted; the file is then as large as the full cache.
                 Without it, nothing evicted so far can be recalled after `load_prompt`.
 
-        Models with windowed layers can go back at most 32 positions behind the end of a loaded prompt.
+        A model with windowed layers can rewind a loaded prompt by at most 32 positions.
 
         Returns:
             bytes written, about those of the used cells.
