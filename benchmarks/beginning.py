@@ -5,6 +5,8 @@ follow, and the model answers; three questions for each, so 30 checks. The same 
 with 4 sinks, with sinks of 2, 5 and 10 % of the cells, and with the whole system prompt as sinks.
 
     python benchmarks/beginning.py qwen-qf.gguf --lengths 4096 --ratio 8 --json docs/beginning.json
+
+With --results the same command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from qfllama.commands.options import CommaList
 from qfllama.conversation import formatter, tokenize_all
 from qfllama.engine import Context, Model
 from qfllama.evaluation.questions import found
+from qfllama.evaluation.results import Results, grouped
 from qfllama.evaluation.run import Plan, cut
 from qfllama.evaluation.scoring import Mark, generate, score
 from qfllama.files import write_json
 from qfllama.machine import n_threads, provenance
+from qfllama.state import model_identity
 from qfllama.tables import aligned
 
 SYSTEM = (
@@ -96,10 +100,15 @@ def tasks(model: Model, tokens: list[int], length: int, n_rules: int) -> Iterato
         )  # fmt: skip
 
 
-def settings(n_cells: int) -> dict[str, int | None]:
-    """Sinks by name; None: as many as the system prompt has tokens."""
-    shares = {f"{share} %": n_cells * share // 100 for share in (2, 5, 10)}
-    return {"4 sinks": 4} | shares | {"system prompt": None}
+SINKS = {
+    "4 sinks": lambda n_cells, n_system: 4,
+    "2 %": lambda n_cells, n_system: n_cells * 2 // 100,
+    "5 %": lambda n_cells, n_system: n_cells * 5 // 100,
+    "10 %": lambda n_cells, n_system: n_cells * 10 // 100,
+    "system prompt": lambda n_cells, n_system: n_system,
+}
+"""Each gives a number of sinks."""
+KEY = ("length", "ratio", "rule", "setting", "recall", "check")
 
 
 def ask(context: Context, check: Check, mark: Mark) -> dict:
@@ -111,34 +120,46 @@ def ask(context: Context, check: Check, mark: Mark) -> dict:
     return {"obeyed": obeyed, "nll": round(nll, 5), "wrote": wrote}
 
 
-def measure(model: Model, task: Task, ratio: float | None, args) -> Iterator[dict]:
-    """One result for each setting and check. ratio None: the full cache."""
+def measure(model: Model, task: Task, base: dict, results: Results, args) -> list[dict]:
+    """One result for each setting and check; those that `results` has are not measured again.
+
+    Args:
+        base: length, ratio and rule; ratio None: the full cache.
+    """
     n, extra = len(task.ids), 64 + N_ANSWER
     common = {"n_ctx": n + extra, "n_threads": args.threads}
+    n_cells = base["ratio"] and int(n / base["ratio"])
+    wanted = [
+        base | {"setting": setting, "recall": recall, "check": number}
+        for setting in (args.settings if n_cells else ["full"])
+        for recall in ((True, False) if n_cells else (False,))
+        for number in range(len(task.checks))
+    ]
 
-    def asked(context: Context, setting: str, recall: bool) -> Iterator[dict]:
+    def answer(context: Context, records: list[dict]) -> None:
         mark = Mark(context, extra)
-        for check in task.checks:
-            yield {"setting": setting, "recall": recall} | ask(context, check, mark)
+        for record in records:
+            results.add(record | ask(context, task.checks[record["check"]], mark))
 
-    if ratio is None:
-        with model.open(Plan("stream", ()).whole(n + extra), **common) as context:
-            context.read(task.ids)
-            yield from asked(context, "full", False)
-        return
-    n_cells = int(n / ratio)
-    for name, sinks in settings(n_cells).items():
+    missing = grouped([r for r in wanted if r not in results], lambda record: record["setting"])
+    for setting, records in missing.items():
+        if n_cells is None:
+            with model.open(Plan("stream", ()).whole(n + extra), **common) as context:
+                context.read(task.ids)
+                answer(context, records)
+            continue
         config = {
             "max_length": n_cells, "policy": args.policy,
-            "sinks": task.n_system if sinks is None else sinks,
+            "sinks": SINKS[setting](n_cells, task.n_system),
         }  # fmt: skip
         with model.open(QFilterConfig(**config), **common) as context:
             context.read(task.ids)
             state = context.state()
-            yield from asked(context, name, True)
+            answer(context, [record for record in records if record["recall"]])
         with model.open(QFilterConfig(**config, archive=False), **common) as context:
             assert context.restore(state)
-            yield from asked(context, name, False)
+            answer(context, [record for record in records if not record["recall"]])
+    return [results.get(record) for record in wanted]
 
 
 def summary(results: list[dict]) -> list[dict]:
@@ -164,12 +185,16 @@ def main() -> None:
     parser.add_argument("--ratio", type=CommaList(float), default=(8.0,))
     parser.add_argument("--policy", default=QFilterConfig.policy)
     parser.add_argument("--rules", type=int, default=len(RULES), help="the first of the rules")
+    parser.add_argument("--settings", type=CommaList(choices=tuple(SINKS)), default=tuple(SINKS))
     parser.add_argument("--text", type=Path, help="text file [default: the built-in text]")
     parser.add_argument("--threads", type=int, default=n_threads())
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE.jsonl", help="what was measured so far"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    results = []
+    measured = []
     with Model(args.model) as model:
         needed = max(args.lengths) * args.rules
         tokens = (
@@ -177,12 +202,17 @@ def main() -> None:
             if args.text
             else text_tokens(model, needed)
         )
-        for length, ratio in itertools.product(args.lengths, [None, *args.ratio]):
-            for number, task in enumerate(tasks(model, tokens, length, args.rules)):
-                for result in measure(model, task, ratio, args):
-                    results.append({"length": length, "ratio": ratio, "rule": number, **result})
-                print(f"{length:,} tokens, {ratio or 'full'}: rule {number + 1}", flush=True)
-    rows = summary(results)
+        about = {
+            "model": model_identity(args.model), "policy": args.policy, "rules": args.rules,
+            "text": args.text and args.text.name, "tokens": len(tokens),
+        }  # fmt: skip
+        with Results(args.results, about, KEY) as results:
+            for length, ratio in itertools.product(args.lengths, [None, *args.ratio]):
+                for number, task in enumerate(tasks(model, tokens, length, args.rules)):
+                    base = {"length": length, "ratio": ratio, "rule": number}
+                    measured += measure(model, task, base, results, args)
+                    print(f"{length:,} tokens, {ratio or 'full'}: rule {number + 1}", flush=True)
+    rows = summary(measured)
     cells = [["tokens", "ratio", "", "recall", "obeyed", "nll"]]
     for row in rows:
         cells.append([
@@ -191,7 +221,9 @@ def main() -> None:
         ])  # fmt: skip
     print(aligned(cells))
     if args.json:
-        write_json(args.json, {"about": provenance(args.threads), "rows": rows, "results": results})
+        write_json(
+            args.json, {"about": provenance(args.threads), "rows": rows, "results": measured}
+        )
 
 
 if __name__ == "__main__":
