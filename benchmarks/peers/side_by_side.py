@@ -40,6 +40,7 @@ from kvpress_filters import f32_and_export, load_torch
 from qfllama import Llama, QFilterConfig
 from qfllama.bench.memory import resident_bytes
 from qfllama.commands.chat import cache_stats
+from qfllama.commands.evaluating import usable
 from qfllama.engine import Model
 from qfllama.evaluation import needle, tasks
 from qfllama.evaluation.results import bootstrap
@@ -89,8 +90,11 @@ OURS = {
     "qfilters": ("qfilters", 4, 64, False),
     "qblend": ("qblend", 4, 64, False),
     "qblend, recall": ("qblend", 4, 64, True),
+    "kvdiff": ("kvdiff", 4, 64, False),
+    "learned": ("learned", 4, 64, False),
+    "learned, recall": ("learned", 4, 64, True),
 }
-"""Policy, sinks, window_length, recall."""
+"""Policy, sinks, window_length, recall. `learned` is left out if the file has no learned filters."""
 SAME = {
     "qfilters, as kvpress": "QFilterPress",
     "knorm, as kvpress": "KnormPress",
@@ -177,7 +181,10 @@ def ask_ours(model: Model, document, tokens: list[int], ratios: list[int], n_thr
             context.read(tokens[i : i + BATCH])
         state = context.state()
         yield "qfllama, full", 1, answered(context, document, extra)
+    possible = usable(model)
     for name, (policy, sinks, window, recall) in OURS.items():
+        if policy not in possible:
+            continue
         config = QFilterConfig(
             **sizes, window_length=window, sinks=sinks, policy=policy, archive=recall
         )
@@ -216,14 +223,14 @@ def quality(path: Path, f32: Path, args) -> dict:
             labels = {"length": document.length, "document": document.number}
             found.setdefault((name, ratio), []).extend({**r, **labels} for r in results)
 
-        for name in (None, *PRESSES):
+        for name in (None, *(name for name in PRESSES if name in args.presses)):
             for ratio in args.ratios if name else (1,):
                 cache, _ = read_torch(theirs, name and press_of(name, ratio), tokens)
                 add(
                     name or "transformers, full", ratio,
                     [ask_torch(theirs, cache, *pair, len(tokens)) for pair in asked],
                 )  # fmt: skip
-        for ratio in args.ratios:
+        for ratio in args.ratios if ASKED in args.presses else ():
             add(ASKED, ratio, [ask_with(theirs, ratio, tokens, *pair) for pair in asked])
         for result in ask_ours(ours, document, tokens, args.ratios, args.threads):
             add(*result)
@@ -327,6 +334,9 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--needles", type=int, default=5)
     parser.add_argument("--ratios", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument(
+        "--presses", nargs="+", choices=(*PRESSES, ASKED), default=(*PRESSES, ASKED)
+    )
     parser.add_argument("--text", type=Path, help="haystack [default: the built-in text]")
     parser.add_argument("--decode", type=int, default=64)
     parser.add_argument(
@@ -360,13 +370,14 @@ def main() -> None:
     same = [
         {"ours": ours, "theirs": theirs, "ratio": ratio,
          "difference": difference(found[ours, ratio], found[theirs, ratio])}
-        for ours, theirs in SAME.items() for ratio in args.ratios
+        for ours, theirs in SAME.items() for ratio in args.ratios if theirs in args.presses
     ]  # fmt: skip
-    print()
-    print(aligned([["the same method: nll, ours less theirs", "", "", "95 %"]] + [
-        ["{ours} / {theirs}".format(**row), f"x{row['ratio']}", f"{row['difference'][0]:+.4f}",
-         "{:+.4f} to {:+.4f}".format(*row["difference"][1:])] for row in same
-    ]))  # fmt: skip
+    if same:
+        print()
+        print(aligned([["the same method: nll, ours less theirs", "", "", "95 %"]] + [
+            ["{ours} / {theirs}".format(**row), f"x{row['ratio']}", f"{row['difference'][0]:+.4f}",
+             "{:+.4f} to {:+.4f}".format(*row["difference"][1:])] for row in same
+        ]))  # fmt: skip
     if fast:
         print()
         print(aligned([["", "first token s", "tok/s", "KV MiB", "peak MiB"]] + [
