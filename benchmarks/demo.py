@@ -23,7 +23,7 @@ def main() -> None:
     model, qfllama = sys.argv[1], str(SCRIPTS / "qfllama")
     with tempfile.TemporaryDirectory() as folder:
         document = Path(folder) / "document.txt"
-        # about 4,700 tokens: past half of the model's 8,192 positions
+        # about 4,400 tokens: past half of the model's 8,192 positions
         document.write_text("\n".join(topics.topics.values())[:18500])
         show(
             [qfllama, "chat", model, "--max-length", "512", "--n-ctx", "8192", "--file"]

@@ -31,7 +31,7 @@ OPTIONS = {
     "window_length": option(
         "window-length",
         help="Newest tokens that are always kept.  [default: 64 where the whole prompt is "
-             "compressed once, else an eighth of the cache]"),
+             "compressed once, else an eighth of the cache, at most 512]"),
     "sinks": option("sinks", default=QFilterConfig.sinks),
     "interval": option(
         "interval",
