@@ -1,9 +1,11 @@
 """What comes before the first user message always stays: engine, Llama, conversations."""
 
 import contextlib
+import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -17,6 +19,7 @@ from qfllama.native import FLAG_GRAPH_GATHER, STATE_RESIZE, last_error
 SIZES = {"max_length": 96, "window_length": 12, "interval": 16}
 FIRST = 20
 HEADS = [(0, 0), (0, 1), (1, 0), (1, 1)]  # layer, KV head
+BENCHMARK = str(Path(__file__).parents[1] / "benchmarks" / "beginning.py")
 SYSTEM = "You are the cook of a ship. End every answer with the word ahoy."
 
 
@@ -341,3 +344,30 @@ def test_by_hand(make):
         wide.compress(max_length=40)
     wide.compress(max_length=60)
     assert wide.kept_positions(3, 1)[:40].tolist() == list(range(40))
+
+
+@pytest.mark.slow
+def test_the_benchmark_goes_on_where_it_stopped(smollm2, tmp_path):
+    def measure(settings) -> list[dict]:
+        process = subprocess.run(
+            [sys.executable, BENCHMARK, str(smollm2), "--lengths", "1024", "--ratio", "4",
+             "--policy", "kvdiff", "--rules", "1", "--settings", settings, "--threads", "1",
+             "--results", "results.jsonl", "--json", "report.json"],
+            capture_output=True, text=True, timeout=600, cwd=tmp_path,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        return json.loads((tmp_path / "report.json").read_text())["rows"]
+
+    first = measure("4 sinks")
+    assert [(row["setting"], row["recall"], row["n"]) for row in first] == [
+        ("full", False, 3), ("4 sinks", True, 3), ("4 sinks", False, 3),
+    ]  # fmt: skip
+    results = tmp_path / "results.jsonl"
+    measured = results.read_text()
+    more = measure("4 sinks,system prompt")
+    assert more[:3] == first
+    assert results.read_text().startswith(measured), "what was measured stays as it is"
+    assert results.read_text().count("\n") == measured.count("\n") + 6
+    whole = [row for row in more if row["setting"] == "system prompt"]
+    without = {row["setting"]: row["nll"] for row in more if not row["recall"]}
+    assert len(whole) == 2 and without["system prompt"] < without["4 sinks"]
