@@ -173,7 +173,7 @@ quality: $(INSTALLED) $(MODEL)  ## what a smaller cache loses, hours; MODEL=FILE
 	mkdir -p $(EVAL_DIR)
 	$(call NEEDLE,1024$(COMMA)) --ratio 2,4,8,16 --json $(TABLES)/needle.json
 	$(call NEEDLE) --ratio 2,32 --json $(TABLES)/needle_x32.json
-	$(call NEEDLE,1024$(COMMA)) --ratio 2,4,8 --policy full,qblend,qfilters,keydiff,streaming --plot $(TABLES)/needle.png
+	$(call NEEDLE,1024$(COMMA)) --ratio 2,4,8 --policy full,$(POLICY),qfilters,keydiff,streaming --plot $(TABLES)/needle.png
 	$(call RECALL,recall_stream) --setting stream --ratio 4,8,16 --json $(TABLES)/recall_stream.json --plot $(TABLES)/recall.png
 	$(call EVAL,ruler,recall_ruler) --recall off,on --policy full,$(POLICY) --window-length 32 --lengths 2048 --ratio 4,8 \
 		--documents 4 --tasks single,multikey,multivalue,multiquery,variables,qa --json $(TABLES)/recall_ruler.json

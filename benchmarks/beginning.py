@@ -15,6 +15,7 @@ import argparse
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from qfllama import QFilterConfig
@@ -26,9 +27,10 @@ from qfllama.evaluation.questions import found
 from qfllama.evaluation.results import Results, grouped
 from qfllama.evaluation.run import Plan, cut
 from qfllama.evaluation.scoring import Mark, generate, score
+from qfllama.evaluation.tasks import read_text
 from qfllama.files import write_json
 from qfllama.machine import n_threads, provenance
-from qfllama.state import model_identity
+from qfllama.state import filters_identity, model_identity
 from qfllama.tables import aligned
 
 SYSTEM = (
@@ -141,7 +143,7 @@ def measure(model: Model, task: Task, base: dict, results: Results, args) -> lis
         for record in records:
             results.add(record | ask(context, task.checks[record["check"]], mark))
 
-    missing = grouped([r for r in wanted if r not in results], lambda record: record["setting"])
+    missing = grouped([r for r in wanted if r not in results], itemgetter("setting"))
     for setting, records in missing.items():
         if n_cells is None:
             with model.open(Plan("stream", ()).whole(n + extra), **common) as context:
@@ -163,17 +165,15 @@ def measure(model: Model, task: Task, base: dict, results: Results, args) -> lis
 
 
 def summary(results: list[dict]) -> list[dict]:
-    rows = []
-    for key in dict.fromkeys((r["length"], r["ratio"], r["setting"], r["recall"]) for r in results):
-        mine = [r for r in results if key == (r["length"], r["ratio"], r["setting"], r["recall"])]
-        rows.append(
-            dict(zip(("length", "ratio", "setting", "recall"), key, strict=True))
-            | {
-                "n": len(mine), "obeyed": sum(r["obeyed"] for r in mine),
-                "nll": round(sum(r["nll"] for r in mine) / len(mine), 4),
-            }
-        )  # fmt: skip
-    return rows
+    names = ("length", "ratio", "setting", "recall")
+    return [
+        dict(zip(names, key, strict=True))
+        | {
+            "n": len(mine), "obeyed": sum(r["obeyed"] for r in mine),
+            "nll": round(sum(r["nll"] for r in mine) / len(mine), 4),
+        }
+        for key, mine in grouped(results, itemgetter(*names)).items()
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -203,8 +203,9 @@ def main() -> None:
             else text_tokens(model, needed)
         )
         about = {
-            "model": model_identity(args.model), "policy": args.policy, "rules": args.rules,
-            "text": args.text and args.text.name, "tokens": len(tokens),
+            "model": model_identity(args.model), "filters": filters_identity(model.filters),
+            "policy": args.policy, "rules": args.rules,
+            "text": read_text(args.text).sha256, "tokens": len(tokens),
         }  # fmt: skip
         with Results(args.results, about, KEY) as results:
             for length, ratio in itertools.product(args.lengths, [None, *args.ratio]):
