@@ -29,6 +29,8 @@ SINKS = 8
 """The first rows of a text are left out, since everything looks at them."""
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Added to the diagonal, relative to each input's variance; the held-out texts decide which."""
+FLAT = 1e-6
+"""Least variance that counts, relative to the mean: some numbers of Gemma 3's keys are always 0."""
 TINY = 1e-12
 AT_ONCE = 64 << 20
 """Bytes of the weights of attention that are computed at once."""
@@ -139,7 +141,9 @@ class Sums:
         """[1 + n_in, n_head_kv], the constant last."""
         square, product, _ = self._sums[layer]
         mean = square[-1] / square[-1, -1]
-        penalty = ridge * (square.diagonal() - square[-1, -1] * mean**2)  # 0 for the constant
+        spread = square.diagonal() - square[-1, -1] * mean**2
+        penalty = ridge * np.maximum(spread, FLAT * spread.mean())
+        penalty[-1] = 0  # the constant
         return np.linalg.solve(square + np.diag(penalty), product)
 
     def explained(self, layer: int, weights: np.ndarray) -> np.ndarray:

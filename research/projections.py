@@ -79,8 +79,8 @@ def trained(path: Path) -> Model:
     folder = path.parent if path.is_file() else path
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source)
     # others change queries and keys between projection and RoPE
-    if model.config.model_type != "llama":
-        sys.exit(f"{path} is a {model.config.model_type} model; give a Llama")
+    if model.config.model_type not in ("llama", "qwen2"):
+        sys.exit(f"{path} is a {model.config.model_type} model; give a Llama or a Qwen2")
     return Model(model, AutoTokenizer.from_pretrained(folder, **source))
 
 

@@ -130,6 +130,17 @@ def test_the_fit_finds_a_linear_map_and_says_how_much_it_explains():
     assert explained[1] == pytest.approx(spread[1] / (spread[1] + 900), abs=0.05)
 
 
+def test_a_number_that_is_always_0_has_no_weight():
+    rng = np.random.default_rng(2)
+    sums = [learned.Sums(), learned.Sums()]
+    for part in sums:
+        x = rng.standard_normal((100, 4)) * [1, 0, 2, 3]
+        part.add({0: x}, {0: x @ [[1.0], [5.0], [-0.5], [0.25]]})
+    filters, explained = learned.solve(*sums)
+    np.testing.assert_allclose(filters[0], [[1, 0, -0.5, 0.25]], atol=1e-3)
+    assert explained[0] > 0.999
+
+
 def test_texts_are_of_several_kinds_and_all_of_them_are_held_out(smollm2):
     own = text.sequences(smollm2, [text.builtin()], 20, 300)
     texts = learned.texts(smollm2, own, 20, seed=0)
