@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -125,9 +126,11 @@ class TorchModel:
         return self._ropes.back(layer, positions, cached)
 
     def close(self) -> None:
-        """Free the weights."""
+        """Free the weights, on the GPU for llama.cpp, which runs the model next."""
         self.model = None
         self._open.close()
+        gc.collect()
+        torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def load_checkpoint(folder):

@@ -127,15 +127,20 @@ class Weights:
             f"{self.path} has no tensor blk.{layer}.attn_k.weight; use `--backend llama`"
         )
 
+    def check_output(self, layers) -> None:
+        """QFilterError unless `output` knows the weights of all these layers."""
+        for layer in layers:
+            name = f"blk.{layer}.attn_output.weight"
+            if name not in self.tensors:
+                raise QFilterError(
+                    f"{self.path} has no tensor {name}, which learned filters and replay need; "
+                    "leave out --filters learned, or --score replay"
+                )
+
     def output(self, layer: int) -> np.ndarray:
         """The weight behind attention, expanded to float32 [n_embd, n_head*head_dim of V]."""
-        name = f"blk.{layer}.attn_output.weight"
-        if name not in self.tensors:
-            raise QFilterError(
-                f"{self.path} has no tensor {name}, which learned filters and replay need; leave "
-                "out --filters learned, or --score replay"
-            )
-        return self._read(name)
+        self.check_output([layer])
+        return self._read(f"blk.{layer}.attn_output.weight")
 
     def _read(self, name):
         from gguf import GGMLQuantizationType, dequantize

@@ -14,11 +14,13 @@ from __future__ import annotations
 import random
 import sysconfig
 from contextlib import closing
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
 
 from ..config import QFilterError
+from ..shape import model_shape
 from . import layout, text
 from .capture_llama import LlamaModel
 
@@ -56,7 +58,9 @@ class ValueNorms:
 
 
 class Repetition:
-    """Observes a text while it is read twice: its rows, and what they are worth.
+    """Observes a text while it is read twice: its rows, and what they are worth, once it has been
+    read and `finish` was called. Layers that attend the keys of another one add to what its rows
+    are worth, with the norms of its values.
 
     rows: layer -> float32 [n, n_head_kv*(head_dim + head_dim of V)], keys before RoPE, then values
     worth: layer -> float32 [n, n_head_kv], logarithms
@@ -67,6 +71,7 @@ class Repetition:
         self._model, self._norms, self._layers = model, norms, set(layers)
         self._n, self._start = n, start
         self._largest: dict[int, np.ndarray] = {}
+        self._cached: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.rows: dict[int, np.ndarray] = {}
         self.worth: dict[int, np.ndarray] = {}
 
@@ -86,9 +91,14 @@ class Repetition:
         before = self._largest.get(call.layer)
         self._largest[call.layer] = largest if before is None else np.maximum(before, largest)
         if end == self._start + self._n:
-            self._end(call.layer, keys[:, : self._n], call.values()[:, : self._n])
+            self._cached[call.layer] = keys[:, : self._n], call.values()[:, : self._n]
 
-    def _end(self, layer, keys, values):
+    def finish(self) -> None:
+        """Raises QFilterError if llama.cpp's graph does not show what is needed."""
+        for layer in sorted(self._cached):
+            self._finish(layer, *self._cached.pop(layer))
+
+    def _finish(self, layer, keys, values):
         largest = self._largest.pop(layer)
         worth = largest * self._norms.of(layer, values, len(largest))
         worth = worth.reshape(len(keys), -1, self._n).max(1)
@@ -131,44 +141,64 @@ class Sums:
     def add(self, rows: dict[int, np.ndarray], worth: dict[int, np.ndarray]) -> None:
         """The rows of a text; see `Repetition`."""
         for layer, x in rows.items():
-            x = np.concatenate([x, np.ones((len(x), 1))], axis=1)[SINKS:].astype(np.float64)
-            y = worth[layer][SINKS:].astype(np.float64)
-            new = [x.T @ x, x.T @ y, np.stack([y.sum(0), (y * y).sum(0)])]
-            old = self._sums.get(layer, [0, 0, 0])
-            self._sums[layer] = [a + b for a, b in zip(old, new, strict=True)]
+            x, y = _rows(x, worth[layer])
+            if layer not in self._sums:
+                n_in, n_out = x.shape[1], y.shape[1]
+                self._sums[layer] = [np.zeros((n_in, n_in)), np.zeros((n_in, n_out))]
+            self._sums[layer][0] += x.T @ x
+            self._sums[layer][1] += x.T @ y
 
     def solve(self, layer: int, ridge: float) -> np.ndarray:
         """[1 + n_in, n_head_kv], the constant last."""
-        square, product, _ = self._sums[layer]
+        square, product = self._sums[layer]
         mean = square[-1] / square[-1, -1]
         spread = square.diagonal() - square[-1, -1] * mean**2
         penalty = ridge * np.maximum(spread, FLAT * spread.mean())
         penalty[-1] = 0  # the constant
         return np.linalg.solve(square + np.diag(penalty), product)
 
-    def explained(self, layer: int, weights: np.ndarray) -> np.ndarray:
-        """R^2 of weights on the rows that were added, for every KV head."""
-        square, product, (first, second) = self._sums[layer]
-        n = square[-1, -1]
-        error = second - 2 * (weights * product).sum(0) + (weights * (square @ weights)).sum(0)
-        spread = second - first**2 / n
-        return 1 - error / np.maximum(spread, TINY)
-
     @property
     def layers(self) -> list[int]:
         return sorted(self._sums)
 
 
-def solve(fitted: Sums, held_out: Sums) -> tuple[dict[int, np.ndarray], np.ndarray]:
+class HeldOut:
+    """Rows that the fit does not see."""
+
+    def __init__(self):
+        self._rows: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+
+    def add(self, rows: dict[int, np.ndarray], worth: dict[int, np.ndarray]) -> None:
+        """The rows of a text; see `Repetition`."""
+        for layer, x in rows.items():
+            self._rows.setdefault(layer, []).append((x, worth[layer]))
+
+    def explained(self, layer: int, weights: np.ndarray) -> np.ndarray:
+        """R^2 of weights on these rows, for every KV head; 0 if all of a head's are worth the same."""
+        x, y = map(np.concatenate, zip(*starmap(_rows, self._rows[layer]), strict=True))
+        spread = y.var(0)
+        error = ((y - x @ weights) ** 2).mean(0)
+        known = spread > FLAT * np.square(y).mean(0)
+        return np.where(known, 1 - error / np.where(known, spread, 1), 0)
+
+
+def _rows(x, y):
+    """A text's rows with a constant, and what they are worth, without the sinks; float64."""
+    x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+    return x[SINKS:].astype(np.float64), y[SINKS:].astype(np.float64)
+
+
+def solve(fitted: Sums, held_out: HeldOut) -> tuple[dict[int, np.ndarray], np.ndarray]:
     """Layer -> filters float32 [n_head_kv, n_in], the largest number of each 1; and the held-out R^2
-    of every KV head of all layers in turn."""
+    of every KV head of all layers in turn. A filter that explains nothing is 0."""
     filters, quality = {}, []
     for layer in fitted.layers:
         tried = [fitted.solve(layer, ridge) for ridge in RIDGES]
         explained = [held_out.explained(layer, weights) for weights in tried]
         best = int(np.argmax([found.mean() for found in explained]))
-        weights = tried[best][:-1].T
-        filters[layer] = (weights / np.abs(weights).max(1, keepdims=True)).astype(np.float32)
+        weights = tried[best][:-1].T * (explained[best] > 0)[:, None]
+        largest = np.abs(weights).max(1, keepdims=True)
+        filters[layer] = (weights / np.where(largest > 0, largest, 1)).astype(np.float32)
         quality.append(explained[best])
     return filters, np.concatenate(quality)
 
@@ -224,7 +254,10 @@ def texts(gguf, sequences: list[list[int]], n: int, seed: int) -> list[list[int]
     """n texts that are read twice: about three fifths are calibration texts, the others are code,
     numbers and tables, which a repetition looks at in other ways."""
     n_code, n_tables = n // 4, n // 7
-    own = [tokens[:LENGTH] for tokens in sequences[: n - n_code - n_tables]]
+    length = LENGTH
+    if n_ctx_train := model_shape(gguf).n_ctx_train:
+        length = max(1, min(length, (n_ctx_train - n_read([])) // 2))
+    own = [tokens[:length] for tokens in sequences[: n - n_code - n_tables]]
     length = max(map(len, own))
     found = [own]
     for source, count in ((code(), n_code), (tables(seed), n_tables)):
@@ -239,14 +272,31 @@ def n_read(tokens: list[int]) -> int:
     return 2 * len(tokens) + 16
 
 
-def add(filters, gguf, texts, n_held_out: int, n_gpu_layers, progress) -> float:
+def in_turn(filters, n_bytes: int) -> list[list[int]]:
+    """The layers in groups, whose sums take n_bytes or less. A group reads all texts."""
+    groups, taken = [], n_bytes
+    for layer, rows in sorted(filters.vectors["filters"].items()):
+        size = 8 * (2 * rows.size + 1) ** 2
+        if taken + size > n_bytes:
+            groups.append([])
+            taken = 0
+        groups[-1].append(layer)
+        taken += size
+    return groups
+
+
+def add(filters, gguf, groups, texts, n_held_out: int, n_gpu_layers, progress) -> float:
     """Give the filters of a GGUF file learned ones, too; see `calibrate`. Returns the mean R^2."""
     longest = max(map(n_read, texts))
     with closing(LlamaModel(gguf, longest + 256, n_gpu_layers)) as model:
-        found, explained = calibrate(
-            model, layout.Weights(gguf).output, filters.layers, texts, n_held_out, progress
-        )
-    filters.vectors["learned"] = {il: rows.astype(np.float16) for il, rows in found.items()}
+        weights = layout.Weights(gguf).output
+        parts = [
+            calibrate(model, weights, layers, texts, n_held_out, progress) for layers in groups
+        ]
+    filters.vectors["learned"] = {
+        il: rows.astype(np.float16) for found, _ in parts for il, rows in found.items()
+    }
+    explained = np.concatenate([quality for _, quality in parts])
     filters.quality["learned"] = explained.astype(np.float32)
     return explained.mean()
 
@@ -270,10 +320,11 @@ def calibrate(model, output_weights, layers, sequences, n_held_out: int, progres
     """
     request, norms = model.tokens(REQUEST), ValueNorms(output_weights)
     n_first = len(sequences) - n_held_out
-    fitted, held_out = Sums(), Sums()
+    fitted, held_out = Sums(), HeldOut()
     for i, tokens in enumerate(sequences):
         start = len(tokens) + len(request)
         seen = Repetition(model, norms, layers, len(tokens), start)
         model.read(tokens + request + tokens, seen.add, progress)
+        seen.finish()
         (fitted if i < n_first else held_out).add(seen.rows, seen.worth)
     return solve(fitted, held_out)

@@ -70,7 +70,7 @@ def evicting_layers(path) -> list[int]:
 def rope_layout(path) -> str:
     """How llama.cpp pairs the numbers of a row of K for RoPE: one of `filters.LAYOUTS`. Loads no
     weights. QFilterError for a kind of RoPE that is not among them."""
-    with loaded(path, vocab_only=True) as model:
+    with loaded(path, no_alloc=True, load_mode=llama_cpp.LLAMA_LOAD_MODE_NONE) as model:
         rope_type = llama_cpp.llama_model_rope_type(model.model)
     if rope_type not in LAYOUTS:
         raise QFilterError(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__, gguf_copy, schema
-from ..config import QFilterError
+from ..config import MAX_SEED, EngineError, QFilterError
 from ..files import check_space, check_target
 from ..filters import Filters
 from ..fit import fit
@@ -23,6 +23,7 @@ from . import (
     calibrate,
     choose,
     export,
+    layout,
     learned,
     measure,
     native_model,
@@ -38,6 +39,8 @@ HELD_OUT = 5
 DTYPES = {"filters": np.float32, "queries": np.float32, "moments": np.float16}
 NUM_SEQUENCES, LEARNED_SEQUENCES = 6, 20
 """Default numbers of sequences; learned filters need texts of three kinds."""
+LEAST_FOR_SUMS = 1 << 30
+"""Bytes for the sums of learned filters; a larger model allows as much as its file has."""
 LEARNED = "learned"
 """A value of `filters`: calibrate learned filters, too; and the policy that uses them."""
 
@@ -203,6 +206,8 @@ def _calibrated(model, calibration, texts, note, bar, learn):
     sequences = _sequences(model.gguf, calibration, texts, note)
     lengths = [len(tokens) for tokens in sequences]
     layers = native_model.evicting_layers(model.gguf)
+    if learn:
+        layout.Weights(model.gguf).check_output(layers)
     n_held_out = held_out(len(sequences))
     with (
         bar("reading calibration text", sum(lengths)) as reading,
@@ -238,14 +243,18 @@ def _calibrated(model, calibration, texts, note, bar, learn):
     }
     missing = ", ".join(str(layer) for layer in layers if layer not in vectors["queries"])
     if missing:
+        if learn:
+            raise QFilterError(
+                "llama.cpp's graph does not show that RoPE is the last step for queries and keys of "
+                f"layer {missing}, which learned filters need; leave out --filters learned"
+            )
         del vectors["queries"]
         note(
             "warning: llama.cpp's graph does not show that RoPE is the last step for queries of "
             f"layer {missing}: no mean queries for qahead, and the filters hold only near the "
             "calibration's positions"
         )
-    layout = native_model.rope_layout(model.gguf)
-    filters = Filters(vectors, provenance, quality, layout)
+    filters = Filters(vectors, provenance, quality, native_model.rope_layout(model.gguf))
     if learn:
         _learn(model, calibration, sequences, filters, note, bar)
     if not quality:
@@ -258,11 +267,13 @@ def _calibrated(model, calibration, texts, note, bar, learn):
 def _learn(model, calibration, sequences, filters, note, bar):
     """Add learned filters."""
     texts = learned.texts(model.gguf, sequences, calibration.num_sequences, calibration.seed)
-    n_tokens = sum(map(learned.n_read, texts))
+    groups = learned.in_turn(filters, max(source.n_bytes(model.gguf), LEAST_FOR_SUMS))
+    n_tokens = len(groups) * sum(map(learned.n_read, texts))
     with bar("reading texts twice", n_tokens) as reading:
         explained = learned.add(
             filters,
             model.gguf,
+            groups,
             texts,
             held_out(len(texts)),
             calibration.n_gpu_layers,
@@ -280,7 +291,12 @@ def _policy(gguf, calibration, filters, note, bar, learn) -> str | None:
         )
         return None
     policies = [choose.DEFAULT, choose.OTHER, *[LEARNED] * learn]
-    found = choose.losses(gguf, filters, policies, calibration.n_gpu_layers, calibration.seed, bar)
+    seed = calibration.seed % (MAX_SEED + 1)
+    try:
+        found = choose.losses(gguf, filters, policies, calibration.n_gpu_layers, seed, bar)
+    except (QFilterError, EngineError) as error:  # the filters themselves are sound
+        note(f"warning: no test of policies ({error}): {choose.DEFAULT} is the policy of this file")
+        return None
     best = choose.best(found)
     shown = ", ".join(f"{policy} {values.mean():.2f}" for policy, values in found.items())
     ratios = " and ".join(f"x{ratio}" for ratio in choose.RATIOS)

@@ -351,14 +351,20 @@ def shortage(chosen: list[list[int]], num_sequences: int, max_seq_len: int) -> s
 
 
 def _chunks(tokenize, source, size, count):
-    """Up to `count` chunks of `size` tokens from the start of a source, the last may be shorter."""
+    """Up to `count` chunks of `size` tokens from the start of a source, the last may be shorter. If
+    it were shorter than half, it and the one before are made equal: a short one says little."""
     tokens = []
     with closing(source):
         for piece in source.pieces:
             tokens += tokenize(piece)
             if len(tokens) >= size * count:
                 break
-    return [tokens[i : i + size] for i in range(0, min(len(tokens), size * count), size)]
+    starts = list(range(0, min(len(tokens), size * count), size))
+    rest = len(tokens) - starts[-1] if starts else size
+    if len(starts) > 1 and rest < size // 2:
+        starts[-1] = starts[-2] + (size + rest) // 2
+    ends = [*starts[1:], min(len(tokens), size * count)]
+    return [tokens[i:j] for i, j in zip(starts, ends, strict=True)]
 
 
 @contextmanager

@@ -126,8 +126,9 @@ class Llama(Beginning, Compressing, Recalling, SavedStates):
             raise QFilterError("draft_model can't be used with qfilters: leave one of them out")
         if not kwargs.setdefault("flash_attn", True):
             raise QFilterError("qfilters needs Flash Attention: leave out flash_attn=False")
-        trained = model_shape(model_path).n_ctx_train  # first: its errors name what is wrong
-        n_ctx = kwargs["n_ctx"] or trained
+        shape = model_shape(model_path)  # first: its errors name what is wrong
+        n_ctx = kwargs["n_ctx"] or shape.n_ctx_train
+        shape.check_positions(n_ctx)
         if config.max_length < n_ctx:
             if kwargs.setdefault("n_batch", config.interval) > config.interval:
                 raise QFilterError(

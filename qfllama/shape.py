@@ -24,6 +24,16 @@ class ModelShape:
     n_head_kv: int | list[int]
     head_dim: int
     n_ctx_train: int
+    position_table: bool = False
+    """Each position has an embedding of its own, as in GPT-2: there are none beyond n_ctx_train."""
+
+    def check_positions(self, n_ctx: int) -> None:
+        """QFilterError if llama.cpp would crash at the last of n_ctx positions."""
+        if self.position_table and 0 < -(-self.n_ctx_train // 256) * 256 < n_ctx:
+            raise QFilterError(
+                f"{self.name} has a table of {self.n_ctx_train:,} positions and can't read {n_ctx:,} "
+                "tokens: use fewer"
+            )
 
     def heads(self, layer: int) -> tuple[int, int]:
         """(query heads, KV heads) of a layer."""
@@ -96,4 +106,5 @@ def shape_of(path, header) -> ModelShape:
         n_head_kv=per_layer(need("attention.head_count_kv", n_head), "attention.head_count_kv"),
         head_dim=one("attention.key_length", one("embedding_length") // max(n_head_max, 1)),
         n_ctx_train=one("context_length", 0),
+        position_table=any(info.name == "position_embd.weight" for info in header.tensors),
     )

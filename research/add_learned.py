@@ -25,7 +25,9 @@ def main() -> None:
     sequences = text.sequences(args.model, text.sources(tuple(args.text)), args.texts, 2048)
     texts = learned.texts(args.model, sequences, args.texts, seed=0)
     n_held_out = pipeline.held_out(len(texts))
-    explained = learned.add(filters, args.model, texts, n_held_out, "auto", lambda n: None)
+    explained = learned.add(
+        filters, args.model, [filters.layers], texts, n_held_out, "auto", lambda n: None
+    )
     gguf_copy.write(args.model, args.output, filters, force=True)
     print(f"{args.output}: R^2 {explained:.2f} on texts held out")
 

@@ -34,7 +34,8 @@ class Model:
         model.set_attn_implementation("any number of keys")
         config = model.config
         self.n_layer, self.n_head = config.num_hidden_layers, config.num_attention_heads
-        self.n_head_kv, self.head_dim = config.num_key_value_heads, config.head_dim
+        self.n_head_kv = config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", config.hidden_size // self.n_head)
 
     @contextmanager
     def projections(self):

@@ -17,11 +17,12 @@ import pytest
 import tiny_models
 from click.testing import CliRunner
 from gguf_files import expected_fingerprint, stacked
-from qfllama.convert import export, pipeline, source, text
+from qfllama.convert import choose, export, pipeline, source, text
 
 from qfllama import Llama, QFilterConfig, schema
 from qfllama.cli import main
 from qfllama.config import QFilterError
+from qfllama.context import NoMemory
 from qfllama.shape import model_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,6 +165,24 @@ def test_the_same_seed_gives_the_same_file_and_another_seed_does_not(converted, 
     assert not np.array_equal(
         stacked(schema.read(tmp_path / "a")), stacked(schema.read(tmp_path / "c"))
     )
+
+
+def test_a_large_seed_and_a_test_that_fails_do_not_lose_the_filters(
+    converted, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(choose, "LENGTH", 400)
+    done = run(converted[0], tmp_path / "a", *QUICK, "--force", "--seed", "5000000000")
+    assert "loss of numbers hidden in text" in done.stderr
+
+    def no_memory(*args):
+        raise NoMemory("no memory for a cache")
+
+    monkeypatch.setattr(choose, "losses", no_memory)
+    done = run(converted[0], tmp_path / "b", *QUICK, "--force", "--seed", "5000000000")
+    assert "no test of policies (no memory for a cache): qblend is the policy" in done.stderr
+    first, second = (schema.read(tmp_path / name) for name in "ab")
+    np.testing.assert_array_equal(stacked(first), stacked(second))
+    assert second.policy is None
 
 
 def test_text_files_are_used_in_turns_and_named(converted, tmp_path):

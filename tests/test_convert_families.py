@@ -372,6 +372,17 @@ def test_mixtures_windows_and_hybrids_are_not_refused(arch, keys, tmp_path):
     assert source.resolve(path) == path
 
 
+def test_positions_with_sections_are_seen_where_only_the_file_says_so(tmp_path, monkeypatch):
+    """A glm4 has them if it reads images, too."""
+    kind = ("glm4", tiny_models.HEADS | {"num_hidden_layers": 2})
+    monkeypatch.setitem(tiny_models.FAMILIES, "glm4", kind)
+    tiny_models.write("glm4", tmp_path / "glm4")
+    (plain,) = tiny_models.convert([tmp_path / "glm4"])
+    tiny_models.write_mrope(plain, "glm4", tmp_path / "mrope.gguf")
+    assert native_model.rope_layout(plain) == "norm"
+    assert native_model.rope_layout(tmp_path / "mrope.gguf") == "mrope"
+
+
 @pytest.mark.parametrize("kind", ["mmproj", "projector", "adapter", "imatrix"])
 def test_a_gguf_that_is_no_model_is_refused_by_its_type(kind, tmp_path):
     path = write_gguf(tmp_path / "x.gguf", "llama", kind=kind)

@@ -138,11 +138,24 @@ def test_too_little_text_is_used_and_worded_or_refused_when_strict(smollm2, tmp_
     assert text.shortage(enough, 4, 100) is None
 
     some = text.sequences(smollm2, prose(path, 50), 20, 100)
-    assert [len(tokens) for tokens in some] == [100] * (n_tokens // 100) + [n_tokens % 100]
+    rest = n_tokens % 100
+    assert rest >= 50  # less than half a sequence would be shared with the one before, see below
+    assert [len(tokens) for tokens in some] == [100] * (n_tokens // 100) + [rest]
     words = f"the text has {n_tokens} tokens, fewer than the 2,000 asked for"
     assert text.shortage(some, 20, 100) == words
     with pytest.raises(QFilterError, match=words + ".*--strict"):
         text.sequences(smollm2, prose(path, 50), 20, 100, strict=True)
+
+
+def test_a_short_rest_of_a_text_makes_two_sequences_of_the_same_length(smollm2, tmp_path):
+    (whole,) = text.sequences(smollm2, prose(tmp_path / "a.txt", 50), 1, 10_000)
+    n = len(whole)
+    for rest in (1, 7, n // 5):
+        halves = text.sequences(smollm2, prose(tmp_path / "a.txt", 50), 6, n - rest)
+        assert [len(tokens) for tokens in halves] == [n // 2, n - n // 2]
+        assert sum(halves, []) == whole
+    two = text.sequences(smollm2, prose(tmp_path / "a.txt", 50), 6, n - n // 3)
+    assert [len(tokens) for tokens in two] == [n - n // 3, n // 3]
 
 
 def test_text_shorter_than_one_sequence_is_said_and_is_one_shorter_sequence(smollm2, tmp_path):

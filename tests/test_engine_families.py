@@ -7,7 +7,6 @@ what ggml's Flash Attention does with short chunks (reference/model.py).
 import ctypes
 import shutil
 
-import gguf
 import llama_cpp
 import numpy as np
 import pytest
@@ -429,30 +428,9 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened(family, tokens, nam
     other.close()
 
 
-def write_mrope(source, target) -> None:
-    """A copy of a qwen2 GGUF as qwen2vl: text has the same position in every section, so that it
-    computes the same."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, "qwen2vl")
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture":
-            continue
-        sub_type = field.types[-1] if len(field.types) > 1 else None
-        name = name.replace("qwen2.", "qwen2vl.")
-        value = "mrope" if name == "qfilters.layout" else field.contents()
-        writer.add_key_value(name, value, field.types[0], sub_type=sub_type)
-    writer.add_rope_dimension_sections([2, 3, 3, 0])
-    for t in reader.tensors:
-        writer.add_tensor(t.name, t.data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def test_multi_dimensional_positions_do_not_matter_for_text(family, tokens, folder):
     plain, mrope = family("qwen2"), Family.__new__(Family)
-    write_mrope(plain.path, folder / "qwen2vl.gguf")
+    tiny_models.write_mrope(plain.path, "qwen2vl", folder / "qwen2vl.gguf")
     vars(mrope).update(vars(plain), path=folder / "qwen2vl.gguf")
     for policy in ("qfilters", "qahead"):
         logits, kept = mrope.run(tokens, policy)
@@ -463,7 +441,7 @@ def test_multi_dimensional_positions_do_not_matter_for_text(family, tokens, fold
 def test_an_image_is_refused_before_anything_is_evicted(family, tokens, folder):
     """Its tokens would share a position."""
     mrope = Family.__new__(Family)
-    write_mrope(family("qwen2").path, folder / "qwen2vl-image.gguf")
+    tiny_models.write_mrope(family("qwen2").path, "qwen2vl", folder / "qwen2vl-image.gguf")
     vars(mrope).update(vars(family("qwen2")), path=folder / "qwen2vl-image.gguf")
     llm = mrope.open("knorm")
     logits_after(llm, tokens[:96])

@@ -355,6 +355,8 @@ def test_heat_maps_have_a_panel_for_every_variant(tmp_path):
         ("needle", ["--needles-per-document", "1000"], "--needles-per-document"),
         ("needle", ["--plot", "x.txt"], ".png"),
         ("needle", ["--json", "missing/x.json"], "missing"),
+        ("needle", ["--json", "{model}"], "the input itself"),
+        ("needle", ["--text", "{short}", "--json", "{short}"], "the file of --text"),
         ("needle", ["--type-k", "q9"], "q9"),
         ("needle", ["--results", "{other}"], "give another file"),
         ("ppl", ["--text", "{short}"], "has 3 tokens"),
@@ -369,10 +371,18 @@ def test_wrong_input_is_refused_in_one_line(smollm2, tmp_path, task, options, wo
     contents = {"short": b"One two three", "empty": b"", "latin": b"\xe9\xff", "other": b"{}\n"}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    paths = {name: tmp_path / name for name in contents}
+    paths = {name: tmp_path / name for name in contents} | {"model": smollm2}
     result = run(task, smollm2, *(option.format(**paths) for option in options))
     assert (result.exit_code, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1 and word in result.stderr
+
+
+def test_a_text_without_spaces_has_sentences():
+    text = tasks.Text("", "今天天气很好。我们去公园吧！" * 2 + "字" * 1500)
+    parts = text.sentences()
+    assert parts[:2] == ["今天天气很好。", "我们去公园吧！"]
+    assert [len(part) for part in parts[4:]] == [1000, 500]
+    assert "".join(parts) == text.text
 
 
 def test_results_refuse_a_file_of_another_task(tmp_path):

@@ -31,6 +31,19 @@ def test_the_shape_of_the_model_is_read_from_the_header(smollm2, model):
     assert model_shape(model).head_dim == HEAD_DIM
 
 
+def test_a_table_of_positions_has_an_end(tmp_path):
+    assert not model_shape(write_gguf(tmp_path / "rope.gguf")).position_table
+    table = np.zeros((128, 4), np.float32)
+    path = write_gguf(
+        tmp_path / "table.gguf", lambda writer: writer.add_tensor("position_embd.weight", table)
+    )
+    shape = model_shape(path)
+    assert shape.position_table
+    shape.check_positions(256)  # llama.cpp rounds n_ctx up to it
+    with pytest.raises(QFilterError, match="128 positions"):
+        shape.check_positions(257)
+
+
 def test_every_truncation_of_a_file_is_refused_and_nothing_else_is_raised(tmp_path):
     data = write_gguf(tmp_path / "f.gguf", filter_keys()).read_bytes()
     n_data = gguf.GGUFReader(tmp_path / "f.gguf").data_offset

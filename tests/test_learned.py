@@ -80,6 +80,7 @@ def test_rows_and_their_worth_are_those_of_transformers(tiny, tokens, expected):
     with closing(LlamaModel(tiny[1], 256)) as model:
         seen = learned.Repetition(model, norms, [0, 1, 2], N, N + N_REQUEST)
         model.read(tokens, seen.add)
+        seen.finish()
     for layer, (keys, values, score) in enumerate(expected):
         rows, worth = seen.rows[layer], seen.worth[layer]
         np.testing.assert_allclose(rows[:, : keys.shape[1]], keys, atol=5e-3, rtol=5e-3)  # float16
@@ -95,6 +96,7 @@ def test_a_call_that_begins_before_the_repetition_counts_from_there(tiny, tokens
         with closing(LlamaModel(tiny[1], 256)) as model:
             seen = learned.Repetition(model, norms, [1], N, N + N_REQUEST)
             model.read(tokens, seen.add)
+            seen.finish()
         found.append(seen.worth[1])
     np.testing.assert_allclose(found[0], found[1], atol=0.02)
 
@@ -116,7 +118,7 @@ def test_the_largest_weight_is_that_of_a_causal_softmax(softcap, monkeypatch):
 def test_the_fit_finds_a_linear_map_and_says_how_much_it_explains():
     rng = np.random.default_rng(1)
     weights = rng.standard_normal((2, 12))
-    sums = [learned.Sums(), learned.Sums()]
+    sums = [learned.Sums(), learned.HeldOut()]
     for i in range(6):
         x = rng.standard_normal((200, 12)) * np.logspace(-2, 2, 12) + 5
         noise = rng.standard_normal((200, 1)) * [[0, 30]]  # only of the second head
@@ -132,13 +134,73 @@ def test_the_fit_finds_a_linear_map_and_says_how_much_it_explains():
 
 def test_a_number_that_is_always_0_has_no_weight():
     rng = np.random.default_rng(2)
-    sums = [learned.Sums(), learned.Sums()]
+    sums = [learned.Sums(), learned.HeldOut()]
     for part in sums:
         x = rng.standard_normal((100, 4)) * [1, 0, 2, 3]
         part.add({0: x}, {0: x @ [[1.0], [5.0], [-0.5], [0.25]]})
     filters, explained = learned.solve(*sums)
     np.testing.assert_allclose(filters[0], [[1, 0, -0.5, 0.25]], atol=1e-3)
     assert explained[0] > 0.999
+
+
+def test_a_head_whose_rows_are_worth_the_same_has_no_filter():
+    rng = np.random.default_rng(3)
+    sums = [learned.Sums(), learned.HeldOut()]
+    for part in sums:
+        x = rng.standard_normal((100, 4))
+        part.add({0: x}, {0: np.stack([x[:, 0], np.full(100, np.log(learned.TINY))], axis=1)})
+    filters, explained = learned.solve(*sums)
+    assert explained == pytest.approx([1, 0], abs=1e-3)
+    assert filters[0][0, 0] == 1 and not filters[0][1].any()
+
+
+def test_a_layer_that_attends_the_rows_of_another_adds_to_their_worth():
+    """Both are calls of the layer that has the rows."""
+    rng = np.random.default_rng(4)
+    keys, values = rng.standard_normal((2, 1, 19, 4)).astype(np.float32)
+
+    class Call:
+        layer, scale, softcap = 0, 0.5, 0
+
+        def __init__(self, start, end, queries):
+            self.start, self.n_tokens, self._queries = start, end - start, queries
+            self.keys, self.values = (lambda x=x: x[:, :end] for x in (keys, values))
+
+        def queries(self, at):
+            return self._queries[:, self.start + at]
+
+    class Ropes:
+        def before_rope(self, layer, positions, keys):
+            return keys
+
+    both = rng.standard_normal((2, 1, 19, 4)).astype(np.float32) * 3
+    worth = []
+    for layers in ([0], [1], [0, 1]):
+        norms = learned.ValueNorms(lambda layer: np.eye(4, dtype=np.float32))
+        seen = learned.Repetition(Ropes(), norms, [0], 8, 11)
+        for start, end in ((0, 12), (12, 16), (16, 19)):
+            for i in layers:
+                seen.add(Call(start, end, both[i]))
+        seen.finish()
+        worth.append(seen.worth[0])
+    np.testing.assert_array_equal(worth[2], np.maximum(worth[0], worth[1]))
+    assert (worth[0] > worth[1]).any() and (worth[0] < worth[1]).any()
+
+
+def test_layers_in_turn_give_the_same_filters(tiny, tmp_path):
+    filters = some_filters(n_layer=3, n_head_kv=N_HEAD_KV, head_dim=HEAD_DIM)
+    size = 8 * (2 * N_HEAD_KV * HEAD_DIM + 1) ** 2
+    assert learned.in_turn(filters, 3 * size) == [[0, 1, 2]]
+    assert learned.in_turn(filters, 3 * size - 1) == [[0, 1], [2]]
+    assert learned.in_turn(filters, 1) == [[0], [1], [2]]
+    sequences = text.sequences(tiny[1], [text.builtin()], 5, 100)
+    texts, found = learned.texts(tiny[1], sequences, 5, seed=0), []
+    for groups in ([[0, 1, 2]], [[0], [1, 2]]):
+        learned.add(filters, tiny[1], groups, texts, 1, 0, lambda n: None)
+        found.append((filters.vectors["learned"], filters.quality["learned"]))
+    for layer in range(3):
+        np.testing.assert_array_equal(found[0][0][layer], found[1][0][layer])
+    np.testing.assert_array_equal(found[0][1], found[1][1])
 
 
 def test_texts_are_of_several_kinds_and_all_of_them_are_held_out(smollm2):

@@ -62,6 +62,7 @@ def records(path):
         ("at 3:30.", ["half past three", "3:30"]),
         ("On the 19th of April", ["19th of April"]),
         ("the Straße", ["STRASSE"]),
+        ("答案是北京。", ["北京"]),
     ],
 )
 def test_an_answer_counts_however_it_is_spelt(text, answers):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import gguf
 import numpy as np
 from qfllama.convert import export
 
@@ -264,16 +265,40 @@ def convert(checkpoints) -> list[Path]:
     return outputs
 
 
+def write_mrope(source, architecture: str, target) -> None:
+    """A copy of a GGUF as another architecture whose positions have sections. Those of text have
+    the same position in every section, so that it computes the same."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, architecture)
+    old = reader.get_field("general.architecture").contents()
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        sub_type = field.types[-1] if len(field.types) > 1 else None
+        value = "mrope" if name == "qfilters.layout" else field.contents()
+        name = name.replace(f"{old}.", f"{architecture}.")
+        writer.add_key_value(name, value, field.types[0], sub_type=sub_type)
+    writer.add_rope_dimension_sections([2, 3, 3, 0])
+    for t in reader.tensors:
+        writer.add_tensor(t.name, t.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 _CONVERTER = f"""
 import sys
 sys.path.insert(0, {str(export.converter_path().parent)!r})
 import convert_hf_to_gguf
 from conversion import TextModel
 from conversion.gemma import Gemma3Model, Gemma4Model
+from conversion.glm import Glm4Model
 from conversion.hunyuan import HunYuanModel
 TextModel._set_vocab_gpt2 = TextModel._set_vocab_sentencepiece
 Gemma4Model.set_vocab = Gemma3Model.set_vocab
-HunYuanModel.set_vocab = TextModel._set_vocab_sentencepiece
+for model in (Glm4Model, HunYuanModel):
+    model.set_vocab = TextModel._set_vocab_sentencepiece
 """
 
 

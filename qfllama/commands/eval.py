@@ -244,6 +244,7 @@ def questions_command(questions_file, names, setting, max_tokens, plain, **chose
         from qfllama.evaluation import plots, questions, run
 
     how = {"plain": plain, "max_tokens": max_tokens}
+    chosen["questions"] = questions_file
     sources = questions.read(questions_file)
     with Model.from_header(chosen["path"]) as header:
         header.evicting_layers()

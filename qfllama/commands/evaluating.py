@@ -10,6 +10,7 @@ import click
 from qfllama.commands.console import note, note_offload
 from qfllama.commands.options import IN_FILE, OUT_FILE, CommaList, ModelFile, option
 from qfllama.config import CALIBRATED, POLICIES, QFilterConfig, QFilterError
+from qfllama.files import check_target
 
 if TYPE_CHECKING:
     from qfllama.engine import Model
@@ -136,8 +137,13 @@ class Session:
             raise click.UsageError("--ratio and --max-length exclude each other; give one of them")
         if chosen["image"]:
             plots.check(chosen["image"])
-        for name in ("json_file", "image", "results"):
-            check_folder(chosen[name])
+        check_folder(chosen["results"])
+        for out in filter(None, (chosen["json_file"], chosen["image"])):
+            check_target(chosen["path"], out, force=True, whole=True)
+            for name in ("text", "questions", "results"):
+                source = chosen.get(name)
+                if source and out.exists() and source.exists() and out.samefile(source):
+                    raise QFilterError(f"{out} is the file of --{name}: give another output file")
         for policy in set(chosen["policy"] or ()) & set(CALIBRATED):
             needs.check_policy(chosen["path"], schema.read(chosen["path"]), policy)
 
@@ -153,6 +159,11 @@ class Session:
             caches=[Cache(self._length, **types)] * self._n_open,
             verbose=chosen["verbose"],
         )
+        try:
+            model.shape.check_positions(self._length)
+        except BaseException:
+            model.close()
+            raise
         note_offload(model.offload)
         return model
 

@@ -260,10 +260,17 @@ def asking(plain: bool, max_tokens: int) -> Asking:
     return Asking(ask, extra)
 
 
+NO_SPACES = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+"""A letter of a script that puts no space between words: Thai, Lao, Burmese, Khmer, Chinese, Japanese."""
+
+
 def found(text: str, answers: tuple[str, ...]) -> bool:
-    """Does a text contain one of the answers, as whole words?"""
+    """Does a text contain one of the answers, as whole words? Anywhere, in scripts without spaces."""
     words = f" {plain_words(text)} "
-    return any(f" {plain_words(answer)} " in words for answer in answers)
+    return any(
+        (plain if NO_SPACES.search(plain) else f" {plain} ") in words
+        for plain in map(plain_words, answers)
+    )
 
 
 def plain_words(text: str) -> str:

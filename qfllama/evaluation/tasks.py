@@ -67,8 +67,8 @@ class Document:
 
 # -- text
 
-WORDS = 60
-"""Words of the longest sentence."""
+WORDS, CHARACTERS = 60, 1000
+"""Of the longest sentence. Scripts without spaces have no words."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,11 @@ class Text:
     def sentences(self) -> list[str]:
         """The text in order, white space made one space, very long sentences cut."""
         result = []
-        for sentence in re.split(r"(?<=[.!?])\s+", " ".join(self.text.split())):
+        for sentence in re.split(r"(?<=[.!?])\s+|(?<=[。！？])", " ".join(self.text.split())):
             words = sentence.split(" ")
-            result += [" ".join(words[i : i + WORDS]) for i in range(0, len(words), WORDS)]
+            parts = [" ".join(words[i : i + WORDS]) for i in range(0, len(words), WORDS)]
+            for part in parts:
+                result += [part[i : i + CHARACTERS] for i in range(0, len(part), CHARACTERS)]
         return result
 
 
