@@ -67,10 +67,14 @@ def evicting_layers(path) -> list[int]:
     return layers
 
 
-def rope_layout(path) -> str:
+def rope_layout(path, *, sections=True) -> str:
     """How llama.cpp pairs the numbers of a row of K for RoPE: one of `filters.LAYOUTS`. Loads no
-    weights. QFilterError for a kind of RoPE that is not among them."""
-    with loaded(path, no_alloc=True, load_mode=llama_cpp.LLAMA_LOAD_MODE_NONE) as model:
+    weights. QFilterError for a kind of RoPE that is not among them.
+
+    sections: also where the architecture alone does not tell that positions have sections, as for
+    glm4; needs a file with all its tensors"""
+    how = {"no_alloc": True, "load_mode": llama_cpp.LLAMA_LOAD_MODE_NONE}
+    with loaded(path, **(how if sections else {"vocab_only": True})) as model:
         rope_type = llama_cpp.llama_model_rope_type(model.model)
     if rope_type not in LAYOUTS:
         raise QFilterError(

@@ -167,7 +167,9 @@ def head_order(gguf) -> np.ndarray:
     # upstream re-orders glm4 and glm4moe the other way round where they have M-RoPE
     sections = np.ravel(gguf_header.scan(gguf).get(f"{arch}.rope.dimension_sections", 0))
     moved = arch in ("glm4", "glm4moe") and sections.any()
-    if not moved and (arch in AS_THEY_ARE or native_model.rope_layout(gguf) != "norm"):
+    if not moved and (
+        arch in AS_THEY_ARE or native_model.rope_layout(gguf, sections=False) != "norm"
+    ):
         return layout.halves(shape.head_dim)
     kind = f"{arch} model with M-RoPE" if moved else f"{arch} model"
     raise QFilterError(
