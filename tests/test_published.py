@@ -51,7 +51,7 @@ def random_filters(path, seed=0):
     return rectangular(
         weight,
         calibration={"text": "none", "seed": seed},
-        layout=native_model.rope_layout(path),
+        layout=native_model.rope_layout(path, sections=False),
     )
 
 
