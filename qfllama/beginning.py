@@ -6,7 +6,6 @@ An eviction or a recall may otherwise drop it, and the model no longer does what
 from __future__ import annotations
 
 import bisect
-import ctypes
 import functools
 import warnings
 from collections.abc import Iterable
@@ -119,7 +118,7 @@ def before_user(model: LlamaModel, tokens: Iterable[int], messages: list) -> int
     first = stop = -1  # the first place of the user's text, and that of the message after it
     for token in tokens:
         seen = max(0, len(text) - LOOKED_FOR)
-        text += _piece(model, token)
+        text += model.detokenize([token], special=True)
         ends.append(len(text))
         if begin < 0:
             found = text.find(system, max(0, seen - len(system)))
@@ -159,14 +158,3 @@ def _text(content) -> bytes:
         parts = [_get(part, "text") for part in content]
         content = parts[0] if parts else None  # how it begins
     return content.strip().encode("utf-8", "replace") if isinstance(content, str) else b""
-
-
-def _piece(model: LlamaModel, token: int) -> bytes:
-    """The text of a token; upstream's `detokenize` drops those of more than 32 bytes."""
-    size = 64
-    while True:
-        buffer = ctypes.create_string_buffer(size)
-        n = llama_cpp.llama_token_to_piece(model.vocab, token, buffer, size, 0, True)
-        if n >= 0:
-            return buffer.raw[:n]
-        size = -n

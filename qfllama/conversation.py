@@ -140,6 +140,7 @@ class Conversation:
         self.turn = Turn()  # of the latest question
         self._format = chat_formatter(llm)
         self._mark = uuid.uuid4().hex  # stands for the answers when the template is rendered
+        self._document_mark = f"{self._mark}-document-"
         self._rendered = ""  # the conversation with marks for answers, up to where `tokens` ends
         self._read = 0  # how many of `tokens` the engine had read after the latest turn
         self._prompt = prompt
@@ -168,7 +169,7 @@ class Conversation:
         Raises:
             QFilterError: the template doesn't put the document where a message begins.
         """
-        mark = self._document_mark()
+        mark = self._document_mark
         before, found, _ = self._render(
             [*self.messages, {"role": "user", "content": f"{mark}\n\n{self._mark}"}]
         ).partition(mark)
@@ -178,9 +179,6 @@ class Conversation:
             )
         return before
 
-    def _document_mark(self) -> str:
-        return f"{self._mark}-document-"
-
     def _take_over_prompt(self) -> str | None:
         """Set `tokens` from the loaded file and `document` to a mark; returns its system prompt."""
         extra = self._loaded.extra.get("chat")
@@ -188,7 +186,7 @@ class Conversation:
             raise QFilterError(
                 f"{self._prompt} holds no document for a chat: make one with `qfllama compress`"
             )
-        self.document = self._document_mark()
+        self.document = self._document_mark
         self.tokens = self._loaded.tokens.tolist()
         self._read = len(self.tokens)
         return extra.get("system")
@@ -198,6 +196,9 @@ class Conversation:
         self.llm.reset()
         if self._prompt is not None:
             self._loaded = self.llm.load_prompt(self._prompt)
+            begin = self._loaded.tokens.tolist()
+            if self.tokens and self.tokens[: len(begin)] != begin:
+                raise QFilterError(f"{self._prompt} was replaced meanwhile: begin another chat")
 
     @stream_in_turn
     def ask(
@@ -274,11 +275,10 @@ class Conversation:
             )
         self.messages, self.tokens, self._rendered = messages, tokens, rendered
 
-    def _render(self, messages: list[dict[str, str]], marks: bool = False) -> str:
-        """The chat template's text, up to where the answer begins.
-
-        With `marks` a mark stands for each answer. Then the text around the answers doesn't depend
-        on what the template does to them (strip them, leave out the reasoning).
+    def _render(self, messages: list[dict[str, str]], marks=False, answering=True) -> str:
+        """The chat template's text, up to where the answer begins; not `answering`: without what
+        opens it. With `marks` a mark stands for each answer. Then the text around the answers
+        doesn't depend on what the template does to them (strip them, leave out the reasoning).
         """
         if marks:
             messages = [
@@ -286,25 +286,29 @@ class Conversation:
                 for i, m in enumerate(messages)
             ]
         try:
+            self._format.add_generation_prompt = answering
             text = self._format(messages=messages).prompt
-        except (jinja2.TemplateError, ValueError) as error:
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise QFilterError(
                 f"the model's chat template refuses this conversation: {error};"
                 f" {self._reset_or}start without --system"
             ) from error
         # with a saved prompt, everything up to the end of the document has been read already
-        return text if self._prompt is None else text.partition(self._document_mark())[2]
+        return text if self._prompt is None else text.partition(self._document_mark)[2]
 
     def _addition(self, rendered: str) -> str | None:
         """What `rendered` has after the latest answer; None if its beginning isn't what was read.
 
-        `_rendered` may be longer than the beginning: some templates open the answer (`<think>`)
-        only where it is to be generated.
+        Some templates open an answer otherwise where it is to be generated (`<think>`) than where
+        it was given (`<|channel|>final`). What was read stays as it is.
         """
         if not self._begun:
             return rendered if self._prompt is not None and rendered else None
         before, found, after = rendered.partition(f"{self._mark}-{len(self.messages) - 1}-")
-        return after if found and self._rendered.startswith(before) else None
+        if found and not self._rendered.startswith(before):
+            asked = self._render(self.messages[:-1], marks=True, answering=False)
+            found = before.startswith(asked if self._rendered.startswith(asked) else self._rendered)
+        return after if found else None
 
     def _tokenize_on(self, text: str) -> list[int]:
         """Tokens of a text that continues another one.

@@ -54,8 +54,8 @@ def cache_figures(stats: native.Stats) -> dict[str, int]:
 
 def scales_rope(params: dict) -> bool:
     """Do these parameters of `llama_cpp.Llama` stretch RoPE beyond the trained positions?"""
-    scaling = params.get("rope_scaling_type", llama_cpp.LLAMA_ROPE_SCALING_TYPE_UNSPECIFIED)
-    scaling = scaling > llama_cpp.LLAMA_ROPE_SCALING_TYPE_NONE
+    scaling = params.get("rope_scaling_type")  # None: as the file says
+    scaling = scaling is not None and scaling > llama_cpp.LLAMA_ROPE_SCALING_TYPE_NONE
     return scaling or any(params.get(f"rope_freq_{name}") for name in ("base", "scale"))
 
 
@@ -345,6 +345,10 @@ class Llama(Beginning, Compressing, Recalling, SavedStates):
             return
         with self._turns.call():
             super().close()
+
+    def __del__(self) -> None:
+        """As upstream. Nobody else has this object: a stream that was left is not waited for."""
+        self.close() if self._turns.forked else super().close()
 
     # upstream's other methods that use the engine
     sample = in_turn(llama_cpp.Llama.sample)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shlex
@@ -9,6 +10,8 @@ import sys
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def provenance(threads: int) -> dict[str, str]:
@@ -49,7 +52,17 @@ def n_threads() -> int:
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    affinity = hasattr(os, "sched_getaffinity")
+    n = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
+    for group in _groups("cpu"):
+        with suppress(OSError, ValueError):  # version 2; "max": as many as there are
+            quota, period = (group / "cpu.max").read_text().split()
+            n = min(n, math.ceil(int(quota) / int(period)))
+        with suppress(OSError, ValueError):  # version 1; -1: as many as there are
+            quota = int((group / "cpu.cfs_quota_us").read_text())
+            period = int((group / "cpu.cfs_period_us").read_text())
+            n = min(n, math.ceil(quota / period) if quota > 0 else n)
+    return max(n, 1)
 
 
 def available_bytes() -> int | None:
@@ -60,8 +73,28 @@ def available_bytes() -> int | None:
         free = int(text.split("MemAvailable:")[1].split()[0]) * 1024
     except (OSError, IndexError):
         return None
-    with suppress(OSError, ValueError):  # a container's limit; "max": none
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        free = min(free, max(0, limit - int((group / "memory.current").read_text())))
+    files = ("memory.max", "memory.current", "inactive_file")
+    old = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    for group in _groups("memory"):
+        for limit, used, reclaimable in (files, old):
+            with suppress(OSError, ValueError):  # "max": no limit
+                left = int((group / limit).read_text()) - int((group / used).read_text())
+                words = (group / "memory.stat").read_text().split()
+                # files that were read and are not in use, as Kubernetes counts
+                left += int(dict(zip(words[::2], words[1::2], strict=False)).get(reclaimable, 0))
+                free = min(free, max(0, left))
     return free
+
+
+def _groups(controller: str) -> list[Path]:
+    """The folders of this process's control groups, from its own to the root: what a container, a
+    service or a job may use at most."""
+    folders = []
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            if controllers == "" or controller in controllers.split(","):
+                root = CGROUPS if controllers == "" else CGROUPS / controller
+                own = root / name.lstrip("/")
+                folders += [own, *(path for path in own.parents if path.is_relative_to(root))]
+    return folders

@@ -138,6 +138,9 @@ class Recalling(llama_cpp.Llama):
                 raise
             warnings.warn(f"{error}; the answer uses what is in the cache", QFilterWarning, 2)
             return
+        except BaseException:  # Ctrl-C: the question has been taken back
+            self._recount_after_failure()
+            raise
         if n > 0:
             positions = self._ctx.recalled()
             self.n_tokens -= n

@@ -95,8 +95,19 @@ class SavedStates(llama_cpp.Llama):
             llama_state_size=size,
             seed=self._seed,
         )
-        saved.qfilters = {"settings": self.settings(), "rewind_limit": self.rewind_limit()}
+        saved.qfilters = {"settings": self.settings(), "rewind_limit": self._limit_of_state()}
         return saved
+
+    def _limit_of_state(self) -> int:
+        """As `rewind_limit`, of a state: it has no archive, so all heads must hold what follows."""
+        limit = self.rewind_limit()
+        for layer in native.evicting_layers(self._model.model):
+            for head in range(self._ctx.n_head_kv(layer)):
+                kept = self.kept_positions(layer, head)
+                begins = np.flatnonzero(np.diff(kept, prepend=-1) != 1)
+                if len(begins):
+                    limit = max(limit, int(kept[begins[-1]]))
+        return limit
 
     @in_turn
     def load_state(self, state: LlamaState) -> None:

@@ -268,7 +268,8 @@ def _check_rows(what, kind, rows, filters, layer):
         raise QFilterError(f"{what} have the shape {list(shape)}, expected {expected}; {AGAIN}")
     if not np.isfinite(rows).all():
         raise QFilterError(f"{what} contain NaN or infinite numbers; {AGAIN}")
-    zero = np.flatnonzero(~np.any(rows, axis=-1)) if kind != "moments" else []
+    may_be_zero = kind in ("moments", "learned")  # a learned filter that explains nothing is
+    zero = [] if may_be_zero else np.flatnonzero(~np.any(rows, axis=-1))
     if len(zero):
         raise QFilterError(f"{what} are all zero for KV head {zero[0]}; {AGAIN}")
 

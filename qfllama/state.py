@@ -292,7 +292,11 @@ class OwnStates(BaseLlamaCache):
         if state is None:
             raise KeyError("no state that fits")
         if llm := self._llm():
-            llm.reset()  # upstream goes by the common tokens and would keep what can't be cut back
+            # upstream goes by the common tokens, and would keep a live cache that can't be cut back
+            try:
+                llm.load_state(state)
+            except RuntimeError as error:  # saved with a larger n_ctx, or without logits
+                raise KeyError(str(error)) from None
         return state
 
     def _find(self, key: list[int]) -> LlamaState | None:

@@ -158,6 +158,21 @@ def test_the_longest_sequence_gives_way(open_cache):
     assert llm.seq_stats(0).pos_archived > 0
 
 
+def test_a_full_archive_goes_on_when_another_sequence_ends(open_cache):
+    """Each keeps the block of its sinks and its newest one, and there are three."""
+    llm = open_cache(limit=3 * BLOCK * ROW_BYTES, n_seq=2)
+    llm.read(some(700), seq=0)
+    llm.read(some(700), seq=1)
+    assert not llm.stats().archive_stopped
+    assert llm.seq_stats(1).n_archived <= BLOCK, "there was no second block"
+    assert llm.kv_cache_seq_rm(0, -1, -1)
+    llm.read(some(300, seed=1), seq=1)
+    assert llm.seq_stats(1).n_archived > 2 * BLOCK - 48
+    limit = llm.rewind_limit(1)
+    assert 600 < limit < 1000 - 250
+    assert llm.kv_cache_seq_rm(1, limit + 10, -1)
+
+
 def test_too_small_a_limit_is_refused(open_cache):
     with pytest.raises(QFilterError, match=f"needs at least {3 * BLOCK * ROW_BYTES}"):
         open_cache(limit=3 * BLOCK * ROW_BYTES - 1)
@@ -295,13 +310,14 @@ def test_an_earlier_state_of_the_same_sequence_keeps_the_archive(open_cache):
     assert llm.seq_stats().n_archived == 0
 
 
-def test_rows_that_no_archive_has_stay(open_cache):
+@pytest.mark.parametrize("flags", [0, STATE_KEEP_ARCHIVE])
+def test_rows_that_no_archive_has_stay(open_cache, flags):
     """After a state without its archive: a recall fills at most half of the cells, and what has no
-    copy is not dropped for it."""
+    copy is not dropped for it. An empty cache has no archive to keep."""
     llm = open_cache()
     llm.read(some(500))
     other = open_cache()
-    assert other.restore(llm.state())
+    assert other.restore(llm.state(), flags=flags)
     old = [other.kept(layer, head).tolist() for layer in range(N_LAYER) for head in range(N_HEAD)]
     other.read(some(200, seed=1))
     other.question()

@@ -319,6 +319,10 @@ def test_stock_f16_always_takes_part_and_no_cache_twice():
         (["--policy", "best"], "best"),
         (["--plot", "figure.txt"], ".png"),
         (["--json", "no/such/folder.json"], "no/such"),
+        (
+            ["--recall", "--n-ctx", "512", "--max-length", "256", "--positions", "512"],
+            "--n-ctx 576",
+        ),
         (["--quick"], "qfllama convert"),  # this file has no filters
         (["--n-ctx", "1000000000", "--policy", "knorm"], "--n-ctx"),
     ],

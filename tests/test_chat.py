@@ -162,6 +162,32 @@ def test_a_template_that_alters_answers_does_not_make_history_be_read_again(
     assert whole != rendered(llm, conversation.messages[:-1]) + answers[-1]
 
 
+@pytest.mark.parametrize(
+    ("generated", "given"),
+    [
+        ("<|im_start|>assistant", "<|im_start|>assistant<|final|>"),  # gpt-oss
+        ("<|im_start|>assistant\n<think>", "<|im_start|>assistant\n"),  # Qwen3
+        ("<|im_start|>assistant\n<think>", "<|im_start|>assistant\n<think></think>"),  # GLM
+        ("<|im_start|>assistant<|analysis|>", "<|im_start|>assistant<|final|>"),
+    ],
+)
+def test_answers_may_be_opened_otherwise_than_they_were(
+    llm, evaluated, monkeypatch, generated, given
+):
+    from qfllama.conversation import Conversation
+
+    template = (
+        "{% for m in messages %}{{ 'GIVEN' if m.role == 'assistant' else '<|im_start|>' + m.role }}"
+        "{{ '\n' + m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}GENERATED{% endif %}"
+    ).replace("GENERATED", generated).replace("GIVEN", given)  # fmt: skip
+    monkeypatch.setitem(llm.metadata, "tokenizer.chat_template", template)
+    conversation = Conversation(llm)
+    for question in QUESTIONS[:3]:
+        assert ask(conversation, question, max_tokens=20)
+        assert conversation.turn.reread_tokens == 0
+    assert evaluated == conversation.tokens[: llm.n_tokens]
+
+
 def test_a_template_that_changes_the_beginning_is_read_again_and_gives_the_right_answer(
     llm, monkeypatch
 ):

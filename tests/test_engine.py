@@ -10,6 +10,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qfllama import native
 from qfllama.config import QFilterConfig, QFilterError, QFilterWarning
+from qfllama.engine import Model
 from qfllama.llama import Llama
 
 N_LAYER, N_HEAD_KV, HEAD_DIM = 30, 3, 64
@@ -108,6 +109,14 @@ def test_streaming_equals_a_stock_cache_whose_middle_was_removed(make, tokens, t
         stock.eval(chunk)
         np.testing.assert_array_equal(last_logits(ours), last_logits(stock))
     assert ours.qfilter_stats()["evictions"] == 4
+
+
+def test_long_tokens_have_a_text(smollm2):
+    """Upstream's buffer has 32 bytes; words of some languages and indents have more."""
+    with Model(smollm2) as model:
+        pieces = [model.detokenize([token], special=True) for token in range(model.n_vocab())]
+    assert all(pieces)
+    assert max(map(len, pieces)) > 32
 
 
 def test_the_bound_holds_and_is_reported(make, tokens):

@@ -291,7 +291,7 @@ def test_the_version_of_the_build_goes_up_with_the_header():
     version = re.search(r"\+qfilters\.(\d+)", (PATCHES / "0001-version.patch").read_text())[1]
     abi = re.search(r"ABI_VERSION (\d+)", header)[1]
     digest = hashlib.sha256(code.encode()).hexdigest()[:16]
-    assert (version, abi, digest) == ("8", "5", "b5d089f549d78458")
+    assert (version, abi, digest) == ("9", "5", "b5d089f549d78458")
     assert int(abi) == native.ABI_VERSION
     assert llama_cpp.__version__.endswith(f"+qfilters.{version}")
 

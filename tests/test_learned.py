@@ -13,7 +13,7 @@ from qfllama.convert.capture_llama import LlamaModel
 from reference.families import interleaved
 from transformers import AutoModelForCausalLM
 
-from qfllama import QFilterConfig, needs, schema
+from qfllama import QFilterConfig, gguf_copy, needs, schema
 from qfllama.cli import main
 from qfllama.config import QFilterError
 from qfllama.engine import Model
@@ -201,6 +201,25 @@ def test_layers_in_turn_give_the_same_filters(tiny, tmp_path):
     for layer in range(3):
         np.testing.assert_array_equal(found[0][0][layer], found[1][0][layer])
     np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
+def test_a_head_without_learned_filter_is_judged_by_qblend(tiny, tmp_path):
+    options = "--filters learned --num-sequences 5 --max-seq-len 128 --num-samples 200"
+    out = tmp_path / "out.gguf"
+    done = CliRunner().invoke(main, ["convert", str(tiny[1]), "-o", str(out), *options.split()])
+    assert done.exit_code == 0, done.output
+    filters = schema.read(out)
+    filters.vectors["learned"][0][1] = 0
+    gguf_copy.write(out, tmp_path / "zero.gguf", filters, force=True)
+    kept = {}
+    with Model(tmp_path / "zero.gguf") as model:
+        for policy in ("qblend", "learned"):
+            config = QFilterConfig(max_length=96, window_length=8, interval=16, policy=policy)
+            with model.open(config, n_ctx=512, n_threads=1) as context:
+                context.read(tiny_models.some(300))
+                kept[policy] = [context.kept(0, head).tolist() for head in range(N_HEAD_KV)]
+    assert kept["learned"][1] == kept["qblend"][1]
+    assert kept["learned"][0] != kept["qblend"][0]
 
 
 def test_texts_are_of_several_kinds_and_all_of_them_are_held_out(smollm2):

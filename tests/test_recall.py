@@ -155,6 +155,22 @@ def test_a_recall_that_fails_is_said_and_the_answer_comes(make, text, monkeypatc
         assert answer(llm, text + QUESTION)
 
 
+def test_ctrl_c_during_a_recall_leaves_a_cache_that_goes_on(make, text, monkeypatch):
+    llm = make()
+    recall = llm._ctx.recall
+
+    def interrupted():
+        recall()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm._ctx, "recall", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answer(llm, text + QUESTION)
+    assert llm.n_tokens == llm._ctx.n_past()
+    monkeypatch.undo()
+    assert answer(llm, text + QUESTION) == answer(make(), text + QUESTION)
+
+
 def test_a_prompt_file_with_its_archive(make, text, tmp_path):
     llm, plain, whole = make(), tmp_path / "plain", tmp_path / "whole"
     llm.eval(llm.tokenize(text.encode()))

@@ -110,7 +110,7 @@ def test_pip_finds_the_engine_of_each_kind_in_the_index_of_its_releases(tmp_path
             )
         return {"tag_name": tag, "draft": draft, "assets": assets}
 
-    engine, package = "llama_cpp_python-0.3.36+qfilters.8", "qfllama-1.2.3"
+    engine, package = "llama_cpp_python-0.3.36+qfilters.9", "qfllama-1.2.3"
     releases = [
         release("v1.2.3", engine, package),
         release("v1.2.3-cuda", engine),
@@ -127,7 +127,7 @@ def test_pip_finds_the_engine_of_each_kind_in_the_index_of_its_releases(tmp_path
         into = tmp_path / f"from-{kind}"
         subprocess.run(
             [sys.executable, "-m", "pip", "--isolated", "download", "-q", "--no-deps", "-d", into,
-             "--index-url", index, "qfllama", "llama-cpp-python==0.3.36+qfilters.8"],
+             "--index-url", index, "qfllama", "llama-cpp-python==0.3.36+qfilters.9"],
             check=True,
         )  # fmt: skip
         names = [f"{name}-py3-none-any.whl" for name in (engine, package)]

@@ -482,6 +482,34 @@ def test_a_document_is_read_once_for_all_conversations(model, book, tmp_path):
     llm.close()
 
 
+def test_a_document_that_was_read_on_another_day_is_gone_on_from(model, tmp_path):
+    """Many templates put the day into the system prompt; here the user does."""
+    (tmp_path / "book.txt").write_text(f"{prose(300)} {SECRET} {prose(100, 5)}")
+    state = tmp_path / "book.qfstate"
+    done = subprocess.run(
+        [sys.executable, "-c", "from qfllama.cli import main; main()", "compress", str(model),
+         "--file", str(tmp_path / "book.txt"), "-o", str(state), "--max-length", "300",
+         "--system", "It is Friday, 27 November 2026. Be brief.", "--threads", "1"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with server(
+        model, tmp_path, "-c", 4096, "--max-length", 1024, "--window-length", 64,
+        "--interval", 256, "--state", state, "--jinja",
+    ) as running:  # fmt: skip
+
+        def status(system):
+            messages = [{"role": "system", "content": system}, {"role": "user", "content": "Hi"}]
+            body = {"messages": messages, "max_tokens": 1}
+            return running.call("POST", "/v1/chat/completions", body)[0]
+
+        assert status("It is Friday, 27 November 2026. Be brief.") == 200
+        assert status("It is Monday, 1 December 2026. Be brief.") == 200
+        assert status("It is 2026-12-01. Be brief.") == 200
+        for other in ("It is Monday. Be brief.", "It is Monday, 1 December 2026. Be rude."):
+            assert status(other) == 400
+
+
 def test_a_state_with_other_tokens_is_refused(model, book, tmp_path):
     from dataclasses import replace
 

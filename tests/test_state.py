@@ -293,6 +293,38 @@ def test_states_of_others_are_misses(make, small, wide, tokens, evaluated, state
     assert len(keys) == 3
 
 
+def test_a_state_of_a_cache_with_an_archive_is_loaded_as_far_as_it_can_be_cut_back(
+    make, tokens, evaluated
+):
+    """The state has no archive, the live cache has one and can go back to the beginning."""
+    llm = make(dataclasses.replace(SMALL, archive=True, recall=False))
+    llm.set_cache(llama_cpp.LlamaRAMCache())
+    prompt = tokens[:300]
+    llm.create_completion(prompt, max_tokens=1, temperature=0)
+    assert llm.rewind_limit() == 0
+    saved = llm.save_state()
+    limit = saved.qfilters["rewind_limit"]
+    other = make(dataclasses.replace(SMALL, archive=True, recall=False))
+    other.load_state(saved)
+    assert 0 < other.rewind_limit() == limit
+    del evaluated[:]
+    llm.create_completion([*prompt[:150], 5, 6, 7], max_tokens=1, temperature=0)
+    assert sum(evaluated) < 50, "the live cache goes back; the state could not"
+
+
+def test_a_state_that_is_refused_is_a_miss(make, tokens, state_cache):
+    """One of a Llama with more positions."""
+    long = make(n_ctx=1024)
+    long.set_cache(state_cache)
+    long.create_completion(tokens[:400] + tokens[:300], max_tokens=1, temperature=0)
+    long.set_cache(None)
+    llm, plain = make(n_ctx=512), make(n_ctx=512)
+    llm.set_cache(state_cache)
+    prompt = tokens[:400]
+    answer = text(llm.create_completion(prompt, max_tokens=4, temperature=0))
+    assert answer == text(plain.create_completion(prompt, max_tokens=4, temperature=0))
+
+
 def test_a_document_in_the_cache_is_read_once_for_many_questions(make, tokens, evaluated):
     """What the Llama holds shares more with the next question, but can't be cut back to it."""
     llm = make(WIDE)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import threading
 import traceback
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -152,6 +153,21 @@ def test_a_stream_that_was_left_in_a_cycle_of_references_keeps_nobody_out(llm, e
     finally:
         gc.enable()
     assert results == [expected[PROMPTS[1]]]
+
+
+def test_a_llama_that_dies_with_its_stream_is_not_waited_for(smollm2):
+    """Both are in a cycle of references, and another thread took the pieces."""
+    llm = Llama(str(smollm2), n_ctx=256, n_threads=1, n_threads_batch=1, verbose=False)
+    llm.mine = llm.create_completion("Once", max_tokens=8, stream=True)
+    taker = threading.Thread(target=next, args=(llm.mine,))
+    taker.start()
+    taker.join()
+    model = weakref.ref(llm._model)
+    del llm
+    collector = threading.Thread(target=gc.collect, daemon=True)
+    collector.start()
+    collector.join(60)
+    assert not collector.is_alive() and model() is None
 
 
 def test_code_that_leaves_its_own_stream_ends_it_with_its_next_call(llm, expected):

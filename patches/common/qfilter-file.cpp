@@ -248,7 +248,8 @@ static void common_qfilter_add(common_qfilter_file & res, const common_qfilter_g
             const bool finite = std::all_of(row, row + n_embd[i], [](float x) { return std::isfinite(x); });
             const bool zero   = std::all_of(row, row + n_embd[i], [](float x) { return x == 0.0f; });
 
-            if (!finite || (zero && kind != LLAMA_QFILTER_KIND_MOMENTS)) {
+            // a learned filter that explains nothing is 0
+            if (!finite || (zero && kind != LLAMA_QFILTER_KIND_MOMENTS && kind != LLAMA_QFILTER_KIND_LEARNED)) {
                 throw std::runtime_error(string_format("%s: the %s of layer %d are %s; %s", file.path.c_str(), name.c_str(), layers[i],
                             finite ? "all zero" : "not finite", COMMON_QFILTER_AGAIN));
             }

@@ -6,6 +6,7 @@
 #include "common.h"
 
 #include <algorithm>
+#include <regex>
 #include <string>
 
 // bytes of a message that are looked for, and of a prompt, besides the system prompt, in which they are looked for
@@ -108,4 +109,33 @@ int32_t server_qfilter::before_user(const llama_vocab * vocab, const server_toke
     const size_t end = first != npos ? first : begin != npos ? begin : 0;
 
     return std::upper_bound(ends.begin(), ends.end(), end) - ends.begin();
+}
+
+size_t server_qfilter_header_end(const std::string & text, const std::string & header) {
+    static const std::regex date(
+        "([A-Z][a-z]+day,? )?([0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{1,2} [A-Z][a-z]+ [0-9]{4}|[A-Z][a-z]+ [0-9]{1,2}, [0-9]{4})");
+
+    size_t at   = 0; // in text
+    auto   rest = header.begin();
+
+    while (true) {
+        std::smatch old;
+        const bool dated = std::regex_search(rest, header.end(), old, date);
+        const auto part  = std::string(rest, dated ? old[0].first : header.end());
+
+        if (text.compare(at, part.size(), part) != 0) {
+            return std::string::npos;
+        }
+        at += part.size();
+
+        std::smatch now;
+        if (!dated) {
+            return at;
+        }
+        if (!std::regex_search(text.begin() + at, text.end(), now, date, std::regex_constants::match_continuous)) {
+            return std::string::npos;
+        }
+        at  += now.length();
+        rest = old[0].second;
+    }
 }

@@ -313,13 +313,14 @@ server_tokens server_qfilter::begin(const llama_vocab * vocab, const json & prom
     }
 
     const auto text = prompt.get<std::string>();
-    if (text.compare(0, start_header.size(), start_header) != 0) {
+    const auto end  = server_qfilter_header_end(text, start_header);
+    if (end == std::string::npos) {
         throw std::invalid_argument("conversations of this server start from a document that was read with " +
                 (start_system.empty() ? "no system prompt: leave out the system message" : "another system prompt: send the message \"" + start_system + "\""));
     }
 
     // see Conversation._tokenize_on() in qfllama/conversation.py
-    const auto more  = "\n\n" + text.substr(start_header.size());
+    const auto more  = "\n\n" + text.substr(end);
     const auto colon = common_tokenize(vocab, ":", false, true);
 
     auto rest = common_tokenize(vocab, ":" + more, false, true);

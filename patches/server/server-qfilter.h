@@ -102,3 +102,6 @@ private:
 
     llama_pos rewind_limit(int32_t id) const;
 };
+
+// where this header ends, if a prompt begins with it; npos: it does not. templates put the day into it: another day makes no difference
+size_t server_qfilter_header_end(const std::string & text, const std::string & header);

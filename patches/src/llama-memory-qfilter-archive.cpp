@@ -101,7 +101,9 @@ uint8_t * llama_memory_qfilter::archive_block(llama_seq_id seq_id, llama_pos pos
         archive_sync();
 
         if (!store->full() || std::none_of(order.begin(), order.end(), [&](size_t is) { return streams[is].archive.drop_oldest(n_first(is)); })) {
-            LLAMA_LOG_WARN("qfilter: no memory for the archive, it ends at position %d of sequence %d\n", pos, seq_id);
+            if (!streams[seq_id].incomplete) {
+                LLAMA_LOG_WARN("qfilter: no memory for the archive, it ends at position %d of sequence %d\n", pos, seq_id);
+            }
             return nullptr;
         }
     }
@@ -150,7 +152,9 @@ void llama_memory_qfilter::archive_rows(llama_seq_id seq_id) {
     for (const auto & run : runs) {
         uint8_t * block = archive_block(seq_id, run.pos);
         if (!block) {
-            store_stopped = true;
+            // if it is full, others that end leave their blocks
+            store_stopped = !store->full();
+            st.incomplete = true;
             break;
         }
 
@@ -228,12 +232,7 @@ size_t llama_memory_qfilter::archived(llama_seq_id seq_id, llama_pos pos, int32_
 llama_pos llama_memory_qfilter::archive_begin(llama_seq_id seq_id) const {
     const auto & st = get_stream(seq_id);
 
-    llama_pos pos = st.table.p1;
-    while (pos > 0 && st.archive.has(pos - 1)) {
-        pos--;
-    }
-
-    return pos;
+    return st.archive.begin(st.table.p1);
 }
 
 bool llama_memory_qfilter::can_fill(llama_seq_id seq_id, llama_pos p0, llama_pos begin, bool recr_saved) const {

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 std::vector<llama_qfilter_learned::rows> llama_memory_qfilter::learned_rows(const llama_qfilter_worker & w, llama_seq_id seq_id) const {
     std::vector<llama_qfilter_learned::rows> res;
@@ -72,42 +73,46 @@ llama_qfilter_result llama_memory_qfilter::learn_archive(llama_seq_id seq_id, co
         return LLAMA_QFILTER_DONE;
     }
 
-    std::vector<uint32_t> idx(n);
-    for (size_t i = 0; i < n; ++i) {
-        idx[i] = i;
-    }
-
     std::vector<float>   found;
     std::vector<uint8_t> data;
 
-    for (size_t i = 0; i < layers.size(); ++i) {
-        const auto & l = store_layers[i];
+    for (size_t r0 = 0; r0 < n; r0 += llama_qfilter_learned::n_rows_max) {
+        const size_t r1 = std::min<size_t>(r0 + llama_qfilter_learned::n_rows_max, n);
 
-        data.resize(n*(l.n_bytes_k + l.n_bytes_v));
+        const std::vector<llama_pos> part(pos.begin() + r0, pos.begin() + r1);
 
-        ggml_context_ptr ctx(ggml_init({ 2*ggml_tensor_overhead(), nullptr, true }));
+        std::vector<uint32_t> idx(part.size());
+        std::iota(idx.begin(), idx.end(), 0);
 
-        const auto rows = [&](const ggml_tensor * like, size_t offset, size_t n_bytes, uint8_t * dst) {
-            for (size_t j = 0; j < n; ++j) {
-                memcpy(dst + j*n_bytes, streams[seq_id].archive.row(pos[j], offset, n_bytes), n_bytes);
+        for (size_t i = 0; i < layers.size(); ++i) {
+            const auto & l = store_layers[i];
+
+            data.resize(part.size()*(l.n_bytes_k + l.n_bytes_v));
+
+            ggml_context_ptr ctx(ggml_init({ 2*ggml_tensor_overhead(), nullptr, true }));
+
+            const auto rows = [&](const ggml_tensor * like, size_t offset, size_t n_bytes, uint8_t * dst) {
+                for (size_t j = 0; j < part.size(); ++j) {
+                    memcpy(dst + j*n_bytes, streams[seq_id].archive.row(part[j], offset, n_bytes), n_bytes);
+                }
+                ggml_tensor * t = ggml_new_tensor_2d(ctx.get(), like->type, like->ne[0], part.size());
+                t->data = dst;
+
+                return t;
+            };
+
+            const std::vector<llama_qfilter_learned::rows> src = {{
+                i,
+                rows(layers[i].k[seq_id], l.k, l.n_bytes_k, data.data()),
+                rows(layers[i].v[seq_id], l.v, l.n_bytes_v, data.data() + part.size()*l.n_bytes_k),
+            }};
+
+            const auto res = learned.score(threads.backend, true, src, idx, part, found);
+            if (res != LLAMA_QFILTER_DONE) {
+                return res;
             }
-            ggml_tensor * t = ggml_new_tensor_2d(ctx.get(), like->type, like->ne[0], n);
-            t->data = dst;
-
-            return t;
-        };
-
-        const std::vector<llama_qfilter_learned::rows> src = {{
-            i,
-            rows(layers[i].k[seq_id], l.k, l.n_bytes_k, data.data()),
-            rows(layers[i].v[seq_id], l.v, l.n_bytes_v, data.data() + n*l.n_bytes_k),
-        }};
-
-        const auto res = learned.score(threads.backend, true, src, idx, pos, found);
-        if (res != LLAMA_QFILTER_DONE) {
-            return res;
+            llama_qfilter_put(layers, src, found, r0, r1, n, out);
         }
-        llama_qfilter_put(layers, src, found, 0, n, n, out);
     }
 
     return LLAMA_QFILTER_DONE;
@@ -160,11 +165,28 @@ llama_qfilter_result llama_memory_qfilter::learn(llama_seq_id seq_id, filling & 
     const auto & st    = streams[seq_id];
     const auto   order = order_of(seq_id);
 
-    std::vector<llama_pos> wanted = f.table.pos;
+    const auto find = [](const llama_pos * begin, const llama_pos * end, llama_pos p) {
+        const auto * it = std::lower_bound(begin, end, p);
+
+        return it != end && *it == p ? it - begin : -1;
+    };
+
+    // the number of a row that a head holds already
+    const auto held = [&](size_t i) {
+        const auto * tab = st.table.pos.data() + i/f.table.n*st.table.n;
+
+        return find(tab, tab + st.table.n, f.table.pos[i]);
+    };
+
+    std::vector<llama_pos> wanted; // by heads that do not hold them
+    for (size_t i = 0; i < f.table.pos.size(); ++i) {
+        if (held(i) < 0) {
+            wanted.push_back(f.table.pos[i]);
+        }
+    }
     std::sort(wanted.begin(), wanted.end());
     wanted.erase(std::unique(wanted.begin(), wanted.end()), wanted.end());
 
-    // scores are computed for positions that all heads have; for the others they are already known
     std::vector<uint32_t>  cells;
     std::vector<llama_pos> pos_cells;
     std::vector<llama_pos> pos_archive;
@@ -194,19 +216,11 @@ llama_qfilter_result llama_memory_qfilter::learn(llama_seq_id seq_id, filling & 
 
     f.table.learned.resize(f.table.pos.size());
 
-    const auto find = [](const llama_pos * begin, const llama_pos * end, llama_pos p) {
-        const auto * it = std::lower_bound(begin, end, p);
-
-        return it != end && *it == p ? it - begin : -1;
-    };
-
     for (size_t i = 0; i < f.table.pos.size(); ++i) {
         const size_t    ih = i/f.table.n;
         const llama_pos p  = f.table.pos[i];
 
-        const auto * tab = st.table.pos.data() + ih*st.table.n;
-
-        const auto here     = find(tab, tab + st.table.n, p);
+        const auto here     = held(i);
         const auto cell     = find(pos_cells.data(), pos_cells.data() + pos_cells.size(), p);
         const auto archived = find(pos_archive.data(), pos_archive.data() + pos_archive.size(), p);
 

@@ -185,7 +185,7 @@ void llama_memory_qfilter::read_state(llama_io_read_i & io, llama_seq_id seq_id,
 
         if (keep) {
             st.archive    = std::move(before.archive);
-            st.incomplete = before.incomplete && st.incomplete;
+            st.incomplete = st.incomplete && (before.incomplete || before.table.p1 < st.table.p1);
             st.archive.rm(kv.seq_pos_max(seq_id) + 1, std::numeric_limits<llama_pos>::max());
         }
     }

@@ -122,6 +122,14 @@ std::shared_ptr<uint8_t> llama_qfilter_archive_store::alloc() {
 // llama_qfilter_archive
 //
 
+llama_pos llama_qfilter_archive::begin(llama_pos pos) const {
+    while (has(pos - 1)) {
+        pos -= pos % n_block == 0 && blocks[pos/n_block - 1].has.all() ? n_block : 1;
+    }
+
+    return pos;
+}
+
 uint8_t * llama_qfilter_archive::write(llama_pos pos, llama_qfilter_archive_store & store) {
     const size_t ib = pos/n_block;
 

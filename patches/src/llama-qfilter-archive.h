@@ -74,6 +74,9 @@ public:
         return pos >= 0 && ib < blocks.size() && blocks[ib].has[pos % n_block];
     }
 
+    // the first of the positions that are all here up to before pos
+    llama_pos begin(llama_pos pos) const;
+
     // the i-th row of a tensor at offset, see llama_qfilter_archive_layer
     const uint8_t * row(llama_pos pos, size_t offset, size_t n_bytes_row) const {
         return blocks[pos/n_block].data.get() + offset + pos % n_block*n_bytes_row;

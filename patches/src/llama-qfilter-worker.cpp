@@ -25,7 +25,7 @@ void llama_qfilter_threads::update(const llama_context * lctx) {
     auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
     auto * fn  = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
 
-    n = lctx->n_threads();
+    n = lctx->n_threads() > 0 ? lctx->n_threads() : GGML_DEFAULT_N_THREADS; // as upstream's graphs
 
     if (fn) {
         fn(backend, n);

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data import topics
 
+import llama_cpp
+
 from qfllama.bench.memory import MIB, give_back_freed, resident_bytes
 from qfllama.bench.plan import BASELINE, DECODED, QUESTION, Kind, Plan
 from qfllama.config import QFilterConfig, QFilterError
@@ -147,6 +149,8 @@ class Engines:
         plan = self.plan
         check_policy(self.path, read(self.path), plan.policy)
         self.model = Model(self.path, n_gpu_layers=plan.n_gpu_layers, caches=plan.caches())
+        if plan.recall and llama_cpp.llama_model_is_hybrid(self.model.model):
+            raise QFilterError("recurrent layers can't take a question back: leave out --recall")
         self.tokens = text_tokens(self.model, max((*plan.positions, *plan.prompts)) + QUESTION)
         full_bytes = {name: self._full_bytes(name) for name in {k.type_kv for k in plan.kinds}}
         self._check_memory(full_bytes)

@@ -130,6 +130,8 @@ def make_plan(
     kinds = _kinds(wanted, last, "max_lengths" in given)
     if recall and not wanted["positions"]:
         raise QFilterError("--recall asks at each of --positions: give some")
+    if recall and n_ctx and n_ctx < (needed := max(wanted["positions"]) + QUESTION):
+        raise QFilterError(f"--recall asks behind the last position: use --n-ctx {needed} or more")
     n_ctx = n_ctx or last + QUESTION * recall
     return Plan(
         kinds, wanted["positions"], wanted["prompts"], n_ctx, policy,

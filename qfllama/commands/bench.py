@@ -113,11 +113,9 @@ def command(model, json_file, image, **options):
             engines.open(bar.update)
         note_offload(engines.model.offload)
         result = plain(engines.measure(bar.update))
-    if str(json_file) == "-":
-        click.echo(json.dumps(result, indent=1))
-    else:
-        click.echo(tables(result))
-        if json_file:
-            write_json(json_file, result)
+    to_stdout = str(json_file) == "-"
+    if json_file and not to_stdout:  # first: whoever reads the table may close the pipe
+        write_json(json_file, result)
     if image is not None:
         save_figure(draw(figure_class(image), result), image, dpi=150)
+    click.echo(json.dumps(result, indent=1) if to_stdout else tables(result))

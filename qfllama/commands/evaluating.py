@@ -224,7 +224,6 @@ class Session:
         """
         from qfllama.machine import provenance
 
-        click.echo(table(rows, titles))
         about = provenance(self._chosen["n_threads"])
         about["model"] = Path(self.model.path).name
         about["text"] = self.text.name
@@ -237,6 +236,7 @@ class Session:
                 f"{about['model']}, {self._settings['setting']}, {about['text']}, {about['date']}"
             )
             draw(path, rows, titles, title)
+        click.echo(table(rows, titles))  # last: whoever reads it may close the pipe
 
     def __enter__(self) -> Session:
         return self

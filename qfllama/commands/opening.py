@@ -69,9 +69,11 @@ def open_model(
 
 def types_of(saved: Prompt | None, type_k: str | None, type_v: str | None) -> tuple:
     """The types of the cache: those that were given, else those of a saved state."""
-    if saved is None:
-        return type_k, type_v
-    return type_k or saved.settings.get("type_k"), type_v or saved.settings.get("type_v")
+    of_file = {} if saved is None else saved.settings
+    given = (name and name.lower() for name in (type_k, type_v))  # as llama-server spells them
+    return tuple(
+        name or of_file.get(key) for key, name in zip(("type_k", "type_v"), given, strict=True)
+    )
 
 
 def cache_of(
