@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 from projections import Model, Moments, Read, rotate, trained
-from scores import SINKS, ask, keep, scored, standard
+from scores import ask, keep, scored, standard
 from transformers import DynamicCache
 
 from qfllama.evaluation import needle, tasks
@@ -46,6 +46,8 @@ LENGTH, NEXT = 2048, 256
 """Tokens of a document, and of what follows it in ordinary text."""
 LEFT_OUT = 8
 """First rows of a text, which everything looks at."""
+LEAST = 68
+"""Rows that a layer keeps at least: sinks and twice the window."""
 RIDGE = 1e-3
 TINY = 1e-12
 AT_ONCE = 256
@@ -158,9 +160,9 @@ class Fit:
         return torch.linalg.solve(square + penalty.diag(), product).float()
 
 
-def selections(model, moments, fit, ratios, read, hidden, n, oracle) -> dict[tuple, list]:
+def selections(model, moments, fit, ratios, names, read, hidden, n, oracle) -> dict[tuple, list]:
     """(score, budget, ratio) -> rows that stay, one tensor [n_head_kv, n_keep] for each layer.
-    oracle: KVzip+'s scores of the first n tokens, or None."""
+    names: only these scores; oracle: KVzip+'s scores of the first n tokens, or None."""
     base = scored(model, moments, read, "mean ahead", n)
     predicted = {name: [] for name in INPUTS}
     for layer in range(model.n_layer):
@@ -177,17 +179,27 @@ def selections(model, moments, fit, ratios, read, hidden, n, oracle) -> dict[tup
         named["kvzip+"] = oracle
     found = {}
     for name, layers in named.items():
+        if names and name not in names:
+            continue
         for ratio in ratios:
             budgets = {"": 0.0, **(BUDGETS if name in BUDGETED else {})}
             for budget, part in budgets.items():
                 shares = (1 - part) / ratio + part * fit.shares[ratio]
-                least = SINKS + 2 * 32
-                kept = [
-                    keep(x, min(n, max(least, int(n * share))))
-                    for x, share in zip(layers, shares.tolist(), strict=True)
+                sizes = split(shares, n, n // ratio)
+                found[name, budget, ratio] = [
+                    keep(x, size) for x, size in zip(layers, sizes, strict=True)
                 ]
-                found[name, budget, ratio] = kept
     return found
+
+
+def split(shares: torch.Tensor, n: int, mean: int) -> list[int]:
+    """Rows for each layer, in proportion to its share, LEAST to n of them, `mean` on average."""
+    low, high = 0.0, float(n * len(shares) / shares.max())
+    for _ in range(60):
+        scale = (low + high) / 2
+        sizes = (shares * scale).clamp(LEAST, n)
+        low, high = (scale, high) if sizes.mean() < mean else (low, scale)
+    return sizes.round().int().tolist()
 
 
 def continued(model: Model, read: Read, kept, tokens: list[int]) -> float:
@@ -218,19 +230,22 @@ def main() -> None:
     )
     parser.add_argument("--needles", type=int, default=5, help="in each document")
     parser.add_argument("--ratios", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--scores", nargs="+", help="only these (default: all)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    table = measure(args)
+    table, shares = measure(args)
     head = list(dict.fromkeys(name for row in table for name in row if "95" not in name))
     print(aligned([head, *([str(row.get(name, "")) for name in head] for row in table)]))
     if args.json:
-        write_json(args.json, {**provenance(torch.get_num_threads()), "rows": table})
+        write_json(
+            args.json, {**provenance(torch.get_num_threads()), "rows": table, "shares": shares}
+        )
 
 
-def measure(args) -> list[dict]:
-    """One row per score and budget."""
+def measure(args) -> tuple[list[dict], dict]:
+    """One row per score and budget; and ratio -> each layer's share of the best rows, times it."""
     model = trained(args.model)
     haystack = tasks.read_text(args.text)
     stack = tasks.Haystack(haystack, lambda part: len(model.tokens(part)))
@@ -253,7 +268,7 @@ def measure(args) -> list[dict]:
         tokens = model.tokens(document.text, start=True)
         read, hidden, worth = repetition(model, tokens, request)
         n = len(tokens)
-        every = selections(model, moments, fit, args.ratios, read, hidden, n, worth)
+        every = selections(model, moments, fit, args.ratios, args.scores, read, hidden, n, worth)
         read.n, read.k, read.v = n, [k[:, :n] for k in read.k], [v[:, :n] for v in read.v]
         full = ask(model, read, None, document.questions)
         put(("full", ""), "needles", [loss for loss, _ in full])
@@ -262,12 +277,16 @@ def measure(args) -> list[dict]:
             mine = ask(model, read, kept, document.questions)
             put((name, budget), f"needles x{ratio}", [loss for loss, _ in mine])
             put((name, budget), f"found x{ratio}", [right for _, right in mine])
+            cells = statistics.fmean(rows.shape[1] for rows in kept)
+            put((name, budget), f"cells x{ratio}", [cells])
         print(f"document {document.number}", file=sys.stderr, flush=True)
     for i in range(args.documents):
         tokens = text[i * (LENGTH + NEXT) : (i + 1) * (LENGTH + NEXT)]
         with inputs(model) as hidden:
             read = Read(model, tokens[:LENGTH])
-        every = selections(model, moments, fit, args.ratios, read, hidden, LENGTH, None)
+        every = selections(
+            model, moments, fit, args.ratios, args.scores, read, hidden, LENGTH, None
+        )
         full = continued(model, read, None, tokens[LENGTH:])
         put(("full", ""), "next", [full])
         for (name, budget, ratio), kept in every.items():
@@ -279,10 +298,11 @@ def measure(args) -> list[dict]:
         row = {"score": name, "budget": budget}
         for column, each in columns.items():
             row[column] = round(statistics.fmean(sum(each, [])), 4)
-            if "found" not in column:
+            if column.startswith(("needles", "next")):
                 row[f"95 % of {column}"] = [round(limit, 4) for limit in bootstrap(each)]
         table.append(row)
-    return table
+    shares = {r: [round(r * share, 2) for share in fit.shares[r].tolist()] for r in args.ratios}
+    return table, shares
 
 
 if __name__ == "__main__":
