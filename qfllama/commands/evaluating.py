@@ -130,9 +130,11 @@ class Session:
         from qfllama import needs, schema
         from qfllama.engine import Model
         from qfllama.evaluation import plots
+        from qfllama.shape import model_shape
 
         chosen = self._chosen
         Model.check_supported(chosen["path"])
+        model_shape(chosen["path"]).check_positions(self._length)
         if chosen["ratio"] and chosen["max_length"]:
             raise click.UsageError("--ratio and --max-length exclude each other; give one of them")
         if chosen["image"]:
@@ -159,11 +161,6 @@ class Session:
             caches=[Cache(self._length, **types)] * self._n_open,
             verbose=chosen["verbose"],
         )
-        try:
-            model.shape.check_positions(self._length)
-        except BaseException:
-            model.close()
-            raise
         note_offload(model.offload)
         return model
 
