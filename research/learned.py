@@ -30,7 +30,8 @@ from pathlib import Path
 
 import torch
 from projections import Model, Moments, Read, rotate, trained
-from scores import ask, keep, scored, standard
+from qfllama.convert import learned
+from scores import SINKS, WINDOW, ask, keep, scored, standard
 from transformers import DynamicCache
 
 from qfllama.evaluation import needle, tasks
@@ -39,17 +40,11 @@ from qfllama.files import write_json
 from qfllama.machine import provenance
 from qfllama.tables import aligned
 
-REQUEST = "\n\nRepeat the previous context exactly.\n\n"
-TWICE = 800
-"""Tokens of a calibration text, which is read twice."""
 LENGTH, NEXT = 2048, 256
 """Tokens of a document, and of what follows it in ordinary text."""
-LEFT_OUT = 8
-"""First rows of a text, which everything looks at."""
-LEAST = 68
-"""Rows that a layer keeps at least: sinks and twice the window."""
+LEAST = SINKS + 2 * WINDOW
+"""Rows that a layer keeps at least."""
 RIDGE = 1e-3
-TINY = 1e-12
 AT_ONCE = 256
 INPUTS = ("kv", "h", "kv and h")
 BLENDS = (
@@ -93,15 +88,10 @@ def inputs(model: Model):
 
 
 def rows(read: Read, hidden, layer: int, n: int) -> dict[str, torch.Tensor]:
-    """Input -> [n, n_in + 1], the constant last."""
+    """Input -> [n, n_in]."""
     parts = [x[layer][:, :n].transpose(0, 1).flatten(1) for x in (read.back, read.v)]
-    kv, one = torch.cat(parts, 1), torch.ones(n, 1)
-    h = hidden[layer][:n]
-    return {
-        "kv": torch.cat([kv, one], 1),
-        "h": torch.cat([h, one], 1),
-        "kv and h": torch.cat([kv, h, one], 1),
-    }
+    kv, h = torch.cat(parts, 1), hidden[layer][:n]
+    return {"kv": kv, "h": h, "kv and h": torch.cat([kv, h], 1)}
 
 
 def repetition(model: Model, tokens: list[int], request: list[int]):
@@ -127,37 +117,33 @@ def repetition(model: Model, tokens: list[int], request: list[int]):
             weights = (logits / d**0.5).masked_fill(later, -torch.inf).softmax(-1)[..., :n]
             best = best.maximum((weights / length[i:j, None]).amax(2).flatten(0, 1))
         score = (best * added).unflatten(0, (model.n_head_kv, group)).amax(1)
-        worth.append(score.clamp_min(TINY).log())
+        worth.append(score.clamp_min(learned.TINY).log())
     return read, hidden, worth
 
 
 class Fit:
-    """Sums over the rows of a layer, for every input, and each layer's share of the best rows."""
+    """A map for every input and layer, and each layer's share of the best rows."""
 
     def __init__(self, model: Model, texts: list[list[int]], request: list[int], ratios):
-        self.sums: dict[tuple, list] = {}
+        sums = {name: learned.Sums() for name in INPUTS}
         self.shares = {ratio: torch.zeros(model.n_layer) for ratio in ratios}
         for i, text in enumerate(texts):
             read, hidden, worth = repetition(model, text, request)
             for layer in range(model.n_layer):
-                y = worth[layer].T[LEFT_OUT:].double()
+                y = worth[layer].T.numpy()
                 for name, x in rows(read, hidden, layer, len(text)).items():
-                    x = x[LEFT_OUT:].double()
-                    old = self.sums.get((name, layer), (0, 0))
-                    self.sums[name, layer] = (old[0] + x.T @ x, old[1] + x.T @ y)
-            every = torch.stack(worth)[..., LEFT_OUT:]
+                    sums[name].add({layer: x.numpy()}, {layer: y})
+            every = torch.stack(worth)[..., learned.SINKS :]
             for ratio, share in self.shares.items():
                 limit = every.flatten().quantile(1 - 1 / ratio)
                 share += (every > limit).float().mean((1, 2)) / len(texts)
             print(f"text {i + 1} of {len(texts)} read twice", file=sys.stderr, flush=True)
-        self.maps = {key: self.solve(*sums) for key, sums in self.sums.items()}
-        self.sums.clear()
-
-    @staticmethod
-    def solve(square, product):
-        n, mean = square[-1, -1], square[-1] / square[-1, -1]
-        penalty = RIDGE * (square.diagonal() - n * mean**2)  # 0 for the constant
-        return torch.linalg.solve(square + penalty.diag(), product).float()
+        # without the constants: only the order of a head's rows counts
+        self.maps = {
+            (name, layer): torch.from_numpy(mine.solve(layer, RIDGE)[:-1]).float()
+            for name, mine in sums.items()
+            for layer in mine.layers
+        }
 
 
 def selections(model, moments, fit, ratios, names, read, hidden, n, oracle) -> dict[tuple, list]:
@@ -252,10 +238,10 @@ def measure(args) -> tuple[list[dict], dict]:
     text = model.tokens(haystack.text)
     calibration = model.tokens(tasks.read_text(args.calibration).text)
     step = (len(calibration) - LENGTH) // (args.texts + 1)
-    if len(text) < args.documents * (LENGTH + NEXT) or step < TWICE:
+    if len(text) < args.documents * (LENGTH + NEXT) or step < learned.LENGTH:
         sys.exit("too little text: give longer ones, or fewer --texts and --documents")
-    pieces = [calibration[i * step :][:TWICE] for i in range(1, args.texts + 1)]
-    request = model.tokens(REQUEST)
+    pieces = [calibration[i * step :][: learned.LENGTH] for i in range(1, args.texts + 1)]
+    request = model.tokens(learned.REQUEST)
     moments = Moments(model, [calibration[:LENGTH], calibration[LENGTH : 2 * LENGTH]])
     fit = Fit(model, pieces, request, args.ratios)
 
